@@ -1,0 +1,121 @@
+"""What the causal transformers share in their configuration: rotary values, sizes, experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni.config_reading import Config, optional, positive, require
+
+
+@dataclass(frozen=True)
+class RopeConfig(Config):
+    """Mixin: rotary values in either spelling (`rope_parameters`, or `rope_theta` with `rope_scaling`)."""
+
+    rope_theta: float | None = optional(float)
+    rope_scaling: dict[str, Any] | None = optional(dict)
+    rope_parameters: dict[str, Any] | None = optional(dict)
+
+    _default_theta = 10000.0
+
+    @property
+    def theta(self) -> float:
+        """Base of the rotary frequencies."""
+        for source in (self.rope_parameters, {"rope_theta": self.rope_theta}, self.rope_scaling):
+            if source and source.get("rope_theta") is not None:
+                return float(source["rope_theta"])
+        return self._default_theta
+
+    @property
+    def mrope_section(self) -> tuple[int, ...]:
+        """Rotary pairs for (time, height, width); released: (24, 20, 20)."""
+        for source in (self.rope_parameters, self.rope_scaling):
+            if source and source.get("mrope_section") is not None:
+                return tuple(source["mrope_section"])
+        return (24, 20, 20)
+
+    def validate_rope(self, where: str) -> None:
+        for source in (self.rope_parameters, self.rope_scaling):
+            kind = (source or {}).get("rope_type", (source or {}).get("type", "default"))
+            if kind not in ("default", "mrope", "axial"):
+                raise ValueError(f"{where}: rope type {kind!r} is not supported; use 'default'")
+
+
+@dataclass(frozen=True)
+class DecoderConfig(RopeConfig):
+    """What every causal transformer of this library has (Thinker, Talker, MTP, Code2Wav's transformer)."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    head_dim: int | None = optional(int)
+    intermediate_size: int = 2048
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    sliding_window: int | None = field(default=None, metadata={"kind": int})
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head; an absent `head_dim` means hidden_size / heads."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def validate(self, where: str) -> None:
+        positive(self, where, "hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        require(self.num_hidden_layers >= 0, f"{where}.num_hidden_layers must not be negative")
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"{where}: {self.num_attention_heads} attention heads are not a multiple of "
+            f"num_key_value_heads = {self.num_key_value_heads}",
+        )
+        if self.head_dim is None:
+            require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"{where}: hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads "
+                "and head_dim is absent",
+            )
+        require(self.head_size > 0 and self.head_size % 2 == 0, f"{where}: head_dim {self.head_size} must be even")
+        require(self.hidden_act == "silu", f"{where}.hidden_act {self.hidden_act!r} is not supported; use 'silu'")
+        self.validate_rope(where)
+
+
+@dataclass(frozen=True)
+class MoEConfig(DecoderConfig):
+    """A decoder whose layers may hold experts; layers in `mlp_only_layers` are dense."""
+
+    vocab_size: int = 3584
+    num_experts: int = 128
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] | None = field(default=(), metadata={"kind": tuple})
+    router_aux_loss_coef: float = 0.001
+    tie_word_embeddings: bool = False
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) holds experts."""
+        dense = layer in (self.mlp_only_layers or ())
+        return not dense and self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        positive(self, where, "vocab_size", "moe_intermediate_size", "decoder_sparse_step")
+        require(
+            0 < self.num_experts_per_tok <= max(self.num_experts, 1),
+            f"{where}: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts = {self.num_experts}",
+        )
+        section = self.mrope_section
+        require(
+            len(section) == 3 and sum(section) == self.head_size // 2 and min(section) >= 0,
+            f"{where}: mrope_section {list(section)} must be three numbers that sum to head_dim / 2 = "
+            f"{self.head_size // 2}",
+        )
+        require(
+            max(section[1], section[2]) * 3 <= self.head_size // 2 + 2,
+            f"{where}: mrope_section {list(section)} does not fit when interleaved over {self.head_size // 2} pairs",
+        )

@@ -1,0 +1,188 @@
+"""Strict reading and faithful writing of `config.json` mappings: the base class of every part's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Keys that other writers put in the file and that change nothing here: kept and written back without a warning.
+PASSIVE_KEYS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _experts_implementation _name_or_path activation_dropout
+    adapter_state add_cross_attention apply_vit_abs_pos_embed architectures attention_dropout
+    attention_probs_dropout_prob audio_bos_token_id audio_end_token_id audio_eos_token_id auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout codebook_dim conv_chunksize
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id fullatt_block_indexes id2label image_size initializer_factor
+    interleaved is_decoder is_encoder_decoder label2id layer_types length_penalty max_length
+    max_source_positions max_window_layers min_length mrope_interleaved no_repeat_ngram_size num_beam_groups
+    num_beams num_hidden_layers_override num_return_sequences num_semantic_quantizers output_attentions
+    output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type pruned_heads
+    qkv_bias quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    scale_embedding seconds_per_chunk semantic_codebook_size sep_token_id spatial_patch_size suppress_tokens
+    task_specific_params temperature temporal_style tf_legacy_loss tie_encoder_decoder tokenizer_class
+    tokens_per_second top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    use_qk_norm use_sliding_window vector_quantization_hidden_dimension vision_bos_token_id vision_end_token_id
+    vision_eos_token_id vocab_map window_size
+    """.split()  # noqa: SIM905
+)
+_ALIASES = {"num_local_experts": "num_experts"}  # both spellings exist in the wild; the one read is written back
+_warned: set[str] = set()
+
+C = TypeVar("C", bound="Config")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all part configs: strict reading, faithful writing."""
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+        """Build from a `config.json` mapping. Raises ValueError on misspelt keys, wrong types or contradictions."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{where or 'config'} must be a JSON object, got {type(values).__name__}")
+        known = {f.name: f for f in dataclasses.fields(cls) if f.name not in ("extra", "aliases")}
+        kept: dict[str, Any] = {}
+        aliases: dict[str, str] = {}
+        extra: dict[str, Any] = {}
+        for key, value in values.items():
+            name = _ALIASES.get(key, key)
+            path = f"{where}.{key}" if where else key
+            if name in known:
+                if name in kept and kept[name] != value:
+                    raise ValueError(f"{path} = {value!r} contradicts its other spelling {name} = {kept[name]!r}")
+                if name != key:
+                    aliases[name] = key
+                if value is None and known[name].metadata.get("omit_none"):
+                    extra[key] = None  # written back as it was
+                    continue
+                kept[name] = _coerce(cls, known[name], value, path)
+            else:
+                if key not in PASSIVE_KEYS:
+                    _check_unknown(key, path, known)
+                extra[key] = value
+        config = cls(**kept, extra=extra, aliases=aliases)  # type: ignore[call-arg]
+        config.validate(where or cls.__name__)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` mapping, unknown keys included; keys that are None and were never set are left out."""
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            if f.name in ("extra", "aliases"):
+                continue
+            value = getattr(self, f.name)
+            if value is None and f.metadata.get("omit_none"):
+                continue
+            if isinstance(value, Config):
+                value = value.to_dict()
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            out[self.aliases.get(f.name, f.name)] = value  # type: ignore[attr-defined]
+        return {**self.extra, **out}  # type: ignore[attr-defined]
+
+    def validate(self, where: str) -> None:
+        """Raise ValueError when values contradict each other."""
+
+    def replace(self: C, **changes: Any) -> C:
+        """A copy with some fields changed, validated again."""
+        known = [f.name for f in dataclasses.fields(self)]
+        for key in changes:
+            if key not in known:
+                raise ValueError(f"{type(self).__name__} has no field {key!r}{_suggest(key, known)}")
+        config = dataclasses.replace(self, **changes)
+        config.validate(type(self).__name__)
+        return config
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _edit_distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, ca in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, cb in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (ca != cb))
+    return row[-1]
+
+
+def _check_unknown(key: str, path: str, known: Mapping[str, Any]) -> None:
+    """Refuse a likely misspelling (at most two edits, or nearly all letters shared); warn once about anything else."""
+    for name in known:
+        close = _edit_distance(key.lower(), name) <= min(2, len(name) // 5)
+        if close or difflib.SequenceMatcher(None, key.lower(), name).ratio() >= 0.9:
+            raise ValueError(f"unknown key {path!r} in config.json; did you mean {name!r}?")
+    if path not in _warned:
+        _warned.add(path)
+        warnings.warn(f"config key {path!r} is not known to omni; it is kept and written back", stacklevel=4)
+
+
+def _coerce(cls: type, f: dataclasses.Field[Any], value: Any, path: str) -> Any:
+    """Check a value against its field's kind and build nested configs."""
+    kind = f.metadata.get("kind")
+    if value is None and f.default is None:
+        return None
+    if isinstance(kind, type) and issubclass(kind, Config):
+        return kind.from_dict(value, path)
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+    expected = kind or type(default)
+    if expected is tuple:
+        if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
+            raise ValueError(f"{path} must be a list of integers, got {value!r}")
+        return tuple(value)
+    if expected is float and type(value) in (int, float):
+        return value  # kept as written: 10000 stays 10000 in the file
+    if expected is int and type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not expected:
+        raise ValueError(f"{path} must be of type {expected.__name__}, got {value!r}")
+    return value
+
+
+def nested(kind: type[Config], optional: bool = False) -> Any:
+    if optional:
+        return field(default=None, metadata={"kind": kind})
+    return field(default_factory=kind, metadata={"kind": kind})
+
+
+def optional(kind: type) -> Any:
+    return field(default=None, metadata={"kind": kind, "omit_none": True})
+
+
+def extra_field() -> Any:
+    return field(default_factory=dict, repr=False)
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def positive(config: Config, where: str, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) > 0, f"{where}.{name} must be positive, got {getattr(config, name)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; FileNotFoundError or ValueError name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint folder needs {path.name}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values

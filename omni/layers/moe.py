@@ -1,0 +1,143 @@
+"""Mixture of experts: router table, experts backends, load-balancing loss.
+
+Shapes: N tokens, D model width, E experts, k experts a token, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omni.config_decoder import MoEConfig
+from omni.layers.swiglu import SwiGLU
+
+
+class Routing(NamedTuple):
+    """ids int64 [N, k]; weights [N, k] in the activations' dtype; logits [N, E] for the balancing loss."""
+
+    ids: Tensor
+    weights: Tensor
+    logits: Tensor
+
+
+def topk_softmax(logits: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """fp32 softmax over all experts, the k largest kept (and made to sum to one if `normalise`) -> (ids, weights)."""
+    weights, ids = logits.softmax(-1, dtype=torch.float32).topk(k, dim=-1)
+    if normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return ids, weights
+
+
+ROUTERS: dict[str, Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]] = {"topk_softmax": topk_softmax}
+
+
+class Router(nn.Module):
+    """Linear scores D -> E without bias, then one entry of `ROUTERS`."""
+
+    def __init__(self, config: MoEConfig, kind: str = "topk_softmax") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.k = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.select = ROUTERS[kind]
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = F.linear(x, self.weight)
+        ids, weights = self.select(logits, self.k, self.normalise)
+        return Routing(ids, weights.to(x.dtype), logits)
+
+
+def loop_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One expert after the other, only those that were chosen: the oracle of every other entry."""
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        token, choice = torch.where(ids == expert)
+        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down[expert])
+        out = out.index_add(0, token, y * weights[token, choice, None])
+    return out
+
+
+def grouped_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """All experts in two grouped matrix products over the tokens sorted by expert."""
+    k = ids.shape[1]
+    order = ids.flatten().argsort(stable=True)
+    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0])
+    offsets = counts.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offsets)
+    y = y * weights.flatten()[order, None]
+    return torch.zeros_like(x).index_add(0, order // k, y)
+
+
+EXPERTS: dict[str, Callable[..., Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
+
+
+def choose_experts(x: Tensor, gate_up: Tensor, down: Tensor) -> str:
+    """The backend for this input: grouped where torch's kernel takes it and there are several tokens, else the loop."""
+    aligned = all(w.shape[-1] * w.element_size() % 16 == 0 for w in (gate_up, down))  # grouped_mm wants 16-byte rows
+    typed = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if not (aligned and typed):
+        return "loop"
+    return "grouped" if x.shape[0] > 8 or x.is_cuda else "loop"
+
+
+class Experts(nn.Module):
+    """E gated feed-forward experts, stacked: gate_up_proj [E, 2I, D] (gate first), down_proj [E, D, I]."""
+
+    def __init__(self, experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, backend: str | None = None) -> Tensor:
+        """x [N, D], ids and weights [N, k] -> [N, D]."""
+        backend = backend or choose_experts(x, self.gate_up_proj, self.down_proj)
+        if backend not in EXPERTS:
+            raise ValueError(f"experts backend {backend!r} is not one of {sorted(EXPERTS)}")
+        return EXPERTS[backend](x, ids, weights, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """Router and experts, plus one always-on shared expert behind a sigmoid gate where the config has one."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_expert: SwiGLU | None = None
+        self.shared_expert_gate: nn.Linear | None = None
+        if config.shared_expert_intermediate_size > 0:
+            self.shared_expert = SwiGLU(config.hidden_size, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; appends this layer's router logits [B * T, E] to the list if one is given."""
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.gate(flat)
+        if router_logits is not None:
+            router_logits.append(routing.logits)
+        y = self.experts(flat, routing.ids, routing.weights)
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            y = y + self.shared_expert_gate(flat).sigmoid() * self.shared_expert(flat)
+        return y.reshape(x.shape)
+
+
+def load_balancing_loss(router_logits: list[Tensor], k: int, mask: Tensor | None = None) -> Tensor:
+    """Switch Transformer's auxiliary loss (Fedus et al., 2021, eq. 4-6) over all layers; equals k at uniform routing.
+
+    router_logits: one [N, E] a layer; mask bool [N], True for tokens that count. Gradient flows through the mean
+    probabilities only.
+    """
+    experts = router_logits[0].shape[-1]
+    logits = torch.stack(router_logits).float()  # [L, N, E]
+    probabilities = logits.softmax(-1)
+    chosen = F.one_hot(probabilities.topk(k, dim=-1).indices, experts).sum(-2).float()  # [L, N, E]
+    if mask is None:
+        mask = torch.ones(logits.shape[1], device=logits.device)
+    weight = mask.float().reshape(1, -1, 1) / (mask.float().sum() * logits.shape[0])
+    return experts * ((chosen * weight).sum((0, 1)) * (probabilities * weight).sum((0, 1))).sum()

@@ -1,0 +1,1 @@
+"""Rotary embeddings and the positions they rotate by."""

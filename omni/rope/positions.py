@@ -1,0 +1,255 @@
+"""Segments: what lies where in a prompt, and the TM-RoPE positions that follow (Qwen3-Omni, section 2.2).
+
+A prompt is a list of segments that cover its tokens without gaps. Begin and end tokens of media are `Text`. Positions
+are fp32 [3, T], rows (time, height, width); times of videos are fractional and never rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """`length` ordinary tokens."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A clip of `length` audio tokens."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """One picture on a merged grid of height x width tokens."""
+
+    height: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class Video:
+    """One merged grid of height x width tokens for each time in `times` (seconds from the video's start)."""
+
+    times: tuple[float, ...]
+    height: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        return len(self.times) * self.height * self.width
+
+
+@dataclass(frozen=True)
+class AudioVideo:
+    """A video and its sound, token by token in the order of time.
+
+    `order` says for every token whether it is a video token; None means the order of `interleave`.
+    """
+
+    video: Video
+    audio: Audio
+    order: tuple[bool, ...] | None = field(default=None, repr=False)
+
+    @property
+    def length(self) -> int:
+        return self.video.length + self.audio.length
+
+
+Segment = Union[Text, Audio, Image, Video, AudioVideo]
+
+
+class MediaTokens(NamedTuple):
+    """Token ids that mark media in a prompt."""
+
+    audio: int
+    image: int
+    video: int
+    audio_start: int
+    vision_start: int
+
+
+def interleave(segment: AudioVideo, rate: float) -> tuple[bool, ...]:
+    """Order of the tokens of a video with sound: True for video. On equal time the video token comes first.
+
+    `rate` is positions a second; one audio token takes one position.
+    """
+    if segment.order is not None:
+        return segment.order
+    tokens = segment.video.height * segment.video.width
+    order: list[bool] = []
+    heard = 0
+    for time in segment.video.times:
+        while heard < segment.audio.length and heard < time * rate:
+            order.append(False)
+            heard += 1
+        order.extend([True] * tokens)
+    return (*order, *[False] * (segment.audio.length - heard))
+
+
+def placeholder_ids(segment: Segment, tokens: MediaTokens, rate: float) -> list[int]:
+    """The token ids that stand for a media segment in the prompt (without begin and end tokens)."""
+    if isinstance(segment, Audio):
+        return [tokens.audio] * segment.length
+    if isinstance(segment, Image):
+        return [tokens.image] * segment.length
+    if isinstance(segment, Video):
+        return [tokens.video] * segment.length
+    if isinstance(segment, AudioVideo):
+        return [tokens.video if video else tokens.audio for video in interleave(segment, rate)]
+    raise TypeError(f"{type(segment).__name__} has no placeholder")
+
+
+def _grid_positions(times: Tensor, height: int, width: int, start: float) -> Tensor:
+    """[3, steps * height * width]: time, row and column of every token, from `start` on."""
+    steps = times.shape[0]
+    shape = (steps, height, width)
+    t = times.view(-1, 1, 1).expand(shape)
+    h = torch.arange(height, dtype=torch.float32).view(1, -1, 1).expand(shape)
+    w = torch.arange(width, dtype=torch.float32).view(1, 1, -1).expand(shape)
+    return torch.stack((t, h, w)).flatten(1) + torch.tensor(start, dtype=torch.float32)
+
+
+def _run(length: int, start: float) -> Tensor:
+    """[3, length]: one position a token, the same on all three axes."""
+    return (torch.arange(length, dtype=torch.float32) + torch.tensor(start, dtype=torch.float32)).expand(3, -1)
+
+
+def segment_positions(segment: Segment, start: float, rate: float) -> tuple[Tensor, float]:
+    """Positions of one segment that begins at `start`, and the position where the next one begins.
+
+    The next start is the maximum + 1 of the segment's last piece. In a video with sound that piece is what remains of
+    one track after the other has ended, so a tall frame early on does not push what follows (as released).
+    """
+    if segment.length == 0:
+        return torch.zeros(3, 0), start
+    if isinstance(segment, (Text, Audio)):
+        positions = _run(segment.length, start)
+    elif isinstance(segment, Image):
+        positions = _grid_positions(torch.zeros(1), segment.height, segment.width, start)
+    elif isinstance(segment, Video):
+        times = torch.tensor(segment.times, dtype=torch.float32) * rate
+        positions = _grid_positions(times, segment.height, segment.width, start)
+    else:
+        order = torch.tensor(interleave(segment, rate))
+        video, _ = segment_positions(segment.video, start, rate)
+        positions = torch.empty(3, segment.length)
+        positions[:, order] = video
+        positions[:, ~order] = _run(segment.audio.length, start)
+        other = torch.where(order != order[-1])[0]
+        tail = int(other[-1]) + 1 if len(other) else 0
+        return positions, float(positions[:, tail:].max()) + 1
+    return positions, float(positions.max()) + 1
+
+
+def prompt_positions(segments: Sequence[Segment], rate: float, start: float = 0.0) -> tuple[Tensor, float]:
+    """Positions fp32 [3, T] of a whole prompt and the position of the first token after it."""
+    pieces = [torch.zeros(3, 0)]
+    for segment in segments:
+        piece, start = segment_positions(segment, start, rate)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1), start
+
+
+def slice_segments(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
+    """The segments of tokens start .. stop - 1; text is cut, media must lie wholly inside or outside."""
+    kept: list[Segment] = []
+    offset = 0
+    for segment in segments:
+        first, last = max(start, offset), min(stop, offset + segment.length)
+        if first < last:
+            if isinstance(segment, Text):
+                kept.append(Text(last - first))
+            elif last - first == segment.length:
+                kept.append(segment)
+            else:
+                raise ValueError(f"a {type(segment).__name__} of {segment.length} tokens is cut at token {first}")
+        offset += segment.length
+    return kept
+
+
+def parse_segments(
+    ids: Sequence[int], tokens: MediaTokens, images: Iterator[Image], videos: Iterator[Video], audios: Iterator[Audio]
+) -> list[Segment]:
+    """Read the segments back from one row of prompt ids (padding removed).
+
+    The iterators yield the media in the order in which they stand in the batch. A video is one with sound where its
+    content follows `vision_start, audio_start`; its order is then taken from the ids. Raises ValueError where the ids
+    and the media disagree.
+    """
+    segments: list[Segment] = []
+    media = {tokens.audio, tokens.image, tokens.video}
+    i = text_from = 0
+    while i < len(ids):
+        if ids[i] not in media:
+            i += 1
+            continue
+        segment: Segment
+        with_sound = ids[max(i - 2, 0) : i] == [tokens.vision_start, tokens.audio_start]
+        if ids[i] == tokens.image:
+            segment, wanted = _next(images, "image", i), [tokens.image]
+        elif with_sound and (tokens.video in _media_run(ids, i, media)):
+            video, audio = _next(videos, "video", i), _next(audios, "audio", i)
+            segment, wanted = AudioVideo(video, audio), [tokens.video, tokens.audio]
+        elif ids[i] == tokens.video:
+            segment, wanted = _next(videos, "video", i), [tokens.video]
+        else:
+            segment, wanted = _next(audios, "audio", i), [tokens.audio]
+        content = ids[i : i + segment.length]
+        if len(content) < segment.length or any(token not in wanted for token in content):
+            raise ValueError(
+                f"the prompt has fewer placeholder tokens at token {i} than its {type(segment).__name__} needs "
+                f"({segment.length}); the ids and the media features do not belong together"
+            )
+        if isinstance(segment, AudioVideo):
+            order = tuple(token == tokens.video for token in content)
+            if sum(order) != segment.video.length:
+                raise ValueError(
+                    f"a video with sound at token {i} has {sum(order)} video placeholders, its grid needs "
+                    f"{segment.video.length}"
+                )
+            segment = AudioVideo(segment.video, segment.audio, order)
+        if i > text_from:
+            segments.append(Text(i - text_from))
+        segments.append(segment)
+        i += segment.length
+        text_from = i
+        if i < len(ids) and ids[i] in wanted:
+            raise ValueError(
+                f"the prompt has more placeholder tokens at token {i} than its {type(segment).__name__} needs "
+                f"({segment.length}); the ids and the media features do not belong together"
+            )
+    if len(ids) > text_from:
+        segments.append(Text(len(ids) - text_from))
+    return segments
+
+
+def _media_run(ids: Sequence[int], start: int, media: set[int]) -> set[int]:
+    """The media tokens that follow each other from `start` on."""
+    seen: set[int] = set()
+    for token in ids[start:]:
+        if token not in media:
+            break
+        seen.add(token)
+    return seen
+
+
+def _next(source: Iterator, kind: str, token: int):  # type: ignore[no-untyped-def, type-arg]
+    """The next medium of the batch, or an error that says which one is missing."""
+    try:
+        return next(source)
+    except StopIteration:
+        raise ValueError(f"the prompt asks for one more {kind} at token {token} than the inputs hold") from None

@@ -1,0 +1,29 @@
+"""TM-RoPE: time-aligned multimodal rotary embedding, interleaved over time, height, width (Qwen3-Omni, 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omni.rope.rotary import double_angles, inverse_frequencies
+
+
+class TMRope:
+    """positions fp32 [3, B, T] (time, height, width) -> (cos, sin), each fp32 [B, T, D].
+
+    Rotary pair i turns with axis i mod 3 while that axis has pairs left in `sections`, else with time
+    (released: 24/20/20 of 64 pairs, THWTHW...TTTT). With three equal rows it is ordinary 1-D rotary embedding.
+    """
+
+    def __init__(self, dim: int, theta: float, sections: tuple[int, ...]) -> None:
+        self.dim = dim
+        self.theta = theta
+        self.axis = [
+            i % 3 if i % 3 and i < 3 * sections[i % 3] else 0  # time takes whatever height and width leave
+            for i in range(dim // 2)
+        ]
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None].float() * inverse_frequencies(self.dim, self.theta, positions.device)
+        choice = torch.nn.functional.one_hot(torch.tensor(self.axis, device=positions.device), 3).T.float()  # [3, D/2]
+        return double_angles((angles * choice[:, None, None, :]).sum(0))
