@@ -1,0 +1,1 @@
+"""From codec frames to a waveform, at once or frame by frame."""

@@ -1,0 +1,162 @@
+"""Code2Wav: frames of residual codes to a waveform, in one call or frame by frame.
+
+The embeddings of a frame's codes are averaged, a windowed transformer mixes the frames, and causal convolutions
+upsample them to samples: x2 x2 (ConvNeXt), then x8 x5 x4 x3 (Snake blocks), which makes 1920 samples of 24 kHz for a
+frame of 80 ms (released config).
+
+Shapes: B rows, K codebooks, T frames, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from omni.code2wav.conv import (
+    CausalConv1d,
+    CausalConvTranspose1d,
+    ConvNeXtBlock,
+    DecoderBlock,
+    SnakeBeta,
+    StreamingChain,
+)
+from omni.code2wav.window_transformer import WindowState, WindowTransformer
+from omni.config import Code2WavConfig
+from omni.layers.state import State
+
+SAMPLE_RATE_HZ = 24000  # of the released codec; not part of the config
+_FRAMES_AT_ONCE = 256  # bounds the memory of decoding without gradients (20 s of speech, released config)
+
+
+@dataclass
+class Code2WavState(State):
+    """What decoding remembers of the frames so far. Make a fresh one for each turn."""
+
+    transformer: WindowState
+    upsample: State
+    decoder: State
+
+
+class Code2Wav(nn.Module):
+    """The codec decoder.
+
+    The released weights are trained with transposed convolutions that are trimmed at both ends: T frames give
+    hop_length * T - lookahead samples, each of which looks `lookahead` samples (555, 23 ms) ahead. With
+    `strict_causal` they are trimmed at the end only: hop_length * T samples, no lookahead, and the same waveform later
+    by that much once the first few frames are over.
+    """
+
+    def __init__(self, config: Code2WavConfig, *, strict_causal: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.strict_causal = strict_causal
+        dim, channels = config.hidden_size, config.decoder_dim
+        self.code_embedding = nn.Embedding(config.codebook_size * config.num_quantizers, dim)
+        self.pre_transformer = WindowTransformer(config)
+        self.upsample = StreamingChain(
+            StreamingChain([CausalConvTranspose1d(dim, dim, kernel_size=ratio, stride=ratio), ConvNeXtBlock(dim)])
+            for ratio in config.upsampling_ratios
+        )
+        layers: list[nn.Module] = [CausalConv1d(dim, channels, kernel_size=7)]
+        for rate in config.upsample_rates:
+            layers.append(DecoderBlock(channels, channels // 2, rate, trim_start=not strict_causal))
+            channels //= 2
+        layers += [SnakeBeta(channels), CausalConv1d(channels, 1, kernel_size=7)]
+        self.decoder = StreamingChain(layers)
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second."""
+        return SAMPLE_RATE_HZ
+
+    @property
+    def hop_length(self) -> int:
+        """Samples a frame."""
+        return self.config.hop_length
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second (released: 12.5)."""
+        return self.sample_rate / self.hop_length
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes a frame."""
+        return self.config.num_quantizers
+
+    @property
+    def lookahead(self) -> int:
+        """Samples of the future that a sample depends on, which are also missing from the first call's output."""
+        samples = 0
+        for rate in self.config.upsample_rates:  # a block upsamples what is missing and trims `rate` samples more
+            samples = samples * rate + (0 if self.strict_causal else rate)
+        return samples
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """codes int64 [B, K, T] -> samples in -1 .. 1 [B, hop_length * T - lookahead] (none for T = 0).
+
+        Without gradients a long signal is decoded in pieces, which bounds memory and changes nothing. Raises
+        ValueError for a wrong number of codebooks and for codes out of range.
+        """
+        self._check(codes)
+        self._check_range(codes)
+        frames = codes.shape[2]
+        if frames == 0:
+            return self.code_embedding.weight.new_zeros(codes.shape[0], 0)
+        if frames > _FRAMES_AT_ONCE and not torch.is_grad_enabled():
+            state = self.init_state(codes.shape[0])
+            return torch.cat([self.step(piece, state) for piece in codes.split(_FRAMES_AT_ONCE, dim=2)], dim=1)
+        x = self.pre_transformer(self._embed(codes)).transpose(1, 2)  # [B, D, T]
+        return self.decoder(self.upsample(x)).clamp(-1, 1)[:, 0]
+
+    def init_state(self, batch_size: int) -> Code2WavState:
+        """The state before the first frame, in the dtype and on the device of the parameters."""
+        return Code2WavState(
+            self.pre_transformer.init_state(batch_size),
+            self.upsample.init_state(batch_size),
+            self.decoder.init_state(batch_size),
+        )
+
+    @torch.no_grad()
+    def step(self, codes: Tensor, state: Code2WavState) -> Tensor:
+        """The next n >= 1 frames, codes int64 [B, K, n] -> [B, hop_length * n] samples; updates `state` in place.
+
+        The first call returns `lookahead` samples less; joined, all calls equal one `forward`. The codes' range is
+        checked on a CPU only: elsewhere the check would wait for the device in every frame.
+        """
+        self._check(codes)
+        if codes.shape[2] == 0 or codes.shape[0] != state.transformer.frames.shape[0]:
+            raise ValueError(
+                f"step needs codes of {state.transformer.frames.shape[0]} rows and at least one frame, "
+                f"got shape {list(codes.shape)}"
+            )
+        if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_range(codes)
+        x = self.pre_transformer(self._embed(codes), state.transformer).transpose(1, 2)
+        x = self.decoder.step(self.upsample.step(x, state.upsample), state.decoder)
+        return x.clamp(-1, 1)[:, 0]
+
+    def _embed(self, codes: Tensor) -> Tensor:
+        """Mean embedding of each frame's codes [B, T, D]; codebook q lies at q * codebook_size in the one table."""
+        offsets = torch.arange(self.num_codebooks, device=codes.device)[:, None] * self.config.codebook_size
+        return self.code_embedding(codes + offsets).mean(1)
+
+    def _check(self, codes: Tensor) -> None:
+        if codes.dim() != 3 or codes.shape[1] != self.num_codebooks:
+            raise ValueError(
+                f"codes must have shape [rows, {self.num_codebooks} codebooks, frames], got {list(codes.shape)}"
+            )
+        if codes.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"codes must be int64, got {codes.dtype}")
+
+    def _check_range(self, codes: Tensor) -> None:
+        size = self.config.codebook_size
+        outside = (codes < 0) | (codes >= size)
+        if outside.any():
+            row, book, frame = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"code {codes[row, book, frame].item()} at row {row}, codebook {book}, frame {frame} lies outside "
+                f"0..{size - 1}; control codes such as the end code must be removed before decoding"
+            )

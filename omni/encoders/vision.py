@@ -1,0 +1,188 @@
+"""The vision encoder: patches of images and video frame pairs to Thinker embeddings and DeepStack taps.
+
+A patch is 2 frames x 16 x 16 pixels (an image counts as two equal frames). Patches come in the order of the processor:
+item by item, grid step by grid step, and within a step in blocks of merge x merge patches, so that the patches which
+become one token are neighbours.
+Sources: SigLIP 2 (Tschannen et al., 2025), Qwen3-VL (2025; DeepStack, Meng et al., 2024).
+
+Shapes: N patches of all items (packed), C width, H heads, hd head width, m merge size; a grid is (t, h, w) in patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omni.config import VisionEncoderConfig
+from omni.encoders.output import EncoderOutput
+from omni.layers.attention_backends import packed_attention
+from omni.rope.rotary import AxialRotary, apply_rotary
+
+Grid = tuple[int, int, int]
+
+
+def patch_coordinates(grid: Grid, merge: int, device: torch.device) -> Tensor:
+    """(row, column) of each patch of an item, int64 [t * h * w, 2], in the processor's order."""
+    steps, height, width = grid
+    rows = torch.arange(height, device=device)[:, None].expand(height, width)
+    columns = torch.arange(width, device=device).expand(height, width)
+    raster = torch.stack((rows, columns), dim=-1)
+    blocks = raster.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # [h / m, m, w / m, m, 2]
+    return blocks.transpose(1, 2).flatten(0, 3).repeat(steps, 1)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of a patch. The checkpoint holds a Conv3d; its kernel spans the patch, so it is one product."""
+
+    def __init__(self, config: VisionEncoderConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [N, channels * 2 * 16 * 16] -> [N, C]."""
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionAttention(nn.Module):
+    """Multi-head self-attention with axial rotary positions, inside each block of a packed row."""
+
+    def __init__(self, config: VisionEncoderConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], blocks: list[int]) -> Tensor:
+        """x [N, C] -> [N, C]; tables fp32 [N, hd]; `blocks` are the block lengths, with sum N."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [N, H, hd]
+        q, k = (apply_rotary(y.transpose(0, 1), *tables).transpose(0, 1) for y in (q, k))
+        return self.proj(packed_attention(q, k, v, blocks).flatten(1))
+
+
+class VisionMLP(nn.Module):
+    """Two linear layers around the GELU that the config names."""
+
+    def __init__(self, config: VisionEncoderConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.approximate = "tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate=self.approximate))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: VisionEncoderConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], blocks: list[int]) -> Tensor:
+        """x [N, C] -> [N, C]."""
+        x = x + self.attn(self.norm1(x), tables, blocks)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """m * m neighbouring patches [N, C] -> one token [N / m^2, D_out]; normalised before or after they are joined."""
+
+    def __init__(self, config: VisionEncoderConfig, *, norm_joined: bool) -> None:
+        super().__init__()
+        self.norm_joined = norm_joined
+        self.joined = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = nn.LayerNorm(self.joined if norm_joined else config.hidden_size, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, config.out_hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_joined:
+            return self.mlp(self.ln_q(x.reshape(-1, self.joined)))
+        return self.mlp(self.ln_q(x).reshape(-1, self.joined))
+
+
+class VisionEncoder(nn.Module):
+    """Pixel patches of images and videos -> packed Thinker embeddings and one tap per DeepStack index."""
+
+    def __init__(self, config: VisionEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.rotary = AxialRotary(config.hidden_size // config.num_heads, config.theta)
+        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
+        self.merger = PatchMerger(config, norm_joined=False)
+        taps = config.deepstack_visual_indexes
+        self.merger_list = nn.ModuleList([PatchMerger(config, norm_joined=True) for _ in taps])
+
+    def num_tokens(self, t: int, h: int, w: int) -> int:
+        """Tokens of an image (t = 1) or video of t x h x w patches."""
+        return t * h * w // self.config.spatial_merge_size**2
+
+    def forward(self, pixels: Tensor, grid_thw: Tensor) -> EncoderOutput:
+        """pixels [N, channels * 2 * 16 * 16], grid_thw int64 [items, 3] -> embeds and taps [N / m^2, D_out].
+
+        A tap is taken after its block (0-based). A patch attends to the patches of its own grid step only.
+        Raises ValueError where pixel rows and grids do not fit.
+        """
+        grids = self._check(pixels, grid_thw)
+        lengths = [self.num_tokens(*grid) for grid in grids]
+        if not grids:
+            none = self.pos_embed.weight.new_zeros(0, self.config.out_hidden_size)
+            return EncoderOutput(none, [], [none for _ in self.merger_list])
+        pixels = pixels.to(self.patch_embed.proj.weight)
+        merge = self.config.spatial_merge_size
+        coordinates = [patch_coordinates(grid, merge, pixels.device) for grid in grids]
+        x = self.patch_embed(pixels)
+        places = [self._learned_positions(c, grid) for c, grid in zip(coordinates, grids)]
+        x = x + torch.cat(places).to(x.dtype)
+        tables = self.rotary(torch.cat(coordinates))
+        blocks = [h * w for t, h, w in grids for _ in range(t)]
+        tap_of = {block: i for i, block in enumerate(self.config.deepstack_visual_indexes)}
+        taps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, tables, blocks)
+            if i in tap_of:
+                taps.append(self.merger_list[tap_of[i]](x))
+        return EncoderOutput(self.merger(x), lengths, taps)
+
+    def _learned_positions(self, coordinates: Tensor, grid: Grid) -> Tensor:
+        """The learned square of positions, resampled bilinearly (corner on corner) to the grid: fp32 [t * h * w, C]."""
+        side = int(self.config.num_position_embeddings**0.5)
+        sizes = torch.tensor(grid[1:], device=coordinates.device)
+        exact = coordinates.float() * (side - 1) / (sizes - 1).clamp(min=1)  # fp32 [n, 2] within 0 .. side - 1
+        lower = exact.long()
+        upper = (lower + 1).clamp(max=side - 1)
+        share = exact - lower  # of the upper neighbour, along rows and columns
+        out = torch.zeros((), device=coordinates.device)
+        for row, row_share in ((lower[:, 0], 1 - share[:, 0]), (upper[:, 0], share[:, 0])):
+            for column, column_share in ((lower[:, 1], 1 - share[:, 1]), (upper[:, 1], share[:, 1])):
+                out = out + self.pos_embed(row * side + column) * (row_share * column_share)[:, None]
+        return out
+
+    def _check(self, pixels: Tensor, grid_thw: Tensor) -> list[Grid]:
+        """The grids as numbers, after checking them against the pixel rows."""
+        config = self.config
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        if pixels.dim() != 2 or pixels.shape[1] != width:
+            raise ValueError(f"pixels must be patches [N, {width}], got shape {list(pixels.shape)}")
+        if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+            raise ValueError(f"grid_thw must be [items, 3] of (t, h, w) in patches, got shape {list(grid_thw.shape)}")
+        grids = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
+        merge = config.spatial_merge_size
+        for item, (t, h, w) in enumerate(grids):
+            if min(t, h, w) < 1 or h % merge or w % merge:
+                raise ValueError(
+                    f"grid {item} is (t, h, w) = ({t}, {h}, {w}); all must be positive, h and w multiples of {merge}"
+                )
+        patches = sum(t * h * w for t, h, w in grids)
+        if patches != pixels.shape[0]:
+            raise ValueError(f"the grids describe {patches} patches, but there are {pixels.shape[0]} pixel rows")
+        return grids

@@ -1,0 +1,113 @@
+"""The log-mel front end: framing, filters, reference level and bad input (parity is tested elsewhere)."""
+
+import math
+
+import pytest
+import torch
+
+from omni.encoders.mel import (
+    LogMel,
+    compress,
+    frame_signal,
+    hz_to_mel,
+    log_power,
+    mel_filter_bank,
+    mel_to_hz,
+    power_spectrum,
+)
+
+
+@pytest.fixture(scope="module")
+def log_mel() -> LogMel:
+    return LogMel()
+
+
+@pytest.mark.parametrize("samples", [160, 161, 200, 201, 319, 320, 1000, 15999, 16000, 16001])
+def test_a_frame_for_each_whole_hop(log_mel: LogMel, samples: int) -> None:
+    features = log_mel(torch.randn(samples))
+    assert features.shape == (128, samples // 160) and features.dtype == torch.float32
+    assert features.shape[1] == log_mel.num_frames(samples)
+    assert torch.isfinite(features).all()
+
+
+def test_mel_scale_is_linear_below_1_khz_and_inverts() -> None:
+    assert hz_to_mel(500) == pytest.approx(7.5) and hz_to_mel(1000) == pytest.approx(15)
+    assert hz_to_mel(6400) == pytest.approx(15 + 27)
+    hz = torch.tensor([0.0, 440.0, 1000.0, 3000.0, 8000.0], dtype=torch.float64)
+    mels = torch.tensor([hz_to_mel(float(f)) for f in hz], dtype=torch.float64)
+    torch.testing.assert_close(mel_to_hz(mels), hz)
+
+
+def test_filters_have_area_one() -> None:
+    filters = mel_filter_bank(num_mels=20, n_fft=2048, sample_rate=16000)
+    area = filters.sum(1) * (8000 / 1024)  # Hz per bin
+    torch.testing.assert_close(area, torch.ones(20), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("hz", [200, 1000, 3500, 7000])
+def test_a_sine_is_loudest_in_its_own_band(log_mel: LogMel, hz: int) -> None:
+    features = log_mel(torch.sin(2 * math.pi * hz * torch.arange(8000) / 16000))
+    loudest = features[:, 10:-10].mean(1).argmax()
+    corners_hz = mel_to_hz(torch.linspace(0, hz_to_mel(8000), 130, dtype=torch.float64))
+    assert corners_hz[loudest] - 40 <= hz <= corners_hz[loudest + 2] + 40  # one FFT bin of 40 Hz on either side
+
+
+def test_range_is_80_db_below_the_loudest_value(log_mel: LogMel) -> None:
+    samples = torch.cat((torch.randn(4000), torch.zeros(4000)))
+    features = log_mel(samples)
+    assert features.max() - features.min() == pytest.approx(8 / 4)
+    assert log_mel(torch.zeros(1600)).unique().tolist() == pytest.approx([(-10 + 4) / 4])
+
+
+def test_gain_only_shifts(log_mel: LogMel) -> None:
+    samples = torch.randn(3200)
+    torch.testing.assert_close(log_mel(10 * samples), log_mel(samples) + 2 / 4, atol=1e-5, rtol=0)
+
+
+def test_pieces_of_a_clip_give_the_inner_frames_of_the_whole(log_mel: LogMel) -> None:
+    """Framing, spectrum and filters do not look at the clip; only the reference level does."""
+    samples = torch.randn(3200)
+    part = frame_signal(samples[800:2400], 400, 160)
+    logs = log_mel.log_mel(part)
+    assert torch.equal(logs, log_power(log_mel.filters @ power_spectrum(part, log_mel.window).T.contiguous()))
+    whole = log_mel(samples)
+    level = whole.max() * 4 - 4
+    # Frame i of the clip is centred at 160 i, so the one that starts at sample 800 is centred at 1000: between two.
+    aligned = log_mel.log_mel(frame_signal(samples[760:2400], 400, 160))
+    torch.testing.assert_close(compress(aligned, level), whole[:, 6 : 6 + aligned.shape[1]], atol=1e-5, rtol=0)
+
+
+def test_long_clips_in_pieces(log_mel: LogMel, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = torch.randn(16000)
+    whole = log_mel(samples)
+    monkeypatch.setattr("omni.encoders.mel._FRAMES_AT_ONCE", 7)
+    torch.testing.assert_close(log_mel(samples), whole, atol=1e-6, rtol=0)
+
+
+def test_a_clip_too_short_to_mirror_goes_on_in_silence(log_mel: LogMel) -> None:
+    samples = torch.randn(170)
+    padded = torch.nn.functional.pad(samples, (0, 150))
+    torch.testing.assert_close(log_mel(samples), log_mel(padded)[:, :1], atol=0.5, rtol=0)  # but for the level
+    assert torch.isfinite(log_mel(samples)).all()
+
+
+def test_double_precision_input(log_mel: LogMel) -> None:
+    samples = torch.randn(1000)
+    assert torch.equal(log_mel(samples.double()), log_mel(samples))
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "words"),
+    [
+        (torch.zeros(0), ValueError, "0 samples is too short"),
+        (torch.zeros(159), ValueError, "needs 160 samples"),
+        (torch.zeros(2, 400), ValueError, "one channel"),
+        (torch.zeros(400, dtype=torch.int16), TypeError, "int16"),
+        (torch.tensor([0.0] * 300 + [float("nan")] * 100), ValueError, "sample 300 is nan"),
+        (torch.tensor([0.0] * 399 + [float("-inf")]), ValueError, "sample 399 is -inf"),
+        (torch.full((400,), 1e25), ValueError, "reach 1e\\+25"),
+    ],
+)
+def test_bad_input(log_mel: LogMel, samples: torch.Tensor, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        log_mel(samples)
