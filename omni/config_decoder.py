@@ -21,7 +21,12 @@ class RopeConfig(Config):
     @property
     def theta(self) -> float:
         """Base of the rotary frequencies."""
-        for source in (self.rope_parameters, {"rope_theta": self.rope_theta}, self.rope_scaling):
+        sources: tuple[dict[str, Any] | None, ...] = (
+            self.rope_parameters,
+            {"rope_theta": self.rope_theta},
+            self.rope_scaling,
+        )
+        for source in sources:
             if source and source.get("rope_theta") is not None:
                 return float(source["rope_theta"])
         return self._default_theta

@@ -132,11 +132,11 @@ def _check_unknown(key: str, path: str, known: Mapping[str, Any]) -> None:
 def _coerce(cls: type, f: dataclasses.Field[Any], value: Any, path: str) -> Any:
     """Check a value against its field's kind and build nested configs."""
     kind = f.metadata.get("kind")
-    if value is None and f.default is None:
+    if value is None and "None" in str(f.type):
         return None
     if isinstance(kind, type) and issubclass(kind, Config):
         return kind.from_dict(value, path)
-    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+    default = f.default
     expected = kind or type(default)
     if expected is tuple:
         if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):

@@ -45,7 +45,7 @@ class KVCache(State):
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros((*old.shape[:3], grown, old.shape[4]))
-            new[..., : self.capacity, :] = old
+            new[..., : old.shape[3], :] = old
             setattr(self, name, new)
 
     def slots(self, tokens: int) -> Tensor:

@@ -40,10 +40,13 @@ class Router(nn.Module):
 
     def __init__(self, config: MoEConfig, kind: str = "topk_softmax") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.k = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob
         self.select = ROUTERS[kind]
+
+    def initialise(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Routing:
         logits = F.linear(x, self.weight)
@@ -93,6 +96,10 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden))
+
+    def initialise(self, std: float) -> None:
+        nn.init.normal_(self.gate_up_proj, std=std)
+        nn.init.normal_(self.down_proj, std=std)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, backend: str | None = None) -> Tensor:
         """x [N, D], ids and weights [N, k] -> [N, D]."""

@@ -156,12 +156,20 @@ def segment_positions(segment: Segment, start: float, rate: float) -> tuple[Tens
 
 
 def prompt_positions(segments: Sequence[Segment], rate: float, start: float = 0.0) -> tuple[Tensor, float]:
-    """Positions fp32 [3, T] of a whole prompt and the position of the first token after it."""
+    """Positions fp32 [3, T] of a prompt and where a further segment of it would begin.
+
+    A reply begins elsewhere: see `reply_position`.
+    """
     pieces = [torch.zeros(3, 0)]
     for segment in segments:
         piece, start = segment_positions(segment, start, rate)
         pieces.append(piece)
     return torch.cat(pieces, dim=1), start
+
+
+def reply_position(positions: Tensor) -> float:
+    """Where the first generated token stands: after the largest of all positions [3, T] of the prompt (as released)."""
+    return float(positions.max()) + 1 if positions.numel() else 0.0
 
 
 def slice_segments(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:

@@ -1,0 +1,36 @@
+"""What a decoder remembers between calls: its key-value cache and the position of the next token of every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni.config_decoder import DecoderConfig
+from omni.layers.cache import KVCache
+from omni.layers.state import State
+
+
+@dataclass
+class DecoderState(State):
+    """State of the Thinker or the Talker. next_position fp32 [B] (fractional after a video)."""
+
+    cache: KVCache
+    next_position: Tensor
+
+    @classmethod
+    def create(
+        cls, config: DecoderConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> DecoderState:
+        """An empty state with room for `capacity` tokens a row (it grows when more come)."""
+        cache = KVCache.create(
+            config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_size, device, dtype
+        )
+        return cls(cache, torch.zeros(batch, device=device))
+
+    def step_positions(self) -> Tensor:
+        """fp32 [3, B, 1]: positions of one further token a row, which is text; counts it."""
+        positions = self.next_position.view(1, -1, 1).expand(3, -1, -1)
+        self.next_position = self.next_position + 1
+        return positions

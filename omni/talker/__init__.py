@@ -1,0 +1,1 @@
+"""The Talker: speech codes from text and multimodal context, frame by frame."""

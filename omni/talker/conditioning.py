@@ -1,0 +1,61 @@
+"""What the Talker hears of a conversation: its prompt and the text vector of every frame (Qwen3-Omni, section 2.4).
+
+The prompt is the user's part (all user turns, media included) and nine assistant slots:
+
+    text side   <|im_start|> assistant \n   tts_pad  tts_pad    tts_pad    tts_pad  tts_bos  first reply token
+    codec side       0           0      0   nothink  think_bos  think_eos  speaker  pad      bos
+
+Text enters by its Thinker input embedding, media by Thinker hidden states. Frame t (from 0) is followed by the sum of
+its code embeddings and the vector of reply token t + 2 (from 1), then tts_eos once, then tts_pad.
+
+Shapes: T prompt tokens, Dt Thinker width, D Talker width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from omni.talker.talker import Talker
+
+PREFIX_LENGTH = 9
+
+
+def user_spans(ids: Sequence[int], im_start: int, user: int) -> list[tuple[int, int]]:
+    """Token ranges [start, stop) of the user turns of a prompt, each up to the next `<|im_start|>`."""
+    starts = [i for i, token in enumerate(ids) if token == im_start]
+    return [
+        (start, stop)
+        for start, stop in zip(starts, [*starts[1:], len(ids)])
+        if start + 1 < len(ids) and ids[start + 1] == user
+    ]
+
+
+def project_user(talker: Talker, embeds: Tensor, hidden: Tensor, media: Tensor) -> Tensor:
+    """The user's part: embeds and hidden [T, Dt], media bool [T] (True: by hidden state) -> [T, D]."""
+    out = embeds.new_empty(embeds.shape[0], talker.config.text_config.hidden_size)
+    out[~media] = talker.text_projection(embeds[~media])
+    out[media] = talker.hidden_projection(hidden[media])
+    return out
+
+
+def assistant_prefix(
+    talker: Talker, header: Tensor, tts_pad: Tensor, tts_bos: Tensor, first: Tensor, speaker: int
+) -> Tensor:
+    """The nine assistant slots [9, D].
+
+    Projected text vectors: header [3, D], tts_pad [D], tts_bos [D], first reply token [D]; `speaker` is a codec id.
+    """
+    c = talker.config
+    text = torch.cat((header, tts_pad.expand(4, -1), tts_bos[None], first[None]))
+    control = [c.codec_nothink_id, c.codec_think_bos_id, c.codec_think_eos_id, speaker, c.codec_pad_id, c.codec_bos_id]
+    codec = talker.codec_embedding(torch.tensor(control, device=text.device))
+    return text + torch.cat((torch.zeros_like(codec[:3]), codec))
+
+
+def trailing_text_ids(reply: Sequence[int], frames: int, tts_eos: int, tts_pad: int) -> list[int]:
+    """The token whose vector follows each frame: the reply from its second token, tts_eos, then tts_pad."""
+    ids = [*reply[1:], tts_eos][:frames]
+    return ids + [tts_pad] * (frames - len(ids))

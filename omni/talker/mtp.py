@@ -1,0 +1,97 @@
+"""The residual-code head (MTP, "code predictor" in the checkpoint): codebooks 1 .. K - 1 of one frame.
+
+Shapes: N frames, D width, K codebooks, V codes a codebook. Position 0 of its sequence is the Talker's hidden state,
+position 1 the embedding of code 0, position j the embedding of code j - 1; `lm_head[i]` reads position i + 1 and
+predicts code i + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from omni.config import MTPConfig
+from omni.layers.cache import KVCache
+from omni.layers.decoder_layer import DecoderLayer, Tables
+from omni.layers.norm import RMSNorm
+from omni.layers.swiglu import SwiGLU
+from omni.rope.rotary import Rotary
+
+Sampler = Callable[[Tensor, int], Tensor]
+
+
+class MTP(nn.Module):
+    """A small dense decoder with one head and one embedding table for each residual codebook."""
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__()
+        self.config = config
+        residual = config.num_code_groups - 1
+        self.rope = Rotary(config.head_size, config.theta)
+        self.codec_embedding = nn.ModuleList(
+            nn.Embedding(config.vocab_size, config.hidden_size) for _ in range(residual)
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, SwiGLU(config.hidden_size, config.intermediate_size))
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(residual)
+        )
+
+    def init_cache(self, batch_size: int) -> KVCache:
+        """Room for one frame of `batch_size` rows; `generate` empties it before use."""
+        c, weight = self.config, self.norm.weight
+        return KVCache.create(
+            c.num_hidden_layers, batch_size, c.num_key_value_heads, c.num_code_groups, c.head_size,
+            weight.device, weight.dtype,
+        )  # fmt: skip
+
+    def _tables(self, start: int, tokens: int, device: torch.device) -> Tables:
+        return self.rope(torch.arange(start, start + tokens, device=device)[None])
+
+    def _decode(self, x: Tensor, tables: Tables, cache: KVCache | None = None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, tables, cache, i)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.norm(x)
+
+    def embed_residual(self, codes: Tensor) -> Tensor:
+        """codes int64 [N, K - 1] -> their embeddings [N, K - 1, D], table i for codebook i + 1."""
+        return torch.stack([table(codes[:, i]) for i, table in enumerate(self.codec_embedding)], dim=1)
+
+    def forward(self, hidden: Tensor, first: Tensor, codes: Tensor) -> Tensor:
+        """Teacher-forced logits of all residual codebooks in one pass.
+
+        hidden [N, D]: Talker hidden states after its final norm; first [N, D]: the Talker's embedding of code 0;
+        codes int64 [N, K - 1]: the true residual codes -> logits [N, K - 1, V], entry i for codebook i + 1.
+        """
+        residual = self.embed_residual(codes)[:, :-1]
+        x = torch.cat((hidden[:, None], first[:, None], residual), dim=1)  # [N, K, D]
+        x = self._decode(x, self._tables(0, x.shape[1], x.device))[:, 1:]
+        return torch.stack([head(x[:, i]) for i, head in enumerate(self.lm_head)], dim=1)
+
+    def generate(
+        self, hidden: Tensor, first: Tensor, sample: Sampler, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual codes of one frame: K - 1 fixed steps.
+
+        hidden, first [B, D] as in `forward`; `sample(logits [B, V], i)` chooses code i + 1. Returns codes int64
+        [B, K - 1] and the sum of their embeddings [B, D].
+        """
+        cache = self.init_cache(hidden.shape[0]) if cache is None else cache
+        cache.length, cache.bound = torch.zeros_like(cache.length), 0
+        x = torch.stack((hidden, first), dim=1)
+        codes, total = [], torch.zeros_like(hidden)
+        for i, (head, table) in enumerate(zip(self.lm_head, self.codec_embedding)):
+            y = self._decode(x, self._tables(cache.bound, x.shape[1], x.device), cache)
+            code = sample(head(y[:, -1]), i)
+            codes.append(code)
+            embedding = table(code)
+            total = total + embedding
+            x = embedding[:, None]
+        return torch.stack(codes, dim=1), total

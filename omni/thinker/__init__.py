@@ -1,0 +1,1 @@
+"""The Thinker: the decoder that reads all modalities and writes text."""

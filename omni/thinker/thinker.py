@@ -1,0 +1,110 @@
+"""The Thinker: a mixture-of-experts decoder with TM-RoPE over text, sound and vision (Qwen3-Omni, section 2.1).
+
+Shapes: B rows, T new tokens, D width, V vocabulary. Rows are left-aligned: padding, if any, comes after the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from omni.config import ThinkerConfig
+from omni.layers.decoder_layer import DecoderLayer, Tables
+from omni.layers.decoder_state import DecoderState
+from omni.layers.moe import MoE
+from omni.layers.norm import RMSNorm
+from omni.layers.swiglu import SwiGLU
+from omni.rope.tm_rope import TMRope
+
+Rope = Callable[[Tensor], Tables]
+
+
+class ThinkerOutput(NamedTuple):
+    """What one pass of the Thinker yields.
+
+    logits [B, T, V] (or [B, 1, V] where only the last token of each row was asked for); hidden [B, T, D], the hidden
+    states that the Talker reads: the output of decoder layer `accept_hidden_layer` counted from 1, before that
+    layer's DeepStack tap is added (without a Talker: the output of the final norm); router_logits, one [B * T, E] a
+    sparse layer, if asked for.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    router_logits: list[Tensor] | None = None
+
+
+class Thinker(nn.Module):
+    """Token embedding, decoder layers, final norm and text head.
+
+    `accept_layer` says which hidden states to return (None: those after the final norm); `rope` maps positions
+    [3, B, T] to rotary tables and replaces TM-RoPE.
+    """
+
+    def __init__(self, config: ThinkerConfig, accept_layer: int | None = None, rope: Rope | None = None) -> None:
+        super().__init__()
+        text = config.text_config
+        self.config = config
+        self.accept_layer = text.num_hidden_layers if accept_layer is None else accept_layer
+        self.rope = rope or TMRope(text.head_size, text.theta, text.mrope_section)
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(text, MoE(text) if text.is_sparse(i) else SwiGLU(text.hidden_size, text.intermediate_size))
+            for i in range(text.num_hidden_layers)
+        )
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if config.tie_word_embeddings or text.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def init_state(self, batch_size: int, capacity: int = 256) -> DecoderState:
+        """An empty state for `batch_size` rows; `capacity` tokens are reserved, more on demand."""
+        weight = self.embed_tokens.weight
+        return DecoderState.create(self.config.text_config, batch_size, capacity, weight.device, weight.dtype)
+
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        state: DecoderState | None = None,
+        *,
+        taps: Tensor | None = None,
+        lengths: Tensor | None = None,
+        last_only: bool = False,
+        with_router_logits: bool = False,
+    ) -> ThinkerOutput:
+        """Read embeds [B, T, D] at positions fp32 [3, B, T] after what the state holds.
+
+        taps [n, B, T, D]: added after the first n layers. lengths int64 [B]: tokens of each row, the rest is padding
+        (None: all T). `last_only` computes logits for the last token of each row only. Without a state nothing is
+        remembered (training). The caller sets `state.next_position` after a prefill.
+        """
+        x = embeds
+        hidden = embeds if self.accept_layer == 0 else None
+        router_logits: list[Tensor] | None = [] if with_router_logits else None
+        tables = self.rope(positions)
+        cache = state.cache if state is not None else None
+        if cache is not None:
+            cache.reserve(x.shape[1])
+        for i, layer in enumerate(self.layers):
+            x = layer(x, tables, cache, i, router_logits if isinstance(layer.mlp, MoE) else None)
+            if i + 1 == self.accept_layer:
+                hidden = x
+            if taps is not None and i < len(taps):
+                x = x + taps[i].to(x.dtype)
+        if cache is not None:
+            cache.advance(x.shape[1], lengths)
+        x = self.norm(x)
+        if hidden is None or self.accept_layer == len(self.layers):
+            hidden = x
+        if last_only:
+            last = lengths - 1 if lengths is not None else x.new_full((x.shape[0],), x.shape[1] - 1, dtype=torch.int64)
+            x = x[torch.arange(x.shape[0], device=x.device), last].unsqueeze(1)
+        return ThinkerOutput(self.lm_head(x), hidden, router_logits)
+
+    def step(self, ids: Tensor, state: DecoderState) -> Tensor:
+        """One further text token a row: ids int64 [B] -> logits of the next one [B, V]."""
+        embeds = self.embed_tokens(ids)[:, None]
+        return self(embeds, state.step_positions(), state).logits[:, 0]
