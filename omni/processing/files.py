@@ -1,0 +1,175 @@
+"""A checkpoint's processor files on disk: found, read in both layouts, written back.
+
+Released layout: preprocessor_config.json (audio and images in one mapping) and chat_template.json. Layout of
+transformers 5: processor_config.json (one mapping for each part) and chat_template.jinja. Both have tokenizer files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omni.config_reading import read_json
+
+_JSON_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_HUB_FILES = (*_JSON_FILES, *_TOKENIZER_FILES, *_TEMPLATE_FILES, "special_tokens_map.json", "config.json")
+
+# What the image and video processors are built from; anything else in a shared file belongs to another part.
+_PIXEL_KEYS = (
+    *("do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "rescale_factor"),
+    *("max_pixels", "merge_size", "min_pixels", "patch_size", "resample", "size", "temporal_patch_size"),
+)
+_FRAME_KEYS = ("min_frames", "max_frames")
+
+
+@dataclass(frozen=True)
+class ProcessorFiles:
+    """What the files of a folder say.
+
+    `json_files` are the preprocessor files as read, by name; they are written back unchanged. `model` is the Thinker's
+    part of config.json where the folder has one.
+    """
+
+    folder: Path
+    json_files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    chat_template: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Values of the processor itself (position_id_per_seconds, n_window)."""
+        return self.json_files.get("processor_config.json", {})
+
+    @property
+    def position_id_per_seconds(self) -> float:
+        """Positions in a second of video or sound (released: 13)."""
+        value = self.settings.get("position_id_per_seconds", self.model.get("position_id_per_seconds", 13.0))
+        return float(self._positive("position_id_per_seconds", value))
+
+    @property
+    def n_window(self) -> int:
+        """Half the mel frames of one chunk of the audio encoder (released: 50)."""
+        audio = self.model.get("audio_config")
+        own = audio.get("n_window", 50) if isinstance(audio, Mapping) else 50
+        return int(self._positive("n_window", self.settings.get("n_window", own)))
+
+    def _positive(self, name: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{self.folder}: {name} must be a positive number, got {value!r}")
+        return value
+
+    @property
+    def audio_settings(self) -> dict[str, Any]:
+        """Values of the mel front end."""
+        return self._part("feature_extractor")
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """Arguments of the image processor."""
+        return _pick(self._part("image_processor"), _PIXEL_KEYS)
+
+    @property
+    def video_settings(self) -> dict[str, Any]:
+        """Arguments of the video processor; the released layout has none of its own and shares the images'."""
+        own = self.json_files.get("video_preprocessor_config.json")
+        return _pick(self._part("video_processor") if own is None else own, (*_PIXEL_KEYS, *_FRAME_KEYS))
+
+    def _part(self, name: str) -> dict[str, Any]:
+        part = self.settings.get(name)
+        if part is None:
+            return self.json_files.get("preprocessor_config.json", {})
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{self.folder / 'processor_config.json'}: {name} must be a JSON object")
+        return dict(part)
+
+    def save(self, folder: Path, chat_template: str) -> None:
+        """Write the preprocessor files and the chat template into an existing folder."""
+        for name, values in self.json_files.items():
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (folder / "chat_template.json").unlink(missing_ok=True)  # an older copy would contradict the one just written
+
+
+def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFiles:
+    """Find and read the processor files of a folder or Hub id.
+
+    Raises FileNotFoundError naming what is missing, ValueError for malformed files, OSError for a failed download.
+    """
+    folder = _find_folder(folder_or_hub_id, hub_options)
+    has_vocabulary = (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+    missing = [] if has_vocabulary else ["tokenizer.json (or vocab.json and merges.txt)"]
+    if not (folder / "tokenizer_config.json").is_file():
+        missing.append("tokenizer_config.json")
+    json_files = {name: read_json(folder / name) for name in _JSON_FILES if (folder / name).is_file()}
+    nested = "image_processor" in json_files.get("processor_config.json", {})
+    if "preprocessor_config.json" not in json_files and not nested:
+        missing.append("preprocessor_config.json (or processor_config.json)")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}; copy the tokenizer and preprocessor files of the release there"
+        )
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    thinker = config.get("thinker_config")
+    model = dict(thinker) if isinstance(thinker, Mapping) else {}
+    return ProcessorFiles(folder, json_files, _read_template(folder), model)
+
+
+def _find_folder(folder_or_hub_id: str | Path, hub_options: dict[str, Any]) -> Path:
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    name = str(folder_or_hub_id)
+    if isinstance(folder_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"folder {name!r} does not exist; give a checkpoint folder or a Hub id owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), **hub_options))
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:  # the Hub client's own classes
+        raise OSError(f"{name!r} is no folder here and cannot be fetched from the Hub: {error}") from error
+
+
+def _read_template(folder: Path) -> str | None:
+    """The checkpoint's chat template, if it has a file of its own."""
+    jinja, legacy = (folder / name for name in _TEMPLATE_FILES)
+    if jinja.is_file():
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{jinja} is not UTF-8 text: {error}") from error
+    if legacy.is_file():
+        template = read_json(legacy).get("chat_template")
+        if not isinstance(template, str):
+            raise ValueError(f"{legacy} must hold the template under the key 'chat_template'")
+        return template
+    return None
+
+
+def _pick(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: values[key] for key in keys if values.get(key) is not None}
+
+
+def build_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer (transformers). Raises ValueError where its files are malformed."""
+    from transformers import AutoTokenizer, logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it also reads config.json, and remarks on keys that concern other parts
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # the library and its Rust backend raise many classes
+        raise ValueError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"the tokenizer in {folder} is a {type(tokenizer).__name__}; a fast (BPE) tokenizer is needed")
+    return tokenizer

@@ -1,0 +1,283 @@
+"""OmniProcessor: conversations with text, audio, images and video -> `OmniInputs`; ids -> text.
+
+Segments decide how many placeholders a medium takes and in which order (`omni.rope.positions`), for the prompt here and
+for the positions in the model alike. Every medium is processed alone, so what shares its batch changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni.encoders.audio import num_audio_tokens
+from omni.encoders.mel import LogMel
+from omni.processing.audio_file import join_clips, load_audio
+from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
+from omni.processing.inputs import OmniInputs
+from omni.processing.messages import Medium, nearest, read_conversation, split_batch
+from omni.processing.sources import describe
+from omni.processing.template import ChatTokenizer, built_in_template
+from omni.processing.video_file import DEFAULT_FPS
+from omni.processing.vision import PixelBudget, VisionProcessor
+from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
+
+_MEL_LEVELS = ("clip",)
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a call asks of all its media; an item's own options win."""
+
+    use_audio_in_video: bool | None = None
+    fps: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_frames: int | None = None
+
+    def budget(self, options: Mapping[str, Any]) -> PixelBudget:
+        return PixelBudget(options.get("min_pixels", self.min_pixels), options.get("max_pixels", self.max_pixels))
+
+
+@dataclass
+class _Batch:
+    """Features of a batch's media in prompt order, collected row by row."""
+
+    mels: list[Tensor] = field(default_factory=list)
+    image_pixels: list[Tensor] = field(default_factory=list)
+    image_grids: list[list[int]] = field(default_factory=list)
+    video_pixels: list[Tensor] = field(default_factory=list)
+    video_grids: list[list[int]] = field(default_factory=list)
+    video_times: list[Tensor] = field(default_factory=list)
+    video_seconds: list[float] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+    with_sound: int = 0
+
+
+class OmniProcessor:
+    """Everything between a conversation and the model's inputs.
+
+    Attributes: `tokenizer` (transformers), `chat` (template and safe tokenisation), `vision`, `log_mel`.
+    """
+
+    def __init__(self, tokenizer: Any, files: ProcessorFiles) -> None:
+        self.tokenizer = tokenizer
+        self.files = files
+        own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        self.chat = ChatTokenizer(tokenizer, files.chat_template or own or built_in_template())
+        self.vision = VisionProcessor(files.image_settings, files.video_settings)
+        audio = files.audio_settings
+        self.log_mel = LogMel(
+            sample_rate=audio.get("sampling_rate", 16000),
+            n_fft=audio.get("n_fft", 400),
+            hop_length=audio.get("hop_length", 160),
+            num_mels=audio.get("feature_size", 128),
+        )
+        self.position_id_per_seconds = files.position_id_per_seconds
+        self.chunk_frames = 2 * files.n_window
+        self.tokens = MediaTokens(
+            audio=self._token_id("audio_token", "<|audio_pad|>"),
+            image=self._token_id("image_token", "<|image_pad|>"),
+            video=self._token_id("video_token", "<|video_pad|>"),
+            audio_start=self._token_id("audio_bos_token", "<|audio_start|>"),
+            vision_start=self._token_id("vision_bos_token", "<|vision_start|>"),
+        )
+        self.audio_end_id = self._token_id("audio_eos_token", "<|audio_end|>")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> OmniProcessor:
+        """Load from a checkpoint folder or a Hub id; both released and transformers 5 layouts are read.
+
+        Raises FileNotFoundError naming the missing files, ValueError for malformed ones, OSError for the Hub.
+        """
+        files = load_files(
+            folder_or_hub_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return cls(build_tokenizer(files.folder), files)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer, template and preprocessor files, which transformers and `from_pretrained` read."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(str(folder))
+        self.files.save(Path(folder), self.chat.template)
+
+    def __call__(
+        self,
+        messages: Any,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        enable_thinking: bool | None = None,
+        use_audio_in_video: bool | None = None,
+        fps: float | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_frames: int | None = None,
+        mel_level: str = "clip",
+    ) -> OmniInputs:
+        """One conversation -> a batch of 1; a list of conversations -> a left-padded batch.
+
+        A conversation is a list of messages `{"role", "content"}`; content is a string or a list of items such as
+        `{"type": "audio", "audio": path, address, bytes or array}` (also image, video and the OpenAI spellings).
+
+        Args:
+            add_generation_prompt: end with the header of the assistant's reply.
+            tools: JSON schemas or documented functions, for the template.
+            enable_thinking: passed to the template when set; False asks for a reply without reasoning.
+            use_audio_in_video: True uses the sound of every video that has one; items may set it for themselves.
+            fps: frames taken from each second of a video file (default 2), and the rate of frame lists and arrays.
+            min_pixels, max_pixels: size limits for every image and video frame.
+            max_frames: most frames taken from one video (default 768).
+            mel_level: the reference level of the log-mel features; "clip" takes each clip's loudest value.
+
+        Raises ValueError, TypeError, FileNotFoundError or OSError naming the message or medium and the remedy.
+        """
+        if mel_level not in _MEL_LEVELS:
+            raise ValueError(f"unknown mel_level {mel_level!r}; {nearest(str(mel_level), _MEL_LEVELS)}")
+        options = CallOptions(use_audio_in_video, fps, min_pixels, max_pixels, max_frames)
+        template_options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        if enable_thinking is not None:
+            template_options["enable_thinking"] = enable_thinking
+        batch = _Batch()
+        rows = []
+        for conversation in map(read_conversation, split_batch(messages)):
+            ids = self.chat.encode_chat(conversation.messages, tools, **template_options)
+            rows.append(self._expand(ids, conversation.media, options, batch))
+        if use_audio_in_video and batch.silent and not batch.with_sound:
+            raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")
+        return self._pack(rows, batch)
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+        """Text of one row of ids; invalid bytes become U+FFFD, control tokens are left out unless asked for."""
+        row = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if row and isinstance(row[0], (list, tuple, Tensor)):
+            raise ValueError(f"decode takes one row of ids, got {len(row)} rows; decode them one by one")
+        return self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text; control tokens written in it stay text."""
+        return self.chat.encode_text(text)
+
+    @property
+    def think_token_ids(self) -> tuple[int, int] | None:
+        """Ids of `<think>` and `</think>`, which enclose a reply's reasoning, if the tokenizer has them."""
+        added = self.chat.added_ids
+        return (added["<think>"], added["</think>"]) if "<think>" in added and "</think>" in added else None
+
+    def _token_id(self, name: str, usual: str) -> int:
+        token = str(getattr(self.tokenizer, name, None) or usual)
+        if token not in self.chat.added_ids:
+            raise ValueError(
+                f"the tokenizer has no {name} {token!r}; these are not the files of a Qwen3-Omni checkpoint"
+            )
+        return self.chat.added_ids[token]
+
+    def _expand(self, ids: list[int], media: list[Medium], options: CallOptions, batch: _Batch) -> list[int]:
+        """Replace each placeholder of the template by its medium's tokens; features go to `batch`."""
+        kinds = {self.tokens.audio: "audio", self.tokens.image: "image", self.tokens.video: "video"}
+        queues = {kind: iter([item for item in media if item.kind == kind]) for kind in kinds.values()}
+        written = [kinds[token] for token in ids if token in kinds]
+        for kind in queues:
+            given = sum(item.kind == kind for item in media)
+            if given != written.count(kind):
+                raise ValueError(
+                    f"the chat template wrote {written.count(kind)} {kind} placeholder(s) for {given} {kind} item(s); "
+                    f"it may not support {kind} in this role"
+                )
+        expanded: list[int] = []
+        for token in ids:
+            if token in kinds:
+                expanded.extend(self._medium_ids(next(queues[kinds[token]]), options, batch))
+            else:
+                expanded.append(token)
+        return expanded
+
+    def _medium_ids(self, medium: Medium, options: CallOptions, batch: _Batch) -> list[int]:
+        """Process one medium and return the ids that stand for it."""
+        merge = self.vision.merge_size
+        segment: Segment
+        if medium.kind == "audio":
+            samples = load_audio(medium.source, medium.options.get("sampling_rate"))
+            if samples.numel() < self.log_mel.hop_length:
+                raise ValueError(
+                    f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
+                    f"{self.log_mel.hop_length} (10 ms) are needed"
+                )
+            segment = self._add_clip(samples, batch)
+        elif medium.kind == "image":
+            pixels, grid = self.vision.image(medium.source, options.budget(medium.options))
+            batch.image_pixels.append(pixels)
+            batch.image_grids.append(grid)
+            segment = Image(grid[1] // merge, grid[2] // merge)
+        else:
+            segment = self._add_video(medium, options, batch)
+        ids = placeholder_ids(segment, self.tokens, self.position_id_per_seconds)
+        return [self.tokens.audio_start, *ids, self.audio_end_id] if isinstance(segment, AudioVideo) else ids
+
+    def _add_clip(self, samples: Tensor, batch: _Batch) -> Audio:
+        mel = self.log_mel(samples)
+        batch.mels.append(mel)
+        return Audio(num_audio_tokens(mel.shape[1], self.chunk_frames))
+
+    def _add_video(self, medium: Medium, options: CallOptions, batch: _Batch) -> Video | AudioVideo:
+        own = medium.options.get("use_audio_in_video")
+        if own is not None and not isinstance(own, bool):
+            raise TypeError(f"use_audio_in_video of a video item must be True or False, got {own!r}")
+        want_sound = bool(options.use_audio_in_video) if own is None else own
+        settings = {"fps": options.fps, "max_frames": options.max_frames, **medium.options}
+        clip = self.vision.video(medium.source, settings, options.budget(medium.options), want_sound)
+        batch.video_pixels.append(clip.pixels)
+        batch.video_grids.append(clip.grid)
+        batch.video_times.append(torch.tensor(clip.grid_times_s, dtype=torch.float64))
+        steps = len(clip.grid_times_s) - 1
+        fallback = self.vision.temporal_patch_size / (settings["fps"] or DEFAULT_FPS)
+        span = clip.grid_times_s[-1] - clip.grid_times_s[0]
+        batch.video_seconds.append(span / steps if span > 0 else fallback)
+        merge = self.vision.merge_size
+        video = Video(tuple(clip.grid_times_s), clip.grid[1] // merge, clip.grid[2] // merge)
+        if clip.sound is None or clip.sound.numel() < self.log_mel.hop_length:
+            if own:
+                raise ValueError(f"video {clip.name} has no sound, but use_audio_in_video is set for it; leave it out")
+            if want_sound:
+                batch.silent.append(clip.name)
+            return video
+        batch.with_sound += 1
+        return AudioVideo(video, self._add_clip(clip.sound, batch))
+
+    def _pack(self, rows: list[list[int]], batch: _Batch) -> OmniInputs:
+        """Rows padded on the left, and the media side by side."""
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, width - len(tokens) :] = torch.tensor(tokens, dtype=torch.int64)
+            mask[row, width - len(tokens) :] = 1
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if batch.mels:
+            inputs["input_features"], inputs["feature_attention_mask"] = join_clips(batch.mels)
+        if batch.image_grids:
+            inputs["pixel_values"] = torch.cat(batch.image_pixels)
+            inputs["image_grid_thw"] = torch.tensor(batch.image_grids)
+        if batch.video_grids:
+            inputs["pixel_values_videos"] = torch.cat(batch.video_pixels)
+            inputs["video_grid_thw"] = torch.tensor(batch.video_grids)
+            inputs["video_second_per_grid"] = torch.tensor(batch.video_seconds)
+            inputs["video_grid_times"] = batch.video_times
+        return OmniInputs(**inputs)

@@ -1,0 +1,139 @@
+"""Where media come from: a path, `file://`, `data:` URI, http(s) address or bytes becomes a local file or bytes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any, Union
+
+MAX_DOWNLOAD_BYTES = 512 * 1024 * 1024
+MAX_DOWNLOAD_S = 60.0
+CONNECT_TIMEOUT_S = 10.0
+_BLOCK_BYTES = 1 << 20
+
+Source = Union[Path, bytes]
+
+
+def is_source(value: Any) -> bool:
+    """Whether `value` names or holds an encoded file (and is not an array or a picture)."""
+    return isinstance(value, (str, Path, bytes, bytearray, memoryview)) or hasattr(value, "read")
+
+
+def describe(value: Any) -> str:
+    """How an error message names a medium."""
+    if isinstance(value, (str, Path)):
+        text = str(value)
+        return text if len(text) <= 200 else text[:80] + "…"
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<{len(value)} bytes>"
+    return f"<{type(value).__name__}>"
+
+
+def open_source(value: Any, kind: str) -> Source:
+    """The file's path or its bytes. `kind` ("audio", "image", "video") names the medium in errors.
+
+    Raises FileNotFoundError for a missing file, OSError for a failed download, ValueError for empty or malformed data.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        data = bytes(value)
+    elif isinstance(value, (str, Path)):
+        located = _locate(value, kind)
+        if isinstance(located, Path):
+            return located
+        data = located
+    else:
+        data = value.read()
+        if not isinstance(data, bytes):
+            raise TypeError(
+                f"an {kind} file object must be opened in binary mode, its read() gave {type(data).__name__}"
+            )
+    if not data:
+        raise ValueError(f"{kind} {describe(value)} is empty; give a file with content")
+    return data
+
+
+def as_file(source: Source) -> Any:
+    """What decoders open: the path as a string, or a new file object over the bytes."""
+    return str(source) if isinstance(source, Path) else io.BytesIO(source)
+
+
+def decode_base64(text: str, kind: str) -> bytes:
+    """Bytes of base64 text, line breaks allowed."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"the base64 data of the {kind} is malformed: {error}") from error
+
+
+def _locate(value: str | Path, kind: str) -> Source:
+    text = str(value)
+    scheme = text.split(":", 1)[0].lower() if ":" in text[:8] else ""
+    if scheme == "data":
+        return _read_data_uri(text, kind)
+    if scheme in ("http", "https"):
+        return _download(text, kind)
+    if scheme == "file":
+        address = urllib.parse.urlsplit(text)
+        if address.netloc not in ("", "localhost"):
+            raise ValueError(f"{kind} {describe(text)}: a file:// address must name a file on this machine")
+        text = urllib.request.url2pathname(address.path)
+    return _check_path(text, kind)
+
+
+def _check_path(text: str, kind: str) -> Path:
+    try:
+        path = Path(text).expanduser()
+        exists, is_file = path.exists(), path.is_file()
+        size = path.stat().st_size if is_file else 0
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a null byte, or of an unknown user
+        raise FileNotFoundError(f"{kind} file {describe(text)!r} cannot be looked up: {error}") from error
+    if not exists:
+        raise FileNotFoundError(f"{kind} file {describe(text)!r} does not exist; check the path")
+    if not is_file:
+        raise ValueError(f"{kind} {describe(text)!r} is not a file")
+    if size == 0:
+        raise ValueError(f"{kind} file {describe(text)!r} is empty (0 bytes)")
+    return path
+
+
+def _read_data_uri(text: str, kind: str) -> bytes:
+    header, comma, body = text.partition(",")
+    if not comma:
+        raise ValueError(f"{kind}: a data: URI needs a comma before its data, got {describe(text)!r}")
+    if header.lower().endswith(";base64"):
+        return decode_base64(urllib.parse.unquote(body), kind)
+    return urllib.parse.unquote_to_bytes(body)
+
+
+def _download(address: str, kind: str) -> bytes:
+    """Fetch over http(s) within the limits on time and size."""
+    started = time.monotonic()
+    request = urllib.request.Request(address, headers={"User-Agent": "omni"})
+    blocks: list[bytes] = []
+    size = 0
+    try:
+        with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S) as reply:
+            while block := reply.read1(_BLOCK_BYTES):
+                blocks.append(block)
+                size += len(block)
+                if size > MAX_DOWNLOAD_BYTES:
+                    raise ValueError(
+                        f"{kind} {describe(address)} is larger than {MAX_DOWNLOAD_BYTES >> 20} MB; "
+                        "download it and give the file"
+                    )
+                if time.monotonic() - started > MAX_DOWNLOAD_S:
+                    raise TimeoutError(f"more than {MAX_DOWNLOAD_S:g} s")
+    except urllib.error.HTTPError as error:
+        raise OSError(f"{kind} {describe(address)} cannot be fetched: HTTP {error.code} {error.reason}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # URLError, timeouts, broken connections, http.client's own errors
+        reason = getattr(error, "reason", None) or error or type(error).__name__
+        raise OSError(f"{kind} {describe(address)} cannot be fetched: {reason}") from error
+    return b"".join(blocks)

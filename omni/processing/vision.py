@@ -1,0 +1,128 @@
+"""Pixels for the vision encoder: pictures and videos -> patches, through transformers' Qwen2-VL processors.
+
+Shapes: an image gives patches fp32 [h * w, 3 * 2 * 16 * 16] and its grid [1, h, w]; a video [t * h * w, …], [t, h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni.processing.image_file import MAX_ASPECT_RATIO, load_image
+from omni.processing.sources import describe
+from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
+
+# Pixels of one video frame: 128 .. 768 tokens of 32 x 32 pixels (the released processor's default).
+VIDEO_MIN_PIXELS = 128 * 32 * 32
+VIDEO_MAX_PIXELS = 768 * 32 * 32
+
+
+@dataclass(frozen=True)
+class PixelBudget:
+    """Fewest and most pixels of a picture after resizing; None takes the checkpoint's."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}")
+
+    def within(self, least: int, most: int) -> tuple[int, int]:
+        """The limits with the defaults `least` and `most`; a limit that was given moves the other default."""
+        low = least if self.min_pixels is None else self.min_pixels
+        high = most if self.max_pixels is None else self.max_pixels
+        return (low, max(low, high)) if self.max_pixels is None else (min(low, high), high)
+
+
+@dataclass(frozen=True)
+class VideoPixels:
+    """One processed video: patches, grid, the time of every grid step in seconds, its sound at 16 kHz."""
+
+    name: str
+    pixels: Tensor
+    grid: list[int]
+    grid_times_s: list[float]
+    sound: Tensor | None
+
+
+def _given(settings: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = settings.get(name)
+    return default if value is None else value
+
+
+class VisionProcessor:
+    """Resizes, normalises and cuts into patches, one medium at a time."""
+
+    def __init__(self, image_settings: Mapping[str, Any], video_settings: Mapping[str, Any]) -> None:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+        from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+        for settings in (image_settings, video_settings):
+            for name in ("patch_size", "merge_size", "temporal_patch_size"):
+                value = settings.get(name, 1)
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{name} in the preprocessor files must be a positive integer, got {value!r}")
+        try:
+            self.image_processor = Qwen2VLImageProcessor(**image_settings)
+            # The limit on pixels is on each frame, as in the release, not on the whole video.
+            self.video_processor = Qwen2VLVideoProcessor(**{**video_settings, "cap_pixels_per_frame": False})
+            self._image_limits = (
+                int(self.image_processor.size["shortest_edge"]),
+                int(self.image_processor.size["longest_edge"]),
+            )
+        except Exception as error:  # the library's own validation classes
+            raise ValueError(f"the image or video values of the preprocessor files are unusable: {error}") from error
+        self.merge_size: int = self.image_processor.merge_size
+        self.temporal_patch_size: int = self.video_processor.temporal_patch_size
+
+    def image(self, value: Any, budget: PixelBudget) -> tuple[Tensor, list[int]]:
+        """One picture: patches and grid."""
+        picture = load_image(value)
+        low, high = budget.within(*self._image_limits)
+        out = self.image_processor(
+            images=[picture], size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt"
+        )
+        return out["pixel_values"], out["image_grid_thw"][0].tolist()
+
+    def video(self, value: Any, settings: Mapping[str, Any], budget: PixelBudget, want_sound: bool) -> VideoPixels:
+        """One video. `settings` may hold fps, min_frames, max_frames, video_start and video_end (None: default)."""
+        low, high = budget.within(VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+        sampling = Sampling(
+            fps=_given(settings, "fps", DEFAULT_FPS),
+            min_frames=_given(settings, "min_frames", self.video_processor.min_frames),
+            max_frames=_given(settings, "max_frames", self.video_processor.max_frames),
+            multiple=self.temporal_patch_size,
+            start_s=_given(settings, "video_start", 0.0),
+            end_s=settings.get("video_end"),
+        )
+        clip = load_video(
+            value, sampling, lambda frame: self._resize(frame, low, high), settings.get("fps"), want_sound
+        )
+        out = self.video_processor(videos=[clip.frames], do_resize=False, do_sample_frames=False, return_tensors="pt")
+        times = list(clip.times_s[:: self.temporal_patch_size])
+        grid = out["video_grid_thw"][0].tolist()
+        return VideoPixels(describe(value), out["pixel_values_videos"], grid, times, clip.sound)
+
+    def _resize(self, frame: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
+        """One frame uint8 [3, height, width] at the size that the model sees."""
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2.functional import resize
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        height, width = frame.shape[-2:]
+        factor = self.video_processor.patch_size * self.video_processor.merge_size
+        assert max(height, width) <= MAX_ASPECT_RATIO * min(height, width)
+        target = list(smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels))
+        if target == [height, width]:
+            return frame
+        return resize(frame.to(torch.uint8), target, interpolation=InterpolationMode.BICUBIC, antialias=True)
