@@ -1,0 +1,37 @@
+"""omni: Thinker-Talker omni-modal models. Public names, imported on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omni.config import OmniConfig
+    from omni.generation.output import OmniOutput
+    from omni.generation.sampling import SamplingConfig
+    from omni.model import OmniModel
+    from omni.processing.inputs import OmniInputs
+    from omni.processing.processor import OmniProcessor
+
+_HOMES = {
+    "OmniConfig": "omni.config",
+    "OmniInputs": "omni.processing.inputs",
+    "OmniModel": "omni.model",
+    "OmniOutput": "omni.generation.output",
+    "OmniProcessor": "omni.processing.processor",
+    "SamplingConfig": "omni.generation.sampling",
+}
+
+__all__ = ["OmniConfig", "OmniInputs", "OmniModel", "OmniOutput", "OmniProcessor", "SamplingConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'omni' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

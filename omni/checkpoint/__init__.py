@@ -1,0 +1,26 @@
+"""Reading and writing checkpoints in the Hub's layout: safetensors shards, an index, and the released key names."""
+
+from omni.checkpoint.adapters import apply_adapter
+from omni.checkpoint.atomic import atomic_folder
+from omni.checkpoint.hub import resolve_folder
+from omni.checkpoint.keys import KEY_TABLES, QWEN3_OMNI, KeyTable
+from omni.checkpoint.load import LoadReport, Mismatch, load_weights, resolve_dtype
+from omni.checkpoint.save import save_weights
+from omni.checkpoint.shards import TensorInfo, read_headers, tensor_files
+
+__all__ = [
+    "KEY_TABLES",
+    "QWEN3_OMNI",
+    "KeyTable",
+    "LoadReport",
+    "Mismatch",
+    "TensorInfo",
+    "apply_adapter",
+    "atomic_folder",
+    "load_weights",
+    "read_headers",
+    "resolve_dtype",
+    "resolve_folder",
+    "save_weights",
+    "tensor_files",
+]

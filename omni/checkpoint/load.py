@@ -1,0 +1,281 @@
+"""From a checkpoint folder into a model that was built on the meta device.
+
+Only tensors that the model has are read, memory-mapped, file by file in the order of the bytes, straight into their
+final place, dtype and device; experts are stacked on the way. So the peak of memory is the model itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from omni.checkpoint.adapters import apply_adapter, check_adapter
+from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, Slot, is_stacked
+from omni.checkpoint.placement import Device, DeviceMap, DiskOffload, check_device, device_of, dispatch, plan_devices
+from omni.checkpoint.shards import TensorInfo, read_headers, tensor_files
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Initialise = Callable[[set[str]], None]
+
+
+class Mismatch(NamedTuple):
+    """A tensor whose shape in the file is not the model's."""
+
+    key: str
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What did not fit, in the file's key names.
+
+    missing: the model needs it and no file has it. unexpected: a file has it for a part that was loaded, and the model
+    has no such tensor. Tensors of parts that were not asked for are neither.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+
+    def raise_if_any(self, folder: Path) -> None:
+        """ValueError that counts and names what did not fit."""
+        shapes = [f"{key} {list(found)} (model: {list(expected)})" for key, found, expected in self.mismatched]
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
+        found = [f"{len(keys)} {kind}: {_few(keys)}" for kind, keys in kinds.items() if keys]
+        if found:
+            raise ValueError(
+                f"the weights in {folder} do not fit this model's config: {'; '.join(found)}; check that config.json "
+                "belongs to these files, or pass strict=False to take what fits"
+            )
+
+
+@dataclass
+class _Plan:
+    """Which tensor of which file goes where; `incomplete` are our names that the files cannot fill."""
+
+    reads: dict[Path, list[tuple[TensorInfo, str, Slot]]] = field(default_factory=lambda: defaultdict(list))
+    incomplete: set[str] = field(default_factory=set)
+    report: LoadReport = LoadReport()
+
+
+def load_weights(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    table: KeyTable = QWEN3_OMNI,
+    dtype: torch.dtype | str = "auto",
+    config_dtype: str | None = None,
+    device: Device | None = None,
+    device_map: str | Device | DeviceMap | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    adapter: str | Path | None = None,
+    strict: bool = True,
+    initialise: Initialise | None = None,
+    progress: bool | None = None,
+) -> LoadReport:
+    """Fill every parameter and persistent buffer of `model` from the safetensors files in `folder`.
+
+    dtype: of all floating tensors; "auto" is `config_dtype`, else that of the files' first one. device: None is CUDA if
+    present, else the CPU. device_map: accelerate's, instead of `device`; weights it puts on "disk" go to
+    `offload_folder`. adapter: a PEFT folder, merged at the end. strict=False takes what fits; `initialise(names)` then
+    fills the rest, given our names. progress: a bar over shards; None shows it when loading takes over two seconds.
+    Raises ValueError or FileNotFoundError for a folder that cannot be read or does not fit; nothing is assigned then.
+    """
+    folder = Path(folder)
+    if adapter is not None:
+        check_adapter(adapter)  # before the long work
+    targets = model.state_dict(keep_vars=True)  # tied tensors under each of their names
+    files = tensor_files(folder)
+    wanted = [key for key in files if (slot := table.slot(key)) is not None and slot.name in targets]
+    headers = read_headers(folder, wanted)
+    plan = _plan_reads(targets, files, {key: headers[key] for key in wanted}, table)
+    if strict:
+        plan.report.raise_if_any(folder)
+    elif plan.incomplete and initialise is None:
+        raise ValueError(f"{_few(sorted(plan.incomplete))} cannot be read from {folder}; pass initialise= to fill them")
+    target_dtype = resolve_dtype(dtype, config_dtype, (headers[key] for key in wanted))
+    if device_map is None:
+        device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        places: dict[str, Any] = {"": check_device(device)}
+    else:
+        places = plan_devices(model, device_map, target_dtype)
+    if plan.incomplete and "disk" in places.values():
+        raise ValueError(f"{folder} lacks {len(plan.incomplete)} tensors, which disk offload cannot fill; use 'cpu'")
+    offload = DiskOffload(offload_folder, places)
+    filler = _Filler(model, targets, target_dtype, places, offload)
+    filler.read(plan, progress)
+    if plan.incomplete:
+        assert initialise is not None
+        filler.make_room(plan.incomplete)
+        initialise(set(plan.incomplete))
+    left = [name for name, t in _tensors(model) if t.is_meta and name not in offload.index]
+    assert not left, f"{left[0]} has no value: it is neither a parameter nor a persistent buffer"
+    if adapter is not None:
+        apply_adapter(model, adapter, table=table)
+    dispatch(model, places, offload)
+    return plan.report
+
+
+def resolve_dtype(
+    dtype: torch.dtype | str, config_dtype: str | None = None, headers: Iterable[TensorInfo] = ()
+) -> torch.dtype:
+    """A floating dtype from a dtype, its name, or "auto": the config's, else that of the first floating tensor."""
+    if dtype == "auto":
+        in_files = (FLOATS[info.dtype] for info in headers if info.dtype in FLOATS)
+        dtype = config_dtype if config_dtype is not None else next(in_files, torch.float32)
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in FLOATS.values():
+        names = ", ".join(str(known).removeprefix("torch.") for known in FLOATS.values())
+        raise ValueError(f"dtype {dtype!r} is not one of auto, {names}")
+    return found
+
+
+def _plan_reads(
+    targets: Mapping[str, Tensor], files: Mapping[str, Path], headers: Mapping[str, TensorInfo], table: KeyTable
+) -> _Plan:
+    """Match the files' keys with the model's tensors, by header alone."""
+    plan = _Plan()
+    source: dict[Slot, str] = {}
+    unexpected, mismatched = [], []
+    loaded = {name.partition(".")[0] for name in targets}
+    for key in files:
+        slot = table.slot(key)
+        if slot is None or slot.name not in targets:
+            of_loaded_part = slot is None or slot.name.partition(".")[0] in loaded
+            if of_loaded_part and not table.is_derived(key):
+                unexpected.append(key)
+            continue
+        target, info = targets[slot.name], headers[key]
+        if slot.piece != "whole" and (target.ndim != 3 or slot.expert >= target.shape[0]):
+            unexpected.append(key)
+            continue
+        if slot in source:
+            raise ValueError(f"{info.shard.parent} stores {source[slot]!r} a second time as {key!r}; delete one")
+        if target.is_floating_point() and info.dtype not in FLOATS:
+            raise ValueError(
+                f"{key} in {info.shard} has dtype {info.dtype} where a float belongs; quantised weights are not read, "
+                "load the unquantised checkpoint"
+            )
+        source[slot] = key
+        expected = tuple(slot.of(target).shape)
+        if info.shape != expected:
+            mismatched.append(Mismatch(key, info.shape, expected))
+            plan.incomplete.add(slot.name)
+        else:
+            plan.reads[info.shard].append((info, key, slot))
+    missing = _find_missing(targets, source, plan, table)
+    plan.report = LoadReport(tuple(missing), tuple(unexpected), tuple(mismatched))
+    return plan
+
+
+def _find_missing(targets: Mapping[str, Tensor], source: Mapping[Slot, str], plan: _Plan, table: KeyTable) -> list[str]:
+    """Keys that the model needs and no file has; a tensor under several names needs one of them."""
+    present = {id(targets[slot.name]) for slot in source}
+    stacked = {slot.name for slot in source if slot.piece != "whole"}
+    missing = []
+    for name, target in targets.items():
+        if name in stacked:
+            if Slot(name) in source:
+                raise ValueError(f"the files store {table.to_hub(name)} both stacked and expert by expert; delete one")
+            lacking = [key for key, slot in table.separate(name, target.shape[0]) if slot not in source]
+        elif id(target) in present:
+            continue
+        elif is_stacked(name):
+            lacking = [key for key, _ in table.separate(name, target.shape[0])]
+        else:
+            lacking = [table.to_hub(name)]
+        if lacking:
+            plan.incomplete.add(name)
+            missing += lacking
+    return missing
+
+
+class _Filler:
+    """Allocates each tensor once, where it will live, fills it piece by piece and puts it in its module."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        places: Mapping[str, Any],
+        offload: DiskOffload,
+    ) -> None:
+        self.model, self.targets, self.dtype, self.places, self.offload = model, targets, dtype, places, offload
+        self.names: dict[int, list[str]] = defaultdict(list)  # tied tensors are one object under several names
+        for name, target in targets.items():
+            self.names[id(target)].append(name)
+        self.open: dict[str, Tensor] = {}  # tensors that wait for more pieces
+        self.waiting: dict[str, int] = {}
+
+    def read(self, plan: _Plan, progress: bool | None) -> None:
+        """Carry out the plan."""
+        for reads in plan.reads.values():
+            for _, _, slot in reads:
+                self.waiting[slot.name] = self.waiting.get(slot.name, 0) + 1
+        shards = sorted(plan.reads.items())
+        bar = tqdm(shards, "loading", unit="shard", delay=0 if progress else 2, disable=progress is False)
+        for shard, reads in bar:
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    for _, key, slot in sorted(reads, key=lambda read: read[0].start):
+                        self._fill(slot, file.get_tensor(key))
+            except SafetensorError as error:
+                raise ValueError(f"{shard} cannot be read: {error}; download or save it again") from error
+
+    def make_room(self, names: Iterable[str]) -> None:
+        """Empty tensors for those that no file filled completely."""
+        for name in names:
+            self.open.pop(name, None)
+            self._finish(name, self._allocate(name))
+
+    def _fill(self, slot: Slot, value: Tensor) -> None:
+        name = slot.name
+        if name not in self.open:
+            self.open[name] = self._allocate(name)
+        slot.of(self.open[name]).copy_(value)
+        self.waiting[name] -= 1
+        if not self.waiting[name]:
+            self._finish(name, self.open.pop(name))
+
+    def _allocate(self, name: str) -> Tensor:
+        target = self.targets[name]
+        dtype = self.dtype if target.is_floating_point() else target.dtype
+        place = device_of(name, self.places)
+        try:
+            return torch.empty(target.shape, dtype=dtype, device="cpu" if place == "disk" else place)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            size = target.numel() * dtype.itemsize / 2**30
+            raise OSError(
+                f"no room for {name} ({size:.2f} GiB) on {place}; load fewer parts=, a smaller dtype=, "
+                "or spread the model with device_map='auto'"
+            ) from error
+
+    def _finish(self, name: str, value: Tensor) -> None:
+        """Put a complete tensor under every name it has."""
+        target = self.targets[name]
+        final = nn.Parameter(value) if isinstance(target, nn.Parameter) else value
+        for alias in self.names[id(target)]:
+            module, _, leaf = alias.rpartition(".")
+            if device_of(alias, self.places) == "disk":
+                self.offload.write(alias, value)
+                final = nn.Parameter(value.to("meta")) if isinstance(target, nn.Parameter) else value.to("meta")
+            setattr(self.model.get_submodule(module), leaf, final)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _few(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")

@@ -1,0 +1,158 @@
+"""Reading what a checkpoint folder holds, from the index and the safetensors headers alone, trusting neither.
+
+A safetensors file is eight bytes of header length, a JSON header `{key: {dtype, shape, data_offsets}}`, and the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ITEM_BITS = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8, "C64": 64},
+    **{"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4},
+    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_AGAIN = "download or save the checkpoint again"
+
+
+class TensorInfo(NamedTuple):
+    """One tensor as its file's header describes it; `dtype` in safetensors' spelling, `start` its first data byte."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    shard: Path
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+
+
+def tensor_files(folder: str | Path) -> dict[str, Path]:
+    """Which file of a checkpoint folder holds each key: from the index, else from the header of the only file.
+
+    Raises FileNotFoundError when there are no safetensors weights, ValueError for a broken index or pickled weights.
+    Shards are not opened, so one that nobody needs may be absent.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        return dict.fromkeys(read_file_header(folder / WEIGHTS), folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        return _read_index(folder / INDEX)
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if loose:
+        raise FileNotFoundError(f"{folder} holds {loose[0]} but no {INDEX} that says what is where; {_AGAIN}")
+    if pickles:
+        raise ValueError(
+            f"{folder / pickles[0]} is a pickle, which can run code when opened and is never loaded; "
+            f"convert the checkpoint to {WEIGHTS} first"
+        )
+    raise FileNotFoundError(f"{folder} holds no weights; a checkpoint folder needs {WEIGHTS} or {INDEX}")
+
+
+def read_headers(folder: str | Path, keys: Iterable[str] | None = None) -> dict[str, TensorInfo]:
+    """Shape, dtype and file of every tensor, without reading data.
+
+    With `keys`, only the files that hold one of them are opened, and everything in those files is returned.
+    Raises FileNotFoundError for a missing shard, ValueError for one that is truncated or contradicts the index.
+    """
+    files = tensor_files(folder)
+    named: dict[Path, set[str]] = defaultdict(set)
+    for key, shard in files.items():
+        named[shard].add(key)
+    wanted = set(named) if keys is None else {files[key] for key in keys}
+    headers: dict[str, TensorInfo] = {}
+    for shard in sorted(wanted):
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing though the index names it; {_AGAIN}")
+        found = read_file_header(shard)
+        if absent := named[shard] - found.keys():
+            raise ValueError(f"{shard} lacks tensor {min(absent)!r} though the index places it there; {_AGAIN}")
+        if extra := found.keys() - named[shard]:
+            key = min(extra)
+            where = f"places it in {files[key].name}" if key in files else "does not name it"
+            raise ValueError(f"{shard} holds tensor {key!r} but the index {where}; {_AGAIN}")
+        headers.update(found)
+    return headers
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """The index's key -> file mapping; every file must be a plain safetensors name inside the index's own folder."""
+    if path.stat().st_size > _MAX_HEADER_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, over the limit of {_MAX_HEADER_BYTES}; {_AGAIN}")
+    weight_map = _parse(path.read_bytes(), path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map from tensor names to files; {_AGAIN}")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+            raise ValueError(f"{path} places {key!r} in {name!r}, which is not a file of its folder; {_AGAIN}")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{path} places {key!r} in {name!r}; only .safetensors files are read, convert it first")
+    return {key: path.parent / name for key, name in weight_map.items()}
+
+
+def read_file_header(path: Path) -> dict[str, TensorInfo]:
+    """The header of one safetensors file, checked against itself and the file's size; ValueError if it lies."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if prefix[:2] == b"PK" or (prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5"):
+            raise ValueError(f"{path} is a pickle and not safetensors; convert the checkpoint to safetensors first")
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{path} is truncated or not a safetensors file ({size} bytes); {_AGAIN}")
+        header = _parse(file.read(length), path)
+    header.pop("__metadata__", None)
+    tensors = {key: _tensor_info(key, entry, path) for key, entry in header.items()}
+    end = 0
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if info.start != end:
+            raise ValueError(f"{path}: tensor {key!r} starts at byte {info.start} instead of {end}; {_AGAIN}")
+        end += info.bytes
+    if 8 + length + end != size:
+        raise ValueError(f"{path} has {size} bytes but its header describes {8 + length + end}; {_AGAIN}")
+    return tensors
+
+
+def _tensor_info(key: str, entry: Any, path: Path) -> TensorInfo:
+    """One entry of a header, checked against itself."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        natural = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        sound = natural and math.prod(shape) * ITEM_BITS[dtype] == 8 * (stop - start)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: the header entry of tensor {key!r} contradicts itself; {_AGAIN}")
+    return TensorInfo(shape, dtype, path, start)
+
+
+def _parse(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise ValueError(f"it names {twice!r} twice")
+        return values
+
+    try:
+        values = json.loads(data, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} has no valid JSON where a table of tensors belongs ({error}); {_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}; {_AGAIN}")
+    return values

@@ -1,0 +1,306 @@
+"""OmniModel: encoders, Thinker, Talker and codec decoder as one module that loads, answers, speaks and saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from omni.checkpoint.atomic import atomic_folder
+from omni.checkpoint.hub import resolve_folder
+from omni.checkpoint.load import LoadReport, load_weights
+from omni.checkpoint.save import save_weights
+from omni.code2wav.code2wav import Code2Wav
+from omni.config import OmniConfig
+from omni.config_reading import read_json
+from omni.encoders.audio import AudioEncoder
+from omni.encoders.vision import VisionEncoder
+from omni.generation import generate as generation
+from omni.generation.output import OmniOutput
+from omni.generation.prompt import encode_prompt
+from omni.layers.init import MetaBuild, initialise
+from omni.processing.inputs import OmniInputs
+from omni.processing.processor import OmniProcessor
+from omni.talker.talker import Talker
+from omni.thinker.thinker import Thinker, ThinkerOutput
+
+if TYPE_CHECKING:
+    from omni.generation.arguments import PerRow
+
+PARTS = ("thinker", "talker", "code2wav")
+CHILDREN = ("audio_encoder", "vision_encoder", *PARTS)  # the encoders come and go with the Thinker
+
+
+class OmniModel(nn.Module):
+    """A Thinker-Talker model (Qwen3-Omni technical report, section 2).
+
+    Attributes: `audio_encoder`, `vision_encoder`, `thinker`, `talker`, `code2wav`, each None where the variant or
+    `parts` leaves it out; `config`; `processor`, attached by `from_pretrained` where tokenizer files are;
+    `generation_config`, the values of generation_config.json.
+
+    `OmniModel(config)` draws random weights (reproducible under `torch.manual_seed`). A keyword replaces a part by
+    a module of your own with the same contract: `audio_encoder=Mine(...)`, `code2wav=Mine(...)` and so on.
+    """
+
+    # Each part is any module that keeps its contract, or None; a type would only name the released one.
+    audio_encoder: Any
+    vision_encoder: Any
+    thinker: Any
+    talker: Any
+    code2wav: Any
+    load_report: LoadReport | None = None
+
+    def __init__(
+        self,
+        config: OmniConfig,
+        parts: Sequence[str] = PARTS,
+        *,
+        audio_encoder: nn.Module | None = None,
+        vision_encoder: nn.Module | None = None,
+        thinker: nn.Module | None = None,
+        talker: nn.Module | None = None,
+        code2wav: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        parts = _check_parts(parts)
+        self.config = config
+        self.processor: OmniProcessor | None = None
+        self.generation_config: dict[str, Any] = {}
+        own = (audio_encoder, vision_encoder, thinker, talker, code2wav)
+        given = {name for name, part in zip(CHILDREN, own) if part is not None}
+        thinks, speaks = "thinker" in parts, config.has_talker
+        c, t = config.thinker_config, config.talker_config
+        accept = t.accept_hidden_layer if t is not None and speaks else None
+        if audio_encoder is None and thinks and c.audio_config is not None:
+            audio_encoder = AudioEncoder(c.audio_config)
+        if vision_encoder is None and thinks and c.vision_config is not None:
+            vision_encoder = VisionEncoder(c.vision_config)
+        if thinker is None and thinks:
+            thinker = Thinker(c, accept)
+        if talker is None and speaks and "talker" in parts and t is not None:
+            talker = Talker(t)
+        if code2wav is None and speaks and "code2wav" in parts and config.code2wav_config is not None:
+            code2wav = Code2Wav(config.code2wav_config)
+        self.audio_encoder, self.vision_encoder = audio_encoder, vision_encoder
+        self.thinker, self.talker, self.code2wav = thinker, talker, code2wav
+        for name, part in self.named_children():
+            if name not in given:
+                initialise(part, self._std_of(name))
+        self.eval()
+
+    def _std_of(self, part: str) -> Any:
+        """`initializer_range` of the config that governs a module, by its name within `part`."""
+        c = self.config
+        configs: dict[str, Any] = {
+            "audio_encoder": c.thinker_config.audio_config,
+            "vision_encoder": c.thinker_config.vision_config,
+            "thinker": c.thinker_config.text_config,
+            "talker": c.talker_config and c.talker_config.text_config,
+            "code2wav": c.code2wav_config,
+        }
+        return lambda name: configs[part].initializer_range
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go: the device of its first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the model's first parameter."""
+        return next(self.parameters()).dtype
+
+    def require(self, part: str) -> None:
+        """Raise ValueError, with the remedy, if a part of the model is not there."""
+        if getattr(self, part) is not None:
+            return
+        if part in ("talker", "code2wav") and not self.config.has_talker:
+            raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
+        raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
+
+    def forward(self, inputs: OmniInputs, with_router_logits: bool = False) -> ThinkerOutput:  # type: ignore[override]
+        """One pass of the Thinker over whole prompts: logits [B, T, V] and hidden [B, T, D] as in `ThinkerOutput`.
+
+        B rows of T tokens as in `inputs.input_ids`; entries at padding are zero. Differentiable.
+        """
+        inputs = _as_inputs(inputs)
+        prompt = encode_prompt(self, inputs)
+        assert self.thinker is not None
+        out = self.thinker(
+            prompt.embeds,
+            prompt.positions,
+            taps=prompt.taps,
+            lengths=prompt.lengths,
+            with_router_logits=with_router_logits,
+        )
+        return out._replace(
+            logits=_to_columns(out.logits, prompt.columns, prompt.lengths, inputs.input_ids.shape[1]),
+            hidden=_to_columns(out.hidden, prompt.columns, prompt.lengths, inputs.input_ids.shape[1]),
+        )
+
+    def generate(
+        self,
+        inputs: OmniInputs,
+        max_new_tokens: int = 1024,
+        text_sampling: PerRow = None,
+        return_audio: bool | None = None,
+        speaker: PerRow = None,
+        max_frames: int = 4095,
+        audio_sampling: PerRow = None,
+        residual_sampling: PerRow = None,
+        seed: PerRow = None,
+    ) -> OmniOutput:
+        """Answer a batch of prompts in text and, if the model can and `return_audio` is not False, in speech.
+
+        max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release).
+        text_sampling, audio_sampling (codebook 0), residual_sampling: `SamplingConfig` or a dict of its fields; None
+        is the release's way (text as generation_config.json says). speaker: a name of the config, in any case; None is
+        the checkpoint's default. seed: makes sampling reproducible; None draws one from torch's global generator.
+        speaker, samplings and seed are one value or a list with one a row. Raises ValueError for impossible requests.
+        """
+        return generation.generate(
+            self,
+            _as_inputs(inputs),
+            max_new_tokens=max_new_tokens,
+            text_sampling=text_sampling,
+            return_audio=return_audio,
+            speaker=speaker,
+            max_frames=max_frames,
+            audio_sampling=audio_sampling,
+            residual_sampling=residual_sampling,
+            seed=seed,
+        )
+
+    def speak(
+        self,
+        text: str | Sequence[str],
+        speaker: PerRow = None,
+        max_frames: int = 4095,
+        audio_sampling: PerRow = None,
+        residual_sampling: PerRow = None,
+        seed: PerRow = None,
+    ) -> Any:
+        """Speech for a given text: float32 [samples] on the CPU at `code2wav.sample_rate` (a list for a list of texts).
+
+        The Talker reads a reply by its token embeddings alone, so any text can drive it; the user's part is empty.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        waves = generation.speak(
+            self,
+            texts,
+            speaker=speaker,
+            max_frames=max_frames,
+            audio_sampling=audio_sampling,
+            residual_sampling=residual_sampling,
+            seed=seed,
+        )
+        return waves[0] if isinstance(text, str) else waves
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        parts: Sequence[str] = PARTS,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        adapter: str | Path | None = None,
+        strict: bool = True,
+        offload_folder: str | Path | None = None,
+    ) -> OmniModel:
+        """Load a checkpoint in the Hub's layout from a folder or a Hub id.
+
+        dtype: "auto" (as saved) or a torch dtype or its name; device: None is CUDA if present, else the CPU;
+        device_map: placement by accelerate, instead of device (offload_folder takes what it puts on disk); parts:
+        load less and read less; adapter: a PEFT LoRA folder, merged while loading; strict=False accepts missing tensors
+        (drawn at random) and unexpected ones, and leaves the account in `load_report`. Raises FileNotFoundError,
+        OSError or ValueError, each with the remedy.
+        """
+        parts = _check_parts(parts)
+        folder = resolve_folder(
+            folder_or_hub_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config = OmniConfig.from_pretrained(folder)
+        with MetaBuild():
+            model = cls(config, parts)
+        model.load_report = load_weights(
+            model, folder, dtype=dtype, device=device, device_map=device_map, strict=strict, adapter=adapter,
+            offload_folder=offload_folder,
+            initialise=model._initialise_only, config_dtype=config.dtype,
+        )  # fmt: skip
+        path = folder / "generation_config.json"
+        model.generation_config = read_json(path) if path.is_file() else {}
+        model.processor = _attached_processor(folder)
+        return model.eval()
+
+    def _initialise_only(self, names: set[str]) -> None:
+        """Draw the named parameters at random, as a new model would."""
+        for part, module in self.named_children():
+            own = {name[len(part) + 1 :] for name in names if name.startswith(part + ".")}
+            if own:
+                initialise(module, self._std_of(part), own)
+
+    def save_pretrained(
+        self, folder: str | Path, max_shard_size: str | int = "5GB", experts: Literal["separate", "fused"] = "separate"
+    ) -> None:
+        """Write the checkpoint in the Hub's layout, atomically: an interrupted save leaves an old folder intact.
+
+        experts: "separate" (one tensor an expert, as released) or "fused". A model loaded without its Talker is saved
+        as a variant that answers in text.
+        """
+        self.require("thinker")
+        if (self.talker is None) != (self.code2wav is None):
+            raise ValueError("only one of talker and code2wav is loaded; load both, or neither, before saving")
+        config = self.config.replace(enable_audio_output=self.talker is not None)
+        values = {**config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
+        with atomic_folder(Path(folder)) as target:
+            (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            if self.generation_config:
+                text = json.dumps(self.generation_config, indent=2) + "\n"
+                (target / "generation_config.json").write_text(text, encoding="utf-8")
+            if self.processor is not None:
+                self.processor.save_pretrained(target)
+            save_weights(self, target, max_shard_size=max_shard_size, experts=experts)
+
+
+def _check_parts(parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts as a tuple; ValueError for an unknown or empty choice."""
+    chosen = (parts,) if isinstance(parts, str) else tuple(parts)
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown or not chosen:
+        raise ValueError(f"parts must name some of {', '.join(PARTS)}, got {list(chosen)}")
+    return chosen
+
+
+def _as_inputs(inputs: OmniInputs) -> OmniInputs:
+    if isinstance(inputs, OmniInputs):
+        return inputs
+    if hasattr(inputs, "keys"):
+        return OmniInputs(**inputs)  # what a transformers processor returned
+    raise TypeError(f"expected OmniInputs (what OmniProcessor returns), got {type(inputs).__name__}")
+
+
+def _to_columns(x: Tensor, columns: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Left-aligned rows x [B, T, C] back into the columns of the inputs [B, width, C], zero at padding."""
+    valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
+    index = columns.to(x.device)[..., None].expand_as(x)
+    return x.new_zeros(x.shape[0], width, x.shape[2]).scatter(1, index, x * valid[..., None])
+
+
+def _attached_processor(folder: Path) -> OmniProcessor | None:
+    """The checkpoint's processor, or None where the folder holds no tokenizer."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        return None
+    return OmniProcessor.from_pretrained(folder)
