@@ -1,0 +1,63 @@
+# omni: a machine needs python3 (3.10 or newer), make and a network; the rest is installed here, under .venv/.
+# Try `make help`.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.omni-ready
+
+# The tests and the demo are many small operations: more threads than this only wait for each other.
+export OMP_NUM_THREADS ?= 2
+# Wheels of several hundred megabytes on a slow line take longer than uv's usual 30 seconds.
+export UV_HTTP_TIMEOUT ?= 300
+# A machine whose pip is pointed at a mirror by a variable wants the same mirror here.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+
+.PHONY: help setup demo test test-slow lint clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY)  ## install omni and all it needs into .venv/ (again when pyproject.toml changes)
+
+demo: $(READY)  ## ask the bundled spoken question about the bundled picture and video; writes out.wav and out.png
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m omni.cli demo
+
+# Both halves always run, so that a formatting slip does not hide a failing test; either makes the target fail.
+test: $(READY)  ## ruff, mypy and the tests (slow ones left out), without any network after the setup
+	@status=0; $(MAKE) lint || status=$$?; \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" || status=$$?; exit $$status
+
+test-slow: $(READY)  ## the same with the slow tests too
+	@status=0; $(MAKE) lint || status=$$?; \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest || status=$$?; exit $$status
+
+lint: $(READY)  ## only ruff (rules and format) and mypy
+	@status=0; \
+	$(BIN)/python -m ruff check . || status=$$?; \
+	$(BIN)/python -m ruff format --check . || status=$$?; \
+	$(BIN)/python -m mypy || status=$$?; exit $$status
+
+clean:  ## remove .venv/, caches and the demo's output
+	rm -rf .venv .venv-uv *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis out.wav out.png
+	find omni tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv, not pip, chooses the wheels: it takes torch, torchaudio and torchvision builds that load beside each other.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "omni needs Python 3.10 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Install a newer one and name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Setting up .venv (the first time downloads PyTorch; later runs skip this step)"
+	@set -e; uv=$$(command -v uv) || { uv=.venv-uv/bin/uv; test -x $$uv || { \
+	    $(PYTHON) -m venv .venv-uv && .venv-uv/bin/python -m pip install --quiet uv; } || { \
+	    echo "The installer could not be set up: check the network, and that '$(PYTHON) -m venv' works" >&2; \
+	    echo "(on Debian and Ubuntu it is the package python3-venv)." >&2; rm -rf .venv-uv; exit 1; }; }; \
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	  || $$uv venv --quiet --clear --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
+	$$uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@

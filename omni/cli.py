@@ -1,0 +1,269 @@
+"""The `omni` command. Results go to stdout, progress to stderr; an error is one line on stderr and an exit code:
+2 for a misused command, 1 for anything that fails while it runs, 130 for Ctrl-C. OMNI_DEBUG=1 shows the stack.
+
+Heavy imports stand inside the functions, so that `omni --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from omni.model import OmniModel
+
+_DESCRIPTION = "Talk to Thinker-Talker models: text, audio, images and video in; text and speech out."
+_EXAMPLES = """\
+examples:
+  omni demo
+  omni chat --model Qwen/Qwen3-Omni-30B-A3B-Instruct --audio question.wav --out answer.wav
+  omni chat --model ./checkpoint --image picture.png --no-audio "What is in the picture?"
+  omni chat --model ./checkpoint --video clip.mp4 --use-audio-in-video "What happens, and what is said?"
+  omni speak --model ./checkpoint --speaker Ethan --out hello.wav "Hello there."
+  omni info ./checkpoint
+"""
+_MODEL_HELP = "checkpoint folder or Hub id"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `omni`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="omni", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
+
+    demo = commands.add_parser(
+        "demo",
+        help="answer a packaged conversation with sound, picture and video",
+        description="Answers a spoken question about a picture and a small video with sound, on a tiny random "
+        "model; all are packaged. Prints the answer and a time table; writes out.wav, and out.png with its "
+        "waveform and mel spectrogram.",
+    )
+    demo.add_argument("--out-dir", type=Path, default=Path(), metavar="DIR", help="where to write (default: here)")
+    demo.add_argument("--seed", type=int, default=0, help="weights and sampling of the demo (default: 0)")
+    demo.set_defaults(run=_run_demo)
+
+    chat = commands.add_parser(
+        "chat",
+        help="ask a checkpoint about text, audio, images and video",
+        description="Asks one question and prints the answer; a checkpoint that speaks also writes it as sound. Media "
+        "come before the text, audio first, then images, then videos; each option may be repeated.",
+    )
+    chat.add_argument("text", nargs="?", help="what to say; may be left out when there is audio")
+    chat.add_argument("--model", required=True, metavar="DIR", help=_MODEL_HELP)
+    for kind in ("audio", "image", "video"):
+        chat.add_argument(f"--{kind}", action="append", default=[], metavar="F", help=f"{kind} file or address")
+    chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound too")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--max-new-tokens", type=_count, default=1024, metavar="N", help="default: 1024")
+    chat.add_argument("--no-audio", action="store_true", help="answer in text only; the Talker is not loaded")
+    _add_speech_arguments(chat, "out.wav")
+    chat.set_defaults(run=_run_chat, misuse=chat.error)
+
+    speak = commands.add_parser(
+        "speak",
+        help="say a text",
+        description="Writes speech for a given text. Without --model, the packaged tiny model with random weights "
+        "makes a few seconds of noise.",
+    )
+    speak.add_argument("text", help="what to say")
+    speak.add_argument("--model", metavar="DIR", help=_MODEL_HELP)
+    _add_speech_arguments(speak, None)
+    speak.set_defaults(run=_run_speak)
+
+    info = commands.add_parser(
+        "info",
+        help="describe a checkpoint without loading it",
+        description="Parts, shapes, parameters, dtype, memory and speakers of a checkpoint, from config.json and the "
+        "headers of its weight files. A folder or file with a config alone is described too.",
+    )
+    info.add_argument("folder", type=Path, help="checkpoint folder, or a config.json")
+    info.set_defaults(run=_run_info)
+    return parser
+
+
+def _add_speech_arguments(parser: argparse.ArgumentParser, default_out: str | None) -> None:
+    where = "sound file to write: .wav, .flac, .ogg or .mp3" + (f" (default: {default_out})" if default_out else "")
+    parser.add_argument("--out", type=Path, required=default_out is None, metavar="F", help=where)
+    parser.add_argument("--speaker", metavar="S", help="voice, as `omni info` lists them (default: the checkpoint's)")
+    parser.add_argument("--max-frames", type=_count, metavar="N", help="frames of speech at most, 80 ms each")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda:1, or auto for all (default: cuda, else cpu)")
+
+
+def _count(text: str) -> int:
+    """argparse's type of a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's) and return its exit code; misuse raises SystemExit(2)."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("omni: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left: `omni info DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("OMNI_DEBUG"):
+            raise
+        print(f"omni: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    """An error's message in one line; an unforeseen kind is named, with the way to see more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, TypeError, OSError)) and text:
+        return text
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({text or 'no details'}); --no-audio loads less, --device auto uses all devices"
+    return f"{type(error).__name__}: {text} (unexpected; OMNI_DEBUG=1 shows where)"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning as one line; those meant for developers only on request."""
+    if issubclass(category, UserWarning) or os.environ.get("OMNI_DEBUG"):
+        print(f"omni: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _consoles() -> tuple[Console, Console]:
+    """For results and for progress. A pipe has no width of its own, so tables get room there."""
+    from rich.console import Console
+
+    out = Console() if sys.stdout.isatty() else Console(width=160)
+    return out, Console(stderr=True)
+
+
+def _check_sound_path(path: Path) -> None:
+    """Fail before the model is loaded rather than after it has spoken. Raises FileNotFoundError or ValueError."""
+    import soundfile
+
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist; create it or choose another --out")
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file in it, such as {path / 'out.wav'}")
+    if path.suffix.lstrip(".").upper() not in soundfile.available_formats():
+        raise ValueError(f"--out {path} must end in .wav, .flac, .ogg or .mp3")
+
+
+def _load(args: argparse.Namespace, console: Console, parts: Sequence[str]) -> OmniModel:
+    """The model that --model and --device name."""
+    from omni.model import OmniModel
+
+    placement = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
+    with console.status(f"loading {args.model} ..."):
+        return OmniModel.from_pretrained(args.model, parts=parts, **placement)
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    from omni.demo import run_demo
+
+    run_demo(*_consoles(), args.out_dir, args.seed)
+
+
+def _run_chat(args: argparse.Namespace) -> None:
+    if not (args.text or args.audio or args.video):
+        args.misuse("nothing is asked: give a text, or a question as --audio or --video")
+    if args.no_audio and args.out:
+        args.misuse("--no-audio writes no sound; leave --out out")
+    speaks, path = not args.no_audio, args.out or Path("out.wav")
+    if speaks:
+        _check_sound_path(path)
+    console, progress = _consoles()
+    model = _load(args, progress, ("thinker", "talker", "code2wav") if speaks else ("thinker",))
+    if model.processor is None:
+        raise ValueError(f"{args.model} holds no tokenizer files; `omni chat` needs them to read and write text")
+    if args.out and not model.config.has_talker:
+        raise ValueError(f"{args.model} answers in text only; leave --out out")
+    inputs = model.processor(_messages(args))
+    with progress.status("answering ..."):
+        out = model.generate(
+            inputs,
+            max_new_tokens=args.max_new_tokens,
+            return_audio=speaks and model.config.has_talker,
+            speaker=args.speaker,
+            max_frames=args.max_frames or 4095,
+            seed=args.seed,
+        )
+    assert out.text is not None
+    if out.reasoning[0]:
+        progress.print(out.reasoning[0], style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print(out.text[0], markup=False, highlight=False, soft_wrap=True)
+    if out.audio is not None:
+        from omni.demo import print_speech, write_sound
+
+        assert out.sample_rate is not None
+        write_sound(path, out.audio[0], out.sample_rate)
+        print_speech(progress, out, [path])
+
+
+def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The conversation that the options of `omni chat` describe."""
+    content: list[dict[str, Any]] = []
+    for kind in ("audio", "image", "video"):
+        content += [{"type": kind, kind: source} for source in getattr(args, kind)]
+    if args.use_audio_in_video:
+        content = [{**item, "use_audio_in_video": True} if item["type"] == "video" else item for item in content]
+    if args.text:
+        content.append({"type": "text", "text": args.text})
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": content}]
+
+
+def _run_speak(args: argparse.Namespace) -> None:
+    from omni.demo import MAX_FRAMES, RANDOM_WEIGHTS, demo_model, write_sound
+
+    _check_sound_path(args.out)
+    console, progress = _consoles()
+    if args.model is None:
+        progress.print(RANDOM_WEIGHTS, style="yellow")
+        model = demo_model()
+    else:
+        model = _load(args, progress, ("thinker", "talker", "code2wav"))
+    max_frames = args.max_frames or (MAX_FRAMES if args.model is None else 4095)
+    with progress.status("speaking ..."):
+        samples = model.speak(args.text, speaker=args.speaker, max_frames=max_frames, seed=args.seed)
+    assert model.code2wav is not None
+    sample_rate = int(model.code2wav.sample_rate)  # type: ignore[arg-type]
+    write_sound(args.out, samples, sample_rate)
+    seconds = len(samples) / sample_rate
+    console.print(f"speech: {seconds:.2f} s at {sample_rate} Hz in {args.out}", highlight=False, soft_wrap=True)
+
+
+def _run_info(args: argparse.Namespace) -> None:
+    from omni.info import print_info
+
+    console, progress = _consoles()
+    with progress.status(f"reading {args.folder} ..."):
+        print_info(console, args.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

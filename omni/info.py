@@ -1,0 +1,196 @@
+"""What `omni info` prints: the parts of a checkpoint, from its config.json and the headers of its weight files.
+
+No tensor is read. A folder (or file) with a config alone is described by building the model on the meta device, which
+holds shapes and no data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from omni.config import Code2WavConfig, OmniConfig
+from omni.config_decoder import DecoderConfig, MoEConfig
+
+# Module prefixes, the longest first, and what the table calls them.
+PARTS = {
+    "talker.mtp.": "talker, residual codes",
+    "audio_encoder.": "audio encoder",
+    "vision_encoder.": "vision encoder",
+    "thinker.": "thinker",
+    "talker.": "talker",
+    "code2wav.": "code2wav",
+}
+ORDER = ("audio encoder", "vision encoder", "thinker", "talker", "talker, residual codes", "code2wav", "other")
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass
+class PartSize:
+    """Tensors of one part: how many, of how many values and bytes, in which dtypes."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    dtypes: set[str] = field(default_factory=set)
+
+    def add(self, shape: Iterable[int], dtype: str, size_bytes: int) -> None:
+        """Count one tensor."""
+        self.tensors += 1
+        self.parameters += math.prod(shape)
+        self.bytes += size_bytes
+        self.dtypes.add(dtype)
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor belongs to, by its module name in `OmniModel`."""
+    return next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "other")
+
+
+def sizes_from_files(folder: Path) -> tuple[dict[str, PartSize], int]:
+    """Sizes of the parts on disk, and the number of weight files. Raises as `read_headers`."""
+    from omni.checkpoint.keys import QWEN3_OMNI
+    from omni.checkpoint.shards import read_headers
+
+    sizes: dict[str, PartSize] = {}
+    headers = read_headers(folder)
+    for key, tensor in headers.items():
+        size = sizes.setdefault(part_of(QWEN3_OMNI.from_hub(key) or ""), PartSize())
+        size.add(tensor.shape, _NAMES.get(tensor.dtype, tensor.dtype), tensor.bytes)
+    return sizes, len({tensor.shard for tensor in headers.values()})
+
+
+def sizes_from_config(config: OmniConfig) -> dict[str, PartSize]:
+    """Sizes of the parts as the config describes them, in its own dtype (float32 if it names none)."""
+    import torch
+
+    from omni.model import OmniModel
+
+    dtype = config.dtype if config.dtype in _BYTES else "float32"
+    with torch.device("meta"):
+        model = OmniModel(config)
+    sizes: dict[str, PartSize] = {}
+    for name, parameter in model.named_parameters():
+        size = sizes.setdefault(part_of(name), PartSize())
+        size.add(parameter.shape, dtype, parameter.numel() * _BYTES[dtype])
+    return sizes
+
+
+def describe_parts(config: OmniConfig) -> dict[str, str]:
+    """The sizes of each part in words, from the config."""
+    thinker, talker = config.thinker_config, config.talker_config
+    out = {"thinker": _decoder(thinker.text_config)}
+    if (audio := thinker.audio_config) is not None:
+        out["audio encoder"] = (
+            f"{audio.encoder_layers} layers of {audio.d_model}, {audio.encoder_attention_heads} heads, "
+            f"{audio.num_mel_bins} mel bins, window {audio.n_window_infer / 100:g} s"
+        )
+    if (vision := thinker.vision_config) is not None:
+        out["vision encoder"] = (
+            f"{vision.depth} layers of {vision.hidden_size}, {vision.num_heads} heads, patch {vision.patch_size}, "
+            f"taps after layers {', '.join(map(str, vision.deepstack_visual_indexes)) or 'none'}"
+        )
+    if config.has_talker and talker is not None and config.code2wav_config is not None:
+        mtp = talker.code_predictor_config
+        out["talker"] = f"{_decoder(talker.text_config)}, reads Thinker layer {talker.accept_hidden_layer}"
+        out["talker, residual codes"] = f"{_decoder(mtp)}, {mtp.num_code_groups - 1} of {mtp.num_code_groups} codes"
+        out["code2wav"] = _codec(config.code2wav_config)
+    return out
+
+
+def _decoder(c: DecoderConfig) -> str:
+    heads = f"{c.num_attention_heads} heads over {c.num_key_value_heads} of {c.head_size}"
+    experts = f", {c.num_experts_per_tok} of {c.num_experts} experts" if isinstance(c, MoEConfig) else ""
+    return f"{c.num_hidden_layers} layers of {c.hidden_size}, {heads}{experts}"
+
+
+def _codec(c: Code2WavConfig) -> str:
+    return (
+        f"{c.num_quantizers} codebooks of {c.codebook_size}, {c.num_hidden_layers} layers of {c.hidden_size}, "
+        f"{c.hop_length} samples a frame"
+    )
+
+
+def cache_bytes_per_token(config: OmniConfig, value_bytes: int = 2) -> int:
+    """Memory that one position takes in the Thinker's key-value cache, at `value_bytes` a value (2 for bfloat16)."""
+    text = config.thinker_config.text_config
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_size * value_bytes
+
+
+def variant(config: OmniConfig) -> str:
+    """What this variant takes in and gives out."""
+    thinker = config.thinker_config
+    media = {"audio": thinker.audio_config, "images and video": thinker.vision_config}
+    takes = ", ".join(("text", *(name for name, part in media.items() if part is not None)))
+    return f"{takes} in; {'text and speech' if config.has_talker else 'text'} out"
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has, or claims to have, weight files."""
+    return any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin"))
+
+
+def print_info(console: Console, path: Path) -> None:
+    """Print the description of a checkpoint folder, of a folder with a config alone, or of a config file.
+
+    Raises FileNotFoundError or ValueError when the config or the weight files' headers cannot be trusted.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; pass a checkpoint folder or a config.json")
+    config = OmniConfig.from_pretrained(path)
+    if path.is_dir() and has_weights(path):
+        sizes, files = sizes_from_files(path)
+        origin = f"{files} weight file{'s' if files > 1 else ''}, read from the headers"
+    else:
+        sizes, origin = sizes_from_config(config), "no weight files here: as config.json describes it"
+    console.print(f"{path}: {config.model_type}, {variant(config)}", highlight=False)
+    console.print(f"{origin}", highlight=False)
+    console.print(_parts_table(sizes, describe_parts(config)))
+    cache_mb = cache_bytes_per_token(config) * 1000 / 1e6
+    positions = config.thinker_config.text_config.max_position_embeddings
+    console.print(
+        f"thinker: {positions:,} positions; its cache takes {cache_mb:,.1f} MB per 1000 tokens in bfloat16",
+        highlight=False,
+    )
+    if config.has_talker and config.talker_config is not None:
+        speakers = sorted(config.talker_config.speaker_id or {})
+        console.print(f"speakers: {', '.join(speakers) or 'none named'}", highlight=False)
+
+
+def _parts_table(sizes: dict[str, PartSize], words: dict[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part", no_wrap=True)
+    for title in ("tensors", "parameters", "dtype", "memory"):
+        table.add_column(title, justify="left" if title == "dtype" else "right", no_wrap=True)
+    table.add_column("shape", overflow="fold")
+    total = PartSize()
+    for part in ORDER:
+        if (size := sizes.get(part)) is not None:
+            table.add_row(*_cells(part, size), words.get(part, ""))
+            total.tensors += size.tensors
+            total.parameters += size.parameters
+            total.bytes += size.bytes
+            total.dtypes |= size.dtypes
+    table.add_section()
+    table.add_row(*_cells("total", total), "")
+    return table
+
+
+def _cells(part: str, size: PartSize) -> tuple[str, ...]:
+    return part, f"{size.tensors:,}", f"{size.parameters:,}", ", ".join(sorted(size.dtypes)), format_bytes(size.bytes)
+
+
+def format_bytes(size: int) -> str:
+    """A size in decimal units, as file listings and the Hub give it."""
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

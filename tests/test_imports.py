@@ -1,0 +1,146 @@
+"""The house rules that a program can check: who imports whom, short files, light imports, a true tree in the README."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "omni"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 450
+
+# A module may import from its own group and from groups of a lower level; groups of one level never import each other.
+LEVELS = (
+    ("config",),
+    ("rope",),
+    ("layers",),
+    ("encoders", "thinker", "talker", "code2wav"),
+    ("processing", "checkpoint"),
+    ("generation",),
+    ("model",),
+    ("training",),
+    ("cli",),
+)
+LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups}
+GROUP = {"config_decoder": "config", "config_reading": "config", "demo": "cli", "info": "cli", "plot": "cli"}
+
+
+def group_of(module: str) -> str:
+    """The group of a dotted module name: `omni.layers.norm` -> layers."""
+    name = module.split(".")[1]
+    return GROUP.get(name, name)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports_of(node: ast.AST) -> Iterator[str]:
+    """Names of omni's modules imported anywhere below a node, but for those that only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names if alias.name.split(".")[0] == "omni")
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"relative import on line {child.lineno}; write it out from omni"
+            if child.module == "omni":
+                yield from (f"omni.{alias.name}" for alias in child.names)
+            elif child.module is not None and child.module.startswith("omni."):
+                yield child.module
+        yield from imports_of(child)
+
+
+def allowed(importer: str, imported: str) -> bool:
+    return importer == imported or LEVEL[imported] < LEVEL[importer]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_in_one_direction(path: Path) -> None:
+    module = module_of(path)
+    if module == "omni":
+        return  # names its exports as strings; checked below
+    importer = group_of(module)
+    assert importer in LEVEL, f"{path.name} belongs to no known group; add it to the levels or place it in one"
+    wrong = [name for name in imports_of(ast.parse(path.read_text())) if not allowed(importer, group_of(name))]
+    assert not wrong, f"{module} ({importer}) must not import {', '.join(wrong)}"
+
+
+def test_the_rule_can_fail() -> None:
+    assert not allowed("thinker", "talker") and not allowed("generation", "model") and not allowed("rope", "layers")
+    assert allowed("model", "generation") and allowed("layers", "rope") and allowed("thinker", "thinker")
+    tree = ast.parse("if TYPE_CHECKING:\n    import omni.model\ndef f():\n    from omni.talker.mtp import MTP\n")
+    assert list(imports_of(tree)) == ["omni.talker.mtp"]
+
+
+def test_files_stay_short() -> None:
+    long = {module_of(path): n for path in FILES if (n := len(path.read_text().splitlines())) > MAX_LINES}
+    assert not long, f"over {MAX_LINES} lines, split them by idea: {long}"
+
+
+def test_every_file_says_its_purpose() -> None:
+    silent = [module_of(path) for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent, f"no docstring: {silent}"
+
+
+def in_a_new_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_import_is_light() -> None:
+    """`import omni` loads neither PyTorch nor transformers; the model's code loads PyTorch alone."""
+    assert in_a_new_python(
+        "import sys, omni; loaded = {'torch', 'transformers', 'torchvision'} & set(sys.modules); print(sorted(loaded));"
+        "from omni import OmniModel; print(sorted({'transformers', 'torchvision'} & set(sys.modules)))"
+    ).split("\n")[:2] == ["[]", "[]"]
+
+
+def test_import_is_quick() -> None:
+    start = time.perf_counter()
+    in_a_new_python("import omni, omni.cli; omni.cli.build_parser()")
+    assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine
+
+
+def test_public_names() -> None:
+    import omni
+
+    for name in omni.__all__:
+        assert getattr(omni, name).__name__ == name
+    assert set(omni.__all__) <= set(dir(omni))
+    with pytest.raises(AttributeError, match="OmniModl"):
+        omni.OmniModl  # noqa: B018
+
+
+def readme_tree() -> dict[str, str]:
+    """Path below omni/ -> description, for each line of the tree that ends the README (folders end in a slash)."""
+    blocks = re.findall(r"^```\n(omni/\n.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1, "the README has one block that starts with omni/"
+    out: dict[str, str] = {}
+    folder = ""
+    for line in blocks[0].splitlines()[1:]:
+        indent, name, text = re.fullmatch(r"( +)(\S+) +(\S.*)", line).groups()  # type: ignore[union-attr]
+        if len(indent) == 2:
+            folder = name if name.endswith("/") else ""
+        out[name if len(indent) == 2 else folder + name] = text
+    return out
+
+
+def test_readme_tree_is_true() -> None:
+    """It lists every Python file once, with a description; a folder's `__init__.py` is described with the folder."""
+    tree = readme_tree()
+    files = {str(path.relative_to(PACKAGE)) for path in FILES if path.name != "__init__.py"} | {"__init__.py"}
+    folders = {f"{path.parent.relative_to(PACKAGE)}/" for path in FILES if path.parent != PACKAGE}
+    assert set(tree) == files | folders
+    assert (ROOT / "README.md").read_text().rstrip().endswith("```")

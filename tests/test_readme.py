@@ -1,0 +1,71 @@
+"""The README's Python blocks run as printed, in order, on the tiny model instead of the released one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from omni.demo import DEMO_DATA
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+MEDIA = ("question.wav", "picture.png", "clip.mp4")
+RELEASED = "Qwen/Qwen3-Omni-30B-A3B-Instruct"
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_example_is_short() -> None:
+    assert len(python_blocks()[0].splitlines()) <= 20
+
+
+def test_every_block_runs(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in MEDIA:
+        shutil.copy(DEMO_DATA / name, tmp_path / name)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "readme"}
+    for number, block in enumerate(python_blocks(), 1):
+        code = block.replace(RELEASED, str(tiny_checkpoint))
+        exec(compile(code, f"README block {number}", "exec"), names)
+    assert capsys.readouterr().out.strip(), "the first example prints the answer"
+    samples, sample_rate = soundfile.read(tmp_path / "answer.wav")
+    assert len(samples) > 0 and sample_rate == 24000
+    assert len(names["out"].text) == 1 and len(names["wav"]) > 0
+    assert names["logits"].shape[:2] == names["audio"].input_ids.shape
+    assert (tmp_path / "my-checkpoint" / "model.safetensors").is_file()
+
+
+def test_commands_and_files_it_names_exist() -> None:
+    from omni.cli import build_parser
+
+    parser = build_parser()
+    for line in re.findall(r"^omni (.*)$", README, re.MULTILINE):
+        words = re.findall(r'"[^"]*"|\S+', line)
+        parser.parse_args([word.strip('"') for word in words])  # a wrong option would exit
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+    for path in re.findall(r"`((?:omni|configs)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_figures_are_those_of_the_released_config() -> None:
+    from omni.config import OmniConfig
+    from omni.info import cache_bytes_per_token, sizes_from_config
+
+    config = OmniConfig.from_pretrained(ROOT / "configs" / "qwen3_omni_30b_a3b.json")
+    sizes = sizes_from_config(config)
+    total = sum(size.bytes for size in sizes.values())
+    thinker = sum(sizes[part].bytes for part in ("thinker", "audio encoder", "vision encoder"))
+    assert f"| {total / 1e9:.1f} GB |" in README and f"| {thinker / 1e9:.1f} GB |" in README
+    assert f"{cache_bytes_per_token(config) * 1000 / 1e6:.1f} MB" in README
