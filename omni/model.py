@@ -292,9 +292,9 @@ def _as_inputs(inputs: OmniInputs) -> OmniInputs:
     raise TypeError(f"expected OmniInputs (what OmniProcessor returns), got {type(inputs).__name__}")
 
 
-def _to_columns(x: Tensor, columns: Tensor, lengths: Tensor, width: int) -> Tensor:
+def _to_columns(x: Tensor, columns: Tensor, lengths: list[int], width: int) -> Tensor:
     """Left-aligned rows x [B, T, C] back into the columns of the inputs [B, width, C], zero at padding."""
-    valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
+    valid = torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
     index = columns.to(x.device)[..., None].expand_as(x)
     return x.new_zeros(x.shape[0], width, x.shape[2]).scatter(1, index, x * valid[..., None])
 

@@ -68,7 +68,7 @@ def test_cache_rows_may_be_out_of_step() -> None:
         starts = cache.length.tolist()
         new = torch.stack([torch.cat((row, row))[s : s + tokens] for row, s in zip(rows, starts)])[:, None]
         cache.write(0, new, new, cache.slots(tokens))
-        cache.advance(tokens, torch.tensor(lengths))
+        cache.advance(lengths)
     assert cache.length.tolist() == [5, 3]
     for row, length in enumerate(cache.length.tolist()):
         assert torch.equal(cache.keys[0, row, 0, :length], rows[row][:length])
@@ -79,7 +79,7 @@ def test_a_cloned_state_goes_its_own_way() -> None:
     copy = cache.clone()
     one = torch.ones(1, 1, 1, 4)
     cache.write(0, one, one, cache.slots(1))
-    cache.advance(1)
+    cache.advance([1])
     assert copy.length.item() == 0 and copy.keys.abs().sum() == 0
 
 

@@ -57,13 +57,13 @@ def test_the_past_does_not_see_the_future(thinker: Thinker) -> None:
 
 def test_ragged_rows_decode_as_if_alone(thinker: Thinker) -> None:
     embeds, positions = prompt(thinker, 2, 9)
-    lengths = torch.tensor([9, 4])
+    lengths = [9, 4]
     state = thinker.init_state(2)
     out = thinker(embeds, positions, state, lengths=lengths, last_only=True)
-    state.next_position = lengths.float()
+    state.next_position = torch.tensor(lengths).float()
     ids = torch.tensor([5, 6])
     together = [out.logits[:, 0], thinker.step(ids, state), thinker.step(ids, state)]
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate(lengths):
         alone = thinker.init_state(1)
         first = thinker(embeds[row : row + 1, :length], positions[:, :1, :length], alone, last_only=True)
         alone.next_position = torch.tensor([float(length)])

@@ -6,6 +6,7 @@ Shapes: B rows, T frames, D width, H heads, Hkv key-value heads, hd head width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class WindowState(State):
 
     frames int64 [B]: of the W - 1 places of a row, the last min(frames, W - 1) are filled.
     """
+
+    row_dims: ClassVar[dict[str, int]] = {"keys": 1, "values": 1}
 
     keys: Tensor
     values: Tensor

@@ -48,10 +48,11 @@ def prefill_text(thinker: Thinker, prompt: Prompt, reserve: int = 0) -> tuple[Te
     out = thinker(prompt.embeds, prompt.positions, decoder, taps=prompt.taps, lengths=prompt.lengths, last_only=True)
     decoder.next_position = prompt.next_position
     logits = out.logits[:, 0]
-    valid = torch.arange(tokens, device=logits.device) < prompt.lengths[:, None]
+    lengths = torch.tensor(prompt.lengths, device=logits.device)
+    valid = torch.arange(tokens, device=logits.device) < lengths[:, None]
     counts = logits.new_zeros(logits.shape, dtype=torch.int32)
     seen = counts.scatter_add_(1, prompt.ids, valid.int()) > 0
-    return TextState(decoder, logits, seen, torch.zeros_like(prompt.lengths)), out.hidden
+    return TextState(decoder, logits, seen, torch.zeros_like(lengths)), out.hidden
 
 
 def draw_token(state: TextState, sampling: RowSampling) -> Tensor:
@@ -68,17 +69,24 @@ def read_token(thinker: Thinker, state: TextState, ids: Tensor) -> None:
 
 
 def prefill_speech(
-    talker: Talker, embeds: Tensor, positions: Tensor, lengths: Tensor, following: Tensor
+    talker: Talker, embeds: Tensor, positions: Tensor, lengths: list[int], following: Tensor
 ) -> SpeechState:
     """Read the Talker's prompt: embeds [B, T, D], positions fp32 [3, B, T], lengths [B]; `following` [B] comes next."""
     rows, tokens = embeds.shape[:2]
     decoder = talker.init_state(rows, tokens + 64)
     out = talker(embeds, positions, decoder, lengths=lengths)
     decoder.next_position = following
-    last = (torch.arange(rows, device=embeds.device), lengths - 1)
-    logits, hidden = out.logits[last], out.hidden[last]
+    last = [n - 1 for n in lengths]
+    logits, hidden = (torch.stack([x[row, i] for row, i in enumerate(last)]) for x in (out.logits, out.hidden))
     seen = torch.zeros_like(logits, dtype=torch.bool)
-    return SpeechState(decoder, talker.mtp.init_cache(rows), logits, hidden, seen, torch.zeros_like(lengths))
+    return SpeechState(
+        decoder,
+        talker.mtp.init_cache(rows),
+        logits,
+        hidden,
+        seen,
+        torch.zeros(rows, dtype=torch.int64, device=embeds.device),
+    )
 
 
 def draw_frame(

@@ -73,7 +73,7 @@ def write_text(
     """The Thinker's part of a turn -> reply ids a row (stop id included), why each ended, hidden states [B, T, D]."""
     thinker = model.thinker
     room = model.config.thinker_config.text_config.max_position_embeddings
-    limits = [min(args.max_new_tokens, max(1, room - int(length))) for length in prompt.lengths]
+    limits = [min(args.max_new_tokens, max(1, room - length)) for length in prompt.lengths]
     sampling = RowSampling(args.text, args.seeds, TEXT_STREAM)
     with clock.stage("thinker_prefill"):
         state, hidden = prefill_text(thinker, prompt, reserve=max(limits))

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 class Prompt:
     """A batch of prompts, each row's tokens first and padding (zeros) after them.
 
-    ids int64 [B, T]; lengths int64 [B]; embeds [B, T, D]; positions fp32 [3, B, T]; next_position fp32 [B], where the
+    ids int64 [B, T]; lengths: tokens of each row; embeds [B, T, D]; positions fp32 [3, B, T]; next_position fp32 [B], where the
     reply begins; media bool [B, T], placeholder tokens; taps [n, B, T, D] for DeepStack or None; columns int64 [B, T],
     the place of each token in the inputs as they were given.
     """
 
     ids: Tensor
-    lengths: Tensor
+    lengths: list[int]
     embeds: Tensor
     positions: Tensor
     next_position: Tensor
@@ -40,7 +40,7 @@ class Prompt:
 
     def row_ids(self, row: int) -> list[int]:
         """The prompt ids of one row without padding."""
-        return self.ids[row, : int(self.lengths[row])].tolist()
+        return self.ids[row, : self.lengths[row]].tolist()
 
 
 def encode_prompt(model: OmniModel, inputs: OmniInputs) -> Prompt:
@@ -65,7 +65,7 @@ def encode_prompt(model: OmniModel, inputs: OmniInputs) -> Prompt:
         positions[:, row, : row_positions.shape[1]] = row_positions
         following.append(reply_position(row_positions))
     next_position = torch.tensor(following, dtype=torch.float32, device=device)
-    return Prompt(ids, lengths, embeds, positions.to(device), next_position, media, taps, segments, columns)
+    return Prompt(ids, lengths.tolist(), embeds, positions.to(device), next_position, media, taps, segments, columns)
 
 
 def _check(model: OmniModel, inputs: OmniInputs) -> None:

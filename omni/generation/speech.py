@@ -79,7 +79,7 @@ def start_speech(model: OmniModel, requests: Sequence[SpeechRequest]) -> SpeechS
         positions.append(row_positions.T)
         following.append(reply_position(row_positions))
     device = model.device
-    lengths = torch.tensor([len(row) for row in rows], device=device)
+    lengths = [len(row) for row in rows]
     embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     padded = nn.utils.rnn.pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(device)
     return prefill_speech(talker, embeds, padded, lengths, torch.tensor(following, device=device))
@@ -92,7 +92,7 @@ def write_codes(
     c, talker = model.config, model.talker
     state = start_speech(model, requests)
     room = talker.config.text_config.max_position_embeddings
-    limits = [min(max_frames, room - int(length)) for length in state.decoder.cache.length]
+    limits = [min(max_frames, room - length) for length in state.decoder.cache.lengths]
     seeds = torch.tensor([r.seed for r in requests], device=model.device)
     first = RowSampling([r.codes for r in requests], seeds, CODE_STREAM)
     residual = RowSampling([r.residual for r in requests], seeds, RESIDUAL_STREAM)

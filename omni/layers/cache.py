@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,14 +15,14 @@ from omni.layers.state import State
 class KVCache(State):
     """Keys and values of all layers. A row's tokens lie in slots 0 .. length - 1; what lies beyond is never attended.
 
-    keys, values [L, B, Hkv, S, D]; length int64 [B]. `bound` is a host-side upper bound of the lengths, so that no
-    step needs to read `length` back from the device.
+    keys, values [L, B, Hkv, S, D]; length int64 [B] on the device, `lengths` the same on the host, so that no step needs
+    to read the device back.
     """
 
     keys: Tensor
     values: Tensor
     length: Tensor
-    bound: int = 0
+    lengths: list[int] = field(default_factory=list)
 
     @classmethod
     def create(
@@ -30,15 +31,21 @@ class KVCache(State):
         """An empty cache with room for `capacity` tokens a row."""
         shape = (layers, batch, kv_heads, capacity, dim)
         keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        return cls(keys, values, torch.zeros(batch, dtype=torch.int64, device=device))
+        return cls(keys, values, torch.zeros(batch, dtype=torch.int64, device=device), [0] * batch)
 
     @property
     def capacity(self) -> int:
+        """Tokens a row that fit without growing."""
         return self.keys.shape[3]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more a row; grows by at least half, so that appending stays linear in time."""
-        needed = self.bound + tokens
+        """Make room for `tokens` more in the longest row; grows by at least half, so that appending stays cheap."""
+        needed = self.longest + tokens
         if needed <= self.capacity:
             return
         grown = max(needed, self.capacity + self.capacity // 2)
@@ -53,14 +60,32 @@ class KVCache(State):
         return self.length[:, None] + torch.arange(tokens, device=self.length.device)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, Hkv, T, D] of one layer; returns all its keys and values up to the bound."""
+        """Store k, v [B, Hkv, T, D] of one layer; returns its keys and values as far as any row may look."""
         index = slots[:, None, :, None].expand_as(k)
         self.keys[layer].scatter_(2, index, k)
         self.values[layer].scatter_(2, index, v)
-        used = self.bound + slots.shape[1]
+        used = self.longest + slots.shape[1]
         return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
 
-    def advance(self, tokens: int, lengths: Tensor | None = None) -> None:
-        """Count the tokens just written: `tokens` in every row, or `lengths` [B] of them (the rest was padding)."""
-        self.length = self.length + (tokens if lengths is None else lengths.to(self.length))
-        self.bound += tokens
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count the tokens just written, `counts[row]` of each row (what was written beyond was padding)."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+        self.length = self.length + torch.tensor(counts, device=self.length.device)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget the tokens of one row from `length` on."""
+        assert 0 <= length <= self.lengths[row], "a cache cannot be truncated to more than it holds"
+        self.lengths[row] = length
+        self.length = self.length.clone()
+        self.length[row] = length
+
+    def row(self, row: int) -> KVCache:
+        """One row as a cache of its own that shares this one's memory; room must have been reserved."""
+        part = slice(row, row + 1)
+        return KVCache(self.keys[:, part], self.values[:, part], self.length[part], [self.lengths[row]])
+
+    def adopt(self, row: int, view: KVCache) -> None:
+        """Take over the length that a view made by `row` has reached."""
+        self.lengths[row] = view.lengths[0]
+        self.length = self.length.clone()
+        self.length[row] = view.lengths[0]

@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         if cache is None:
             return self.output(attention(q, k, v, causal=True))
         slots = cache.slots(x.shape[1])
-        fresh = cache.bound == 0
+        fresh = cache.longest == 0
         keys, values = cache.write(layer, k, v, slots)
         if fresh:
             return self.output(attention(q, k, v, causal=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ S = TypeVar("S", bound="State")
 
 @dataclasses.dataclass
 class State:
-    """Base of all states. A clone continues independently; moving casts floating tensors only."""
+    """Base of all states. A clone continues independently; moving casts floating tensors only.
+
+    `row_dims` names the dimension of the batch's rows in each tensor field where that is not the first.
+    """
+
+    row_dims: ClassVar[dict[str, int]] = {}
 
     def clone(self: S) -> S:
         """An independent copy."""
@@ -24,18 +30,60 @@ class State:
         """A copy on another device or with floating tensors in another dtype."""
         return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
-    def _map(self: S, change: Any) -> S:
+    def _map(self: S, change: Callable[[Tensor], Tensor]) -> S:
         new = copy.copy(self)
         for f in dataclasses.fields(self):
             setattr(new, f.name, _apply(getattr(self, f.name), change))
         return new
 
 
-def _apply(value: Any, change: Any) -> Any:
+def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, State):
         return value._map(change)
     if isinstance(value, list):
-        return [_apply(item, change) for item in value]
+        return [_apply(item, change) for item in value]  # a new list, so that clones do not share it
     return value
+
+
+def join_rows(states: Sequence[S]) -> S:
+    """One state whose rows are those of all the states, which must agree in everything that is not a tensor."""
+    first = states[0]
+    new = copy.copy(first)
+    for f in dataclasses.fields(first):
+        values = [getattr(state, f.name) for state in states]
+        setattr(new, f.name, _join(values, first.row_dims.get(f.name, 0)))
+    return new
+
+
+def _join(values: list[Any], dim: int) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values, dim)
+    if isinstance(values[0], State):
+        return join_rows(values)
+    if isinstance(values[0], list):
+        return [_join(list(items), dim) for items in zip(*values)]
+    assert all(value == values[0] for value in values), "states that are not at the same point cannot be joined"
+    return values[0]
+
+
+def split_rows(state: S, rows: int) -> list[S]:
+    """The reverse of `join_rows` for `rows` states of one row each."""
+    parts = [copy.copy(state) for _ in range(rows)]
+    for f in dataclasses.fields(state):
+        pieces = _split(getattr(state, f.name), state.row_dims.get(f.name, 0), rows)
+        for part, piece in zip(parts, pieces):
+            setattr(part, f.name, piece)
+    return parts
+
+
+def _split(value: Any, dim: int, rows: int) -> list[Any]:
+    if isinstance(value, Tensor):
+        return list(value.split(1, dim))
+    if isinstance(value, State):
+        return split_rows(value, rows)
+    if isinstance(value, list):
+        columns = [_split(item, dim, rows) for item in value]
+        return [[column[row] for column in columns] for row in range(rows)]
+    return [value] * rows

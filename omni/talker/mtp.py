@@ -57,7 +57,7 @@ class MTP(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, tables, cache, i)
         if cache is not None:
-            cache.advance(x.shape[1])
+            cache.advance([x.shape[1]] * x.shape[0])
         return self.norm(x)
 
     def embed_residual(self, codes: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ class MTP(nn.Module):
         [B, K - 1] and the sum of their embeddings [B, D].
         """
         cache = self.init_cache(hidden.shape[0]) if cache is None else cache
-        cache.length, cache.bound = torch.zeros_like(cache.length), 0
+        cache.length, cache.lengths = torch.zeros_like(cache.length), [0] * len(hidden)
         x = torch.stack((hidden, first), dim=1)
         codes, total = [], torch.zeros_like(hidden)
         for i, (head, table) in enumerate(zip(self.lm_head, self.codec_embedding)):
-            y = self._decode(x, self._tables(cache.bound, x.shape[1], x.device), cache)
+            y = self._decode(x, self._tables(cache.longest, x.shape[1], x.device), cache)
             code = sample(head(y[:, -1]), i)
             codes.append(code)
             embedding = table(code)

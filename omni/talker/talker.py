@@ -6,6 +6,7 @@ left-aligned. One frame is 80 ms in the release.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,12 +79,12 @@ class Talker(nn.Module):
         positions: Tensor,
         state: DecoderState | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         with_router_logits: bool = False,
     ) -> TalkerOutput:
         """Read embeds [B, T, D] at positions fp32 [3, B, T] after what the state holds.
 
-        lengths int64 [B]: inputs of each row, the rest is padding (None: all T).
+        lengths: inputs of each row, the rest is padding (None: all T).
         """
         x = embeds
         router_logits: list[Tensor] | None = [] if with_router_logits else None
@@ -94,11 +95,15 @@ class Talker(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, tables, cache, i, router_logits)
         if cache is not None:
-            cache.advance(x.shape[1], lengths)
+            cache.advance(lengths or [x.shape[1]] * x.shape[0])
         x = self.norm(x)
         return TalkerOutput(self.codec_head(x), x, router_logits)
 
-    def step(self, embeds: Tensor, state: DecoderState) -> tuple[Tensor, Tensor]:
-        """One further frame a row: embeds [B, D] -> (logits of codebook 0 [B, V], hidden [B, D])."""
-        out = self(embeds[:, None], state.step_positions(), state)
+    def step(self, embeds: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """One further frame a row: embeds [B, D] -> (logits of codebook 0 [B, V], hidden [B, D]).
+
+        Rows where `active` is False stand still; their outputs mean nothing.
+        """
+        moves = [int(a) for a in active] if active is not None else [1] * len(embeds)
+        out = self(embeds[:, None], state.step_positions(moves), state, lengths=moves)
         return out.logits[:, 0], out.hidden[:, 0]

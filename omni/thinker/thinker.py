@@ -5,7 +5,7 @@ Shapes: B rows, T new tokens, D width, V vocabulary. Rows are left-aligned: padd
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,13 +71,13 @@ class Thinker(nn.Module):
         state: DecoderState | None = None,
         *,
         taps: Tensor | None = None,
-        lengths: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         last_only: bool = False,
         with_router_logits: bool = False,
     ) -> ThinkerOutput:
         """Read embeds [B, T, D] at positions fp32 [3, B, T] after what the state holds.
 
-        taps [n, B, T, D]: added after the first n layers. lengths int64 [B]: tokens of each row, the rest is padding
+        taps [n, B, T, D]: added after the first n layers. lengths: tokens of each row, the rest is padding
         (None: all T). `last_only` computes logits for the last token of each row only. Without a state nothing is
         remembered (training). The caller sets `state.next_position` after a prefill.
         """
@@ -95,16 +95,20 @@ class Thinker(nn.Module):
             if taps is not None and i < len(taps):
                 x = x + taps[i].to(x.dtype)
         if cache is not None:
-            cache.advance(x.shape[1], lengths)
+            cache.advance(lengths or [x.shape[1]] * x.shape[0])
         x = self.norm(x)
         if hidden is None or self.accept_layer == len(self.layers):
             hidden = x
         if last_only:
-            last = lengths - 1 if lengths is not None else x.new_full((x.shape[0],), x.shape[1] - 1, dtype=torch.int64)
-            x = x[torch.arange(x.shape[0], device=x.device), last].unsqueeze(1)
+            last = [(n or 1) - 1 for n in lengths or [x.shape[1]] * x.shape[0]]
+            x = torch.stack([x[row, i] for row, i in enumerate(last)]).unsqueeze(1)
         return ThinkerOutput(self.lm_head(x), hidden, router_logits)
 
-    def step(self, ids: Tensor, state: DecoderState) -> Tensor:
-        """One further text token a row: ids int64 [B] -> logits of the next one [B, V]."""
+    def step(self, ids: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> Tensor:
+        """One further text token a row: ids int64 [B] -> logits of the next one [B, V].
+
+        Rows where `active` is False stand still; their logits mean nothing.
+        """
+        moves = [int(a) for a in active] if active is not None else [1] * len(ids)
         embeds = self.embed_tokens(ids)[:, None]
-        return self(embeds, state.step_positions(), state).logits[:, 0]
+        return self(embeds, state.step_positions(moves), state, lengths=moves).logits[:, 0]
