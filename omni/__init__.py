@@ -7,22 +7,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omni.config import OmniConfig
+    from omni.generation.events import AudioChunk, TextDelta, TurnEnd
     from omni.generation.output import OmniOutput
     from omni.generation.sampling import SamplingConfig
+    from omni.generation.streaming_config import StreamingConfig
     from omni.model import OmniModel
     from omni.processing.inputs import OmniInputs
     from omni.processing.processor import OmniProcessor
 
 _HOMES = {
+    "AudioChunk": "omni.generation.events",
     "OmniConfig": "omni.config",
     "OmniInputs": "omni.processing.inputs",
     "OmniModel": "omni.model",
     "OmniOutput": "omni.generation.output",
     "OmniProcessor": "omni.processing.processor",
     "SamplingConfig": "omni.generation.sampling",
+    "StreamingConfig": "omni.generation.streaming_config",
+    "TextDelta": "omni.generation.events",
+    "TurnEnd": "omni.generation.events",
 }
 
-__all__ = ["OmniConfig", "OmniInputs", "OmniModel", "OmniOutput", "OmniProcessor", "SamplingConfig"]
+__all__ = [
+    "AudioChunk",
+    "OmniConfig",
+    "OmniInputs",
+    "OmniModel",
+    "OmniOutput",
+    "OmniProcessor",
+    "SamplingConfig",
+    "StreamingConfig",
+    "TextDelta",
+    "TurnEnd",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +20,10 @@ from omni.config_reading import read_json
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.vision import VisionEncoder
 from omni.generation import generate as generation
+from omni.generation.events import Event
 from omni.generation.output import OmniOutput
 from omni.generation.prompt import encode_prompt
+from omni.generation.streaming_config import StreamingConfig
 from omni.layers.init import MetaBuild, initialise
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
@@ -165,6 +167,39 @@ class OmniModel(nn.Module):
         return generation.generate(
             self,
             _as_inputs(inputs),
+            max_new_tokens=max_new_tokens,
+            text_sampling=text_sampling,
+            return_audio=return_audio,
+            speaker=speaker,
+            max_frames=max_frames,
+            audio_sampling=audio_sampling,
+            residual_sampling=residual_sampling,
+            seed=seed,
+        )
+
+    def stream(
+        self,
+        inputs: OmniInputs,
+        max_new_tokens: int = 1024,
+        text_sampling: PerRow = None,
+        return_audio: bool | None = None,
+        speaker: PerRow = None,
+        max_frames: int = 4095,
+        audio_sampling: PerRow = None,
+        residual_sampling: PerRow = None,
+        seed: PerRow = None,
+        streaming: StreamingConfig | None = None,
+    ) -> Iterator[Event]:
+        """As `generate`, but what it says comes as it happens: `TextDelta`, `AudioChunk` and one `TurnEnd` a row.
+
+        The first sound follows the first word of the answer. The prompt is read and the arguments are checked by this
+        call; the rest runs while the events are taken, and ends when the iterator is closed. `streaming` sets chunk
+        sizes and how far text runs ahead of speech.
+        """
+        return generation.stream(
+            self,
+            _as_inputs(inputs),
+            streaming,
             max_new_tokens=max_new_tokens,
             text_sampling=text_sampling,
             return_audio=return_audio,

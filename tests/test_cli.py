@@ -45,7 +45,7 @@ def test_demo_writes_sound_and_picture(tmp_path: Path, capsys: Capture) -> None:
     assert main(["demo", "--out-dir", str(out_dir)]) == 0
     captured = capsys.readouterr()
     assert "random" in captured.out and "answer" in captured.out
-    for stage in ("encoders", "thinker decode", "talker", "code2wav", "total"):
+    for stage in ("encoders", "thinker prefill", "talker", "codec", "total"):
         assert stage in captured.out
     assert "answering: done" in captured.err
     samples, sample_rate = soundfile.read(out_dir / "out.wav")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omni import OmniConfig, OmniInputs, OmniModel, OmniProcessor, SamplingConfig
-from omni.generation.reply import assistant_head, split_reply
+from omni.generation.reply import ANSWER, REASONING, ReplyReader, assistant_head
 from omni.layers.init import MetaBuild
 
 ROOT = Path(__file__).parents[1]
@@ -208,14 +208,21 @@ def test_empty_user_turn_and_prompts_without_one(model: OmniModel) -> None:
     assert model.generate(raw, max_new_tokens=2, max_frames=2, seed=0).codes[0].shape[1] > 0
 
 
-def test_split_reply() -> None:
+def read_apart(ids: list[int], think: tuple[int, int] | None, opened: bool = False) -> tuple[list[int], list[int]]:
+    reader = ReplyReader(think, opened=opened, decode=lambda ids: " " if ids == [7] else "x")
+    kinds = [(reader.feed(token), token) for token in ids]
+    return [t for kind, t in kinds if kind == REASONING], [t for kind, t in kinds if kind == ANSWER]
+
+
+def test_reasoning_and_answer() -> None:
     think = (1, 2)
-    assert split_reply([5, 6], think, opened=False) == (None, [5, 6])
-    assert split_reply([1, 5, 2, 6], think, opened=False) == ([5], [6])
-    assert split_reply([5, 2, 6], think, opened=True) == ([5], [6])
-    assert split_reply([1, 5], think, opened=False) == ([5], [])
-    assert split_reply([5, 1, 6, 2], think, opened=False) == (None, [5, 1, 6, 2])
-    assert split_reply([1, 5], None, opened=False) == (None, [1, 5])
+    assert read_apart([5, 6], think) == ([], [5, 6])
+    assert read_apart([1, 5, 2, 7, 6, 7], think) == ([5], [6, 7])  # the gap belongs to neither
+    assert read_apart([5, 2, 6], think, opened=True) == ([5], [6])
+    assert read_apart([1, 5, 2, 6], think, opened=True) == ([5], [6])
+    assert read_apart([1, 5], think) == ([5], [])
+    assert read_apart([5, 1, 6, 2], think) == ([], [5, 1, 6, 2])
+    assert read_apart([1, 5], None) == ([], [1, 5])
 
 
 def test_assistant_head() -> None:

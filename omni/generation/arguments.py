@@ -8,7 +8,6 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from omni.generation.sampling import SamplingConfig
 
@@ -23,7 +22,7 @@ PerRow = Any  # a value, or a list with one value a row
 
 @dataclass
 class TurnArguments:
-    """Checked arguments of one batch of turns. speakers are codec ids, None without speech; seeds int64 [B]."""
+    """Checked arguments of one batch of turns. speakers are codec ids, None without speech."""
 
     max_new_tokens: int
     max_frames: int
@@ -31,7 +30,7 @@ class TurnArguments:
     codes: list[SamplingConfig]
     residual: list[SamplingConfig]
     speakers: list[int] | None
-    seeds: Tensor
+    seeds: list[int]
     stop_ids: frozenset[int]
 
 
@@ -60,7 +59,7 @@ def resolve(
         _samplings(audio_sampling, default_codes(model), rows, "audio_sampling"),
         _samplings(residual_sampling, RELEASED_RESIDUAL, rows, "residual_sampling"),
         [speaker_id(model, v) for v in per_row(speaker, rows, "speaker")] if speaks else None,
-        _seeds(seed, rows).to(model.device),
+        _seeds(seed, rows),
         stop_ids(model),
     )
 
@@ -133,10 +132,10 @@ def stop_ids(model: OmniModel) -> frozenset[int]:
     return frozenset((model.config.im_end_token_id, *more))
 
 
-def _seeds(seed: int | Sequence[int] | None, rows: int) -> Tensor:
-    """int64 [B]; without a seed one is drawn a row from torch's global generator."""
+def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+    """One a row; without a seed they are drawn from torch's global generator."""
     seeds = per_row(seed, rows, "seed")
-    drawn = torch.randint(2**62, (rows,))
+    drawn = torch.randint(2**62, (rows,)).tolist()
     for row, value in enumerate(seeds):
         if value is None:
             continue

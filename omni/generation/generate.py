@@ -1,174 +1,175 @@
-"""Whole replies: the steps of the Thinker, then those of the Talker, collected."""
+"""Turns of a batch of prompts: streamed as events, or collected into one output. Both are the same steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from omni.generation.arguments import TurnArguments, resolve
-from omni.generation.decode import draw_token, prefill_text, read_token
+from omni.generation.events import AudioChunk, Event
 from omni.generation.output import OmniOutput
 from omni.generation.prompt import Prompt, encode_prompt
-from omni.generation.reply import assistant_head, drop_leading_space, split_reply
-from omni.generation.sampling import TEXT_STREAM, RowSampling
-from omni.generation.speech import SpeechRequest, decode_audio, user_part, write_codes
+from omni.generation.reply import ANSWER, ReplyReader, assistant_head
+from omni.generation.rows import Rows
+from omni.generation.speech import user_part
+from omni.generation.streaming_config import OFFLINE, StreamingConfig
+from omni.generation.turn import Turn
 from omni.processing.inputs import OmniInputs
+from omni.processing.text_stream import TextStream
+from omni.rope.positions import prompt_positions
+from omni.talker.conditioning import PREFIX_LENGTH
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
 
 
-class StageClock:
-    """Seconds spent in each named stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@torch.no_grad()
-def generate(model: OmniModel, inputs: OmniInputs, **arguments: Any) -> OmniOutput:
-    """Answer a batch of prompts; see `OmniModel.generate`."""
+def stream(
+    model: OmniModel, inputs: OmniInputs, streaming: StreamingConfig | None = None, **arguments: Any
+) -> Iterator[Event]:
+    """Answer a batch of prompts event by event; see `OmniModel.stream`."""
     args = resolve(model, len(inputs.input_ids), **arguments)
-    clock = StageClock(model.device)
-    with clock.stage("encoders"):
-        prompt = encode_prompt(model, inputs)
-    replies, reasons, hidden = write_text(model, prompt, args, clock)
-    spoken, reasoning, text = _take_apart(model, prompt, replies, args.stop_ids)
-    codes = audio = None
-    if args.speakers is not None:
-        codes = _speak(model, prompt, hidden, spoken, args, reasons, clock)
-        if model.code2wav is not None:
-            with clock.stage("code2wav"):
-                audio = decode_audio(model.code2wav, codes)
+    rows = start(model, inputs, args, streaming or StreamingConfig())
+
+    def events() -> Iterator[Event]:
+        while rows.running():
+            yield from rows.tick()
+
+    return events()
+
+
+def generate(model: OmniModel, inputs: OmniInputs, **arguments: Any) -> OmniOutput:
+    """Answer a batch of prompts at once; see `OmniModel.generate`."""
+    args = resolve(model, len(inputs.input_ids), **arguments)
+    rows = start(model, inputs, args, OFFLINE)
+    sounds = run_to_end(rows)
+    turns = [turn for turn in rows.turns if turn is not None]
+    spoken = args.speakers is not None
+    codec = model.code2wav
     return OmniOutput(
-        sequences=_sequences(inputs.input_ids, replies, model.config.im_end_token_id),
-        replies=replies,
-        text=text,
-        reasoning=reasoning,
-        codes=codes,
-        audio=audio,
-        sample_rate=None if model.code2wav is None else int(model.code2wav.sample_rate),
-        reason=reasons,
-        timing=clock.seconds,
+        sequences=_sequences(inputs.input_ids, [turn.reply for turn in turns], model.config.im_end_token_id),
+        replies=[turn.reply for turn in turns],
+        text=[turn.answer_text for turn in turns] if model.processor is not None else None,
+        reasoning=[turn.reasoning_text.strip() if turn.reader.reasoned else None for turn in turns],
+        codes=[join_codes(model, turn) for turn in turns] if spoken else None,
+        audio=sounds if spoken and codec is not None else None,
+        sample_rate=None if codec is None else int(codec.sample_rate),
+        reason=[turn.reason for turn in turns],
+        timing=dict(rows.seconds),
     )
 
 
-def write_text(
-    model: OmniModel, prompt: Prompt, args: TurnArguments, clock: StageClock
-) -> tuple[list[list[int]], list[str], Tensor]:
-    """The Thinker's part of a turn -> reply ids a row (stop id included), why each ended, hidden states [B, T, D]."""
-    thinker = model.thinker
-    room = model.config.thinker_config.text_config.max_position_embeddings
-    limits = [min(args.max_new_tokens, max(1, room - length)) for length in prompt.lengths]
-    sampling = RowSampling(args.text, args.seeds, TEXT_STREAM)
-    with clock.stage("thinker_prefill"):
-        state, hidden = prefill_text(thinker, prompt, reserve=max(limits))
-    replies: list[list[int]] = [[] for _ in limits]
-    reasons = [""] * len(limits)
-    with clock.stage("thinker_decode"):
-        while True:
-            ids = draw_token(state, sampling)
-            for row, token in enumerate(ids.tolist()):
-                if reasons[row]:
-                    continue
-                replies[row].append(token)
-                if token in args.stop_ids:
-                    reasons[row] = "stop"
-                elif len(replies[row]) == limits[row]:
-                    reasons[row] = "max_new_tokens"
-            if all(reasons):
-                return replies, reasons, hidden
-            read_token(thinker, state, ids)
+@torch.no_grad()
+def start(model: OmniModel, inputs: OmniInputs, args: TurnArguments, streaming: StreamingConfig) -> Rows:
+    """Read the prompts and begin a turn in every row."""
+    began = time.perf_counter()
+    rows = Rows(model, len(inputs.input_ids))
+    with rows.stage("encoders"):
+        prompt = encode_prompt(model, inputs)
+    with rows.stage("thinker_prefill"):
+        hidden = rows.read_batch(prompt)
+    for row in range(len(rows.turns)):
+        turn = _new_turn(model, prompt, row, args, streaming)
+        if turn.speaker is not None:
+            with rows.stage("talker_prefill"):
+                _read_user_part(rows, prompt, hidden[row], row, turn)
+        rows.begin(row, turn)
+        turn.started, turn.spent_before = began, {}  # the turn began with the prompt
+    return rows
 
 
-def _take_apart(
-    model: OmniModel, prompt: Prompt, replies: Sequence[Sequence[int]], stops: frozenset[int]
-) -> tuple[list[list[int]], list[str | None], list[str] | None]:
-    """Of each row: the ids to speak, its reasoning and its answer as text (None without a processor)."""
-    processor, c = model.processor, model.config
+def run_to_end(rows: Rows) -> list[Tensor]:
+    """Tick until every turn is over; the sound of each row, float32 [samples]."""
+    sounds: list[list[Tensor]] = [[] for _ in rows.turns]
+    while rows.running():
+        for event in rows.tick():
+            if isinstance(event, AudioChunk):
+                sounds[event.row].append(event.samples)
+    return [torch.cat(pieces) if pieces else torch.zeros(0) for pieces in sounds]
+
+
+def join_codes(model: OmniModel, turn: Turn) -> Tensor:
+    """All codes of a turn, int64 [K, n]."""
+    if turn.codes:
+        return torch.stack(turn.codes, dim=1)
+    return torch.zeros(model.talker.config.num_code_groups, 0, dtype=torch.int64, device=model.device)
+
+
+def _new_turn(model: OmniModel, prompt: Prompt, row: int, args: TurnArguments, streaming: StreamingConfig) -> Turn:
+    ids, processor, c = prompt.row_ids(row), model.processor, model.config
     think = processor.think_token_ids if processor is not None else None
     decode = processor.decode if processor is not None else None
-    spoken, reasoning, text = [], [], []
-    for row, ids in enumerate(replies):
-        head = assistant_head(prompt.row_ids(row), c.im_start_token_id, c.assistant_token_id, think)
-        kept = [*ids[:-1]] if ids and ids[-1] in stops else [*ids]
-        reply = split_reply(kept, think, head.opened)
-        answer = reply.answer if reply.reasoning is None else drop_leading_space(reply.answer, decode)
-        spoken.append([*head.prefill, *answer] if answer else [])
-        reasoning.append(decode(reply.reasoning).strip() if decode and reply.reasoning is not None else None)
-        text.append(decode(answer) if decode else "")
-    return spoken, reasoning, text if decode else None
+    head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
+    room = c.thinker_config.text_config.max_position_embeddings - len(ids)
+    return new_turn(
+        model,
+        args,
+        row,
+        streaming,
+        header=assistant_header(model, head.header) if args.speakers is not None else [],
+        spoken=head.prefill,
+        reader=ReplyReader(think, opened=head.opened, decode=decode),
+        prompt_tokens=len(ids),
+        text_limit=min(args.max_new_tokens, max(1, room)),
+    )
 
 
-def _speak(
-    model: OmniModel,
-    prompt: Prompt,
-    hidden: Tensor,
-    spoken: list[list[int]],
-    args: TurnArguments,
-    reasons: list[str],
-    clock: StageClock,
-) -> list[Tensor]:
-    """Codes int64 [K, n] of every row; a row without text to speak has n = 0. Marks rows that reach `max_frames`."""
-    assert args.speakers is not None
-    requests = {}
-    with clock.stage("talker"):
-        for row, ids in enumerate(spoken):
-            if not ids:
-                continue
-            user, segments = user_part(model, prompt, hidden, row)
-            requests[row] = SpeechRequest(
-                header=assistant_header(model, prompt.row_ids(row)),
-                spoken=ids,
-                speaker=args.speakers[row],
-                seed=int(args.seeds[row]),
-                codes=args.codes[row],
-                residual=args.residual[row],
-                user=user,
-                segments=segments,
-            )
-        empty = torch.zeros(model.talker.config.num_code_groups, 0, dtype=torch.int64, device=model.device)
-        codes = [empty] * len(spoken)
-        if requests:
-            written, ended = write_codes(model, list(requests.values()), args.max_frames)
-            for row, row_codes, complete in zip(requests, written, ended):
-                codes[row] = row_codes
-                if not complete and reasons[row] == "stop":
-                    reasons[row] = "max_frames"
-    return codes
+def new_turn(model: OmniModel, args: TurnArguments, row: int, streaming: StreamingConfig, **known: Any) -> Turn:
+    """A turn with the arguments of `row`."""
+    return Turn(
+        stop_ids=args.stop_ids,
+        frame_limit=args.max_frames,
+        speaker=None if args.speakers is None else args.speakers[row],
+        seed=args.seeds[row],
+        streaming=streaming,
+        text_sampling=args.text[row],
+        code_sampling=args.codes[row],
+        residual_sampling=args.residual[row],
+        text_stream=None if model.processor is None else TextStream(model.processor),
+        **known,
+    )
 
 
-def assistant_header(model: OmniModel, ids: Sequence[int]) -> list[int]:
+def _read_user_part(rows: Rows, prompt: Prompt, hidden: Tensor, row: int, turn: Turn) -> None:
+    """Give the Talker the user's turns; the assistant's part follows with the first word of the reply."""
+    model = rows.model
+    embeds, segments = user_part(model, prompt, hidden, row)
+    positions, turn.speech_start = prompt_positions(segments, model.talker.config.position_id_per_seconds)
+    if len(embeds):
+        turn.speech_highest = float(positions.max())
+        rows.read_speech(row, embeds, positions.to(embeds.device))
+    limit_frames(model, turn, len(embeds))
+
+
+def limit_frames(model: OmniModel, turn: Turn, user_tokens: int) -> None:
+    """No more frames than the Talker has positions for."""
+    room = model.talker.config.text_config.max_position_embeddings - user_tokens - PREFIX_LENGTH
+    if room < 1:
+        raise ValueError(
+            f"the user's part has {user_tokens} tokens, which leaves the Talker no position to speak at; shorten the "
+            "conversation, or pass return_audio=False"
+        )
+    turn.frame_limit = min(turn.frame_limit, room)
+
+
+def assistant_header(model: OmniModel, found: list[int] | None) -> list[int]:
     """The three ids that open an assistant turn: the prompt's own, else the processor's. Raises ValueError."""
-    c = model.config
-    header = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, None).header
-    if header is None and model.processor is not None:
-        newline = model.processor.encode_text("\n")
-        header = [c.im_start_token_id, c.assistant_token_id, newline[0]]
-    if header is None:
+    if found is not None:
+        return found
+    if model.processor is None:
         raise ValueError(
             "the prompt holds no chat turn and the model has no processor, so the Talker's assistant header is "
             "unknown; build the inputs with OmniProcessor, or pass return_audio=False"
         )
-    return header
+    newline = model.processor.encode_text("\n")
+    return [model.config.im_start_token_id, model.config.assistant_token_id, newline[0]]
 
 
 def _sequences(prompt_ids: Tensor, replies: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Prompt ids as given and reply ids, int64 [B, T] on the CPU or wherever the prompt was."""
+    """Prompt ids as given and reply ids, int64 [B, T], wherever the prompt was."""
     longest = max(len(ids) for ids in replies)
     filled = torch.tensor([[*ids, *[fill] * (longest - len(ids))] for ids in replies], device=prompt_ids.device)
     return torch.cat((prompt_ids, filled), dim=1)
@@ -184,23 +185,19 @@ def speak(model: OmniModel, texts: Sequence[str], **arguments: Any) -> list[Tens
             "speak needs a tokenizer: load the model from a folder with tokenizer files, or set model.processor"
         )
     args = resolve(model, len(texts), max_new_tokens=1, text_sampling=None, return_audio=True, **arguments)
-    assert args.speakers is not None
-    requests = []
+    rows = Rows(model, len(texts))
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"speak takes text, got {type(text).__name__}")
         ids = model.processor.encode_text(text)
         if not ids:
             raise ValueError("the text to speak is empty")
-        requests.append(
-            SpeechRequest(
-                header=assistant_header(model, []),
-                spoken=ids,
-                speaker=args.speakers[row],
-                seed=int(args.seeds[row]),
-                codes=args.codes[row],
-                residual=args.residual[row],
-            )
-        )
-    codes, _ = write_codes(model, requests, args.max_frames)
-    return decode_audio(model.code2wav, codes)
+        reader = ReplyReader(None)
+        reader.state = ANSWER  # the whole text is the answer, and it is complete
+        header = assistant_header(model, None)
+        known = {"header": header, "spoken": ids, "reader": reader, "prompt_tokens": 0, "text_limit": 0}
+        turn = new_turn(model, args, row, OFFLINE, **known)
+        turn.text_reason = "stop"
+        limit_frames(model, turn, 0)
+        rows.begin(row, turn)
+    return run_to_end(rows)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Prompt:
     """A batch of prompts, each row's tokens first and padding (zeros) after them.
 
-    ids int64 [B, T]; lengths: tokens of each row; embeds [B, T, D]; positions fp32 [3, B, T]; next_position fp32 [B], where the
-    reply begins; media bool [B, T], placeholder tokens; taps [n, B, T, D] for DeepStack or None; columns int64 [B, T],
-    the place of each token in the inputs as they were given.
+    ids int64 [B, T]; lengths: tokens of each row; embeds [B, T, D]; positions fp32 [3, B, T]; next_position fp32 [B],
+    where the reply begins; media bool [B, T], placeholder tokens; taps [n, B, T, D] for DeepStack or None; columns
+    int64 [B, T], the place of each token in the inputs as they were given.
     """
 
     ids: Tensor

@@ -1,32 +1,45 @@
-"""What of a reply is reasoning, what is the answer, and what is spoken."""
+"""What of a reply is reasoning, what is the answer, and what is spoken; read one id at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-
-class Reply(NamedTuple):
-    """A reply taken apart, all as token ids without the stop id. `reasoning` is None where there was none."""
-
-    reasoning: list[int] | None
-    answer: list[int]
+REASONING, ANSWER, MARKER = "reasoning", "answer", "marker"
+Decode = Callable[[Sequence[int]], str]
 
 
-def split_reply(ids: Sequence[int], think: tuple[int, int] | None, opened: bool) -> Reply:
-    """Tell the reasoning from the answer.
+class ReplyReader:
+    """Tells reasoning from answer while a reply is written.
 
     think: ids of `<think>` and `</think>`, None if the vocabulary has none. `opened`: the prompt ends inside a think
-    block. A block that is never closed is all reasoning; `<think>` anywhere but at the start is ordinary text.
+    block. A block that is never closed is all reasoning; `<think>` anywhere but at the start is ordinary text. Blank
+    tokens right after the block separate it from the answer and belong to neither.
     """
-    ids = list(ids)
-    if think is None or not (opened or (ids and ids[0] == think[0])):
-        return Reply(None, ids)
-    start = 0 if opened and (not ids or ids[0] != think[0]) else 1
-    if think[1] not in ids:
-        return Reply(ids[start:], [])
-    end = ids.index(think[1])
-    return Reply(ids[start:end], ids[end + 1 :])
+
+    def __init__(self, think: tuple[int, int] | None, *, opened: bool = False, decode: Decode | None = None) -> None:
+        self.think = think
+        self.decode = decode
+        self.state = REASONING if opened and think is not None else "start"
+        self.first = True
+        self.reasoned = self.state == REASONING
+
+    def feed(self, token: int) -> str:
+        """What the next id of the reply is: reasoning, answer or marker."""
+        first, self.first = self.first, False
+        if first and self.think is not None and token == self.think[0]:
+            self.state, self.reasoned = REASONING, True
+            return MARKER
+        if self.state == REASONING:
+            assert self.think is not None
+            if token != self.think[1]:
+                return REASONING
+            self.state = "gap"
+            return MARKER
+        if self.state == "gap" and self.decode is not None and not self.decode([token]).strip():
+            return MARKER
+        self.state = ANSWER
+        return ANSWER
 
 
 class AssistantHead(NamedTuple):
@@ -41,26 +54,19 @@ class AssistantHead(NamedTuple):
     opened: bool
 
 
-def assistant_head(ids: Sequence[int], im_start: int, assistant: int, think: tuple[int, int] | None) -> AssistantHead:
+def assistant_head(
+    ids: Sequence[int], im_start: int, assistant: int, think: tuple[int, int] | None, decode: Decode | None = None
+) -> AssistantHead:
     """Read the assistant's head from the ids of one prompt."""
-    starts = [i for i, token in enumerate(ids) if token == im_start and i + 2 < len(ids)]
+    turns = [i for i, token in enumerate(ids) if token == im_start]
+    starts = [i for i in turns if i + 2 < len(ids)]
     headers = [i for i in starts if ids[i + 1] == assistant]
     if not headers:
-        newline = [ids[i + 2] for i in starts]
-        header = [im_start, assistant, newline[-1]] if newline else None
+        header = [im_start, assistant, ids[starts[-1] + 2]] if starts else None  # the newline of another turn
         return AssistantHead(header, [], False)
     header = list(ids[headers[-1] : headers[-1] + 3])
-    if headers[-1] != max(i for i, token in enumerate(ids) if token == im_start):
+    if headers[-1] != turns[-1]:
         return AssistantHead(header, [], False)  # the assistant's turn is not the open one
-    content = list(ids[headers[-1] + 3 :])
-    reply = split_reply(content, think, opened=False)
-    opened = reply.reasoning is not None and think is not None and think[1] not in content
-    return AssistantHead(header, reply.answer, opened)
-
-
-def drop_leading_space(ids: Sequence[int], decode: Callable[[Sequence[int]], str] | None) -> list[int]:
-    """The answer without the blank lines that separate it from the reasoning."""
-    start = 0
-    while decode is not None and start < len(ids) and not decode(ids[start : start + 1]).strip():
-        start += 1
-    return list(ids[start:])
+    reader = ReplyReader(think, decode=decode)
+    prefill = [token for token in ids[headers[-1] + 3 :] if reader.feed(token) == ANSWER]
+    return AssistantHead(header, prefill, reader.state == REASONING)

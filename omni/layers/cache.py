@@ -15,8 +15,8 @@ from omni.layers.state import State
 class KVCache(State):
     """Keys and values of all layers. A row's tokens lie in slots 0 .. length - 1; what lies beyond is never attended.
 
-    keys, values [L, B, Hkv, S, D]; length int64 [B] on the device, `lengths` the same on the host, so that no step needs
-    to read the device back.
+    keys, values [L, B, Hkv, S, D]; length int64 [B] on the device, `lengths` the same on the host, so that no step
+    needs to read the device back.
     """
 
     keys: Tensor

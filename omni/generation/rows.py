@@ -1,0 +1,290 @@
+"""Conversations side by side: the states of all parts for B rows, and the tick that moves every row one step.
+
+Rows are independent: each has its own positions, lengths, samplings and seeds, and stands still while others move. A
+tick is at most one speech frame a row: the Thinker draws what is needed, the Talker reads the waiting frame and draws
+the next one, and the codec decodes the chunks that are due.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omni.generation.decode import SpeechState, TextState, draw_frame, draw_token, read_frame, read_token
+from omni.generation.events import AudioChunk, Event, TextDelta
+from omni.generation.prompt import Prompt
+from omni.generation.reply import ANSWER, REASONING
+from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
+from omni.generation.turn import GREEDY, SPEECH_RUNS, SPEECH_WAITS, Turn
+from omni.layers.decoder_state import DecoderState
+from omni.layers.state import State, join_rows, split_rows
+from omni.talker.conditioning import PREFIX_LENGTH, assistant_prefix
+
+if TYPE_CHECKING:
+    from omni.model import OmniModel
+
+
+class Rows:
+    """States of B rows and the turns that run in them. `seconds` adds up the time of each stage."""
+
+    def __init__(self, model: OmniModel, rows: int, capacity: int = 256) -> None:
+        self.model = model
+        self.turns: list[Turn | None] = [None] * rows
+        self.text = TextState.create(model.thinker, rows, capacity)
+        self.speech = None if model.talker is None else SpeechState.create(model.talker, rows, capacity)
+        self.banned = None if model.talker is None else model.talker.suppressed()
+        self.seconds: dict[str, float] = {}
+        self._samplings: tuple[RowSampling, RowSampling, RowSampling] | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `seconds[name]`."""
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def begin(self, row: int, turn: Turn) -> None:
+        """Start a turn in a row whose prompt has been read."""
+        assert self.turns[row] is None, "a turn is running in this row"
+        self.turns[row] = turn
+        self._samplings = None
+        self.text.steps[row] = 0
+        if self.speech is not None:
+            self.speech.steps[row] = 0
+            self.speech.seen[row] = False
+        turn.spent_before = dict(self.seconds)
+
+    def release(self, row: int) -> Turn | None:
+        """Take the turn out of a row."""
+        turn, self.turns[row] = self.turns[row], None
+        self._samplings = None
+        return turn
+
+    def running(self) -> list[tuple[int, Turn]]:
+        """Rows with a turn that is not over."""
+        return [(row, turn) for row, turn in enumerate(self.turns) if turn is not None and not turn.over]
+
+    @torch.no_grad()
+    def tick(self) -> list[Event]:
+        """One step of every running row; what happened, row by row in order of time."""
+        events: list[Event] = []
+        self._write_text(events)
+        if self.speech is not None:
+            self._start_speech()
+            self._write_frames()
+            self._write_sound(events)
+        for row, turn in self.running():
+            if turn.complete:
+                self._flush_text(row, turn, events)
+                events.append(turn.end(row))
+        return events
+
+    # text
+
+    def _write_text(self, events: list[Event]) -> None:
+        drawn = [0] * len(self.turns)
+        while any(active := [t is not None and t.wants_token(n) for t, n in zip(self.turns, drawn)]):
+            first = any(t is not None and a and not t.reply for t, a in zip(self.turns, active))
+            with self.stage("thinker_first_token" if first else "thinker"):
+                ids = draw_token(self.text, self.sampling[0], active)
+                unread = [False] * len(active)
+                for row, token in enumerate(ids.tolist()):
+                    turn = self.turns[row]
+                    if turn is not None and active[row]:
+                        drawn[row] += 1
+                        kind, unread[row] = turn.take_token(token)
+                        self._say(row, turn, token, kind, events)
+                if any(unread):
+                    read_token(self.model.thinker, self.text, ids, unread)
+
+    def _say(self, row: int, turn: Turn, token: int, kind: str, events: list[Event]) -> None:
+        """Turn a drawn token into text events; ids that complete no text yet wait for those that do."""
+        text = ""
+        if turn.text_stream is not None and kind in (ANSWER, REASONING):
+            text = turn.text_stream.push(token)
+        if kind == REASONING:
+            turn.reasoning_text += text
+        else:
+            turn.answer_text += text
+        events.append(TextDelta(row, text, (token,), kind == REASONING))
+
+    def _flush_text(self, row: int, turn: Turn, events: list[Event]) -> None:
+        """The end of a reply that stops inside a character."""
+        rest = turn.text_stream.finish() if turn.text_stream is not None else ""
+        if rest:
+            turn.answer_text += rest
+            events.append(TextDelta(row, rest, ()))
+
+    # speech
+
+    def _start_speech(self) -> None:
+        """Give the Talker the assistant's part of the prompt once the first word is there."""
+        assert self.speech is not None
+        for row, turn in self.running():
+            if turn.speech != SPEECH_WAITS or not (turn.answered or turn.text_reason):
+                continue
+            if not turn.answered or turn.frame_limit < 1:  # nothing to say
+                turn.stop_speech("stop" if not turn.answered else "max_frames")
+                continue
+            assert turn.speaker is not None
+            with self.stage("talker_first_code"):
+                c, talker = self.model.config, self.model.talker
+                special = [c.tts_pad_token_id, c.tts_bos_token_id, turn.spoken[0]]
+                text = self.project_text([*turn.header, *special])
+                prefix = assistant_prefix(talker, text[:3], text[3], text[4], text[5], turn.speaker)
+                steps = torch.arange(PREFIX_LENGTH, dtype=torch.float32, device=prefix.device)
+                self.read_speech(row, prefix, (turn.speech_start + steps).expand(3, -1))
+                highest = max(turn.speech_highest, turn.speech_start + PREFIX_LENGTH - 1)
+                self.speech.decoder.next_position[row] = highest + 1
+                turn.speech = SPEECH_RUNS
+
+    def _write_frames(self) -> None:
+        """Read the frames that wait for their text, then draw the next frame of every row that can."""
+        assert self.speech is not None and self.banned is not None
+        c, talker = self.model.config, self.model.talker
+        following = [self._following_text(turn) for turn in self.turns]
+        if any(reads := [text is not None for text in following]):
+            with self.stage("talker"):
+                text = self.project_text([c.tts_pad_token_id if t is None else t for t in following])
+                read_frame(talker, self.speech, text, reads)
+                for turn, read in zip(self.turns, reads):
+                    if turn is not None and read:
+                        turn.frame_waits = False
+        draws = [t is not None and not t.over and t.speech == SPEECH_RUNS and not t.frame_waits for t in self.turns]
+        if not any(draws):
+            return
+        with self.stage("residual_codes"):
+            codes = draw_frame(talker, self.speech, *self.sampling[1:], self.banned, draws)
+            first = codes[:, 0].tolist()
+        end = talker.config.codec_eos_token_id
+        for row, turn in enumerate(self.turns):
+            if turn is not None and draws[row]:
+                turn.take_frame(codes[row], first[row], end)
+
+    def _following_text(self, turn: Turn | None) -> int | None:
+        """The token to read after a row's waiting frame, None if no frame waits or the token is not written yet."""
+        if turn is None or turn.over or not turn.frame_waits:
+            return None
+        return turn.next_text(self.model.config.tts_eos_token_id, self.model.config.tts_pad_token_id)
+
+    def _write_sound(self, events: list[Event]) -> None:
+        """Decode the chunks that are due, rows of equal length together."""
+        codec = self.model.code2wav
+        due: dict[tuple[int, bool], list[tuple[int, Turn]]] = {}
+        for row, turn in self.running():
+            if codec is None:
+                turn.decoded = len(turn.codes)
+            frames = turn.chunk_due()
+            if frames:
+                due.setdefault((frames, turn.codec is None), []).append((row, turn))
+        for (frames, _), rows in due.items():
+            with self.stage("codec"):
+                self._decode(rows, frames, events)
+            for _, turn in rows:
+                if turn.chunks == 1:
+                    self._note_first_sound(turn)
+
+    def _decode(self, rows: list[tuple[int, Turn]], frames: int, events: list[Event]) -> None:
+        codec = self.model.code2wav
+        states = [turn.codec if turn.codec is not None else codec.init_state(1) for _, turn in rows]
+        codes = [torch.stack(turn.codes[turn.decoded : turn.decoded + frames], dim=1) for _, turn in rows]
+        if all(isinstance(state, State) for state in states):
+            joined = join_rows(states)
+            waves = list(codec.step(torch.stack(codes), joined).float().cpu())
+            states = split_rows(joined, len(rows))
+        else:  # a codec of one's own keeps its state to itself
+            waves = [codec.step(c[None], state)[0].float().cpu() for c, state in zip(codes, states)]
+        for (row, turn), state, wave in zip(rows, states, waves):
+            turn.codec = state
+            turn.decoded += frames
+            turn.chunks += 1
+            events.append(AudioChunk(row, wave.clone(), int(codec.sample_rate), turn.samples))
+            turn.samples += wave.numel()
+            self._watch_silence(turn, wave, int(codec.sample_rate))
+
+    def _watch_silence(self, turn: Turn, wave: Tensor, sample_rate: int) -> None:
+        limit = turn.streaming.silence_s
+        quiet = wave.numel() > 0 and float(wave.abs().max()) < 1e-3  # 60 dB below full scale
+        turn.quiet = turn.quiet + wave.numel() if quiet else 0
+        if limit is not None and turn.quiet > limit * sample_rate and turn.speech == SPEECH_RUNS:
+            turn.stop_speech("silence")
+            turn.decoded = len(turn.codes)
+
+    def _note_first_sound(self, turn: Turn) -> None:
+        """What each stage took until the first sound of the turn."""
+        turn.timing["first_audio"] = time.perf_counter() - turn.started
+        for name, seconds in self.seconds.items():
+            turn.timing.setdefault(name, seconds - turn.spent_before.get(name, 0.0))
+
+    # reading prompts
+
+    def read_batch(self, prompt: Prompt) -> Tensor:
+        """Read the prompts of all rows, which are empty -> hidden states [B, T, D]."""
+        state = self.text
+        out = self.model.thinker(
+            prompt.embeds, prompt.positions, state.decoder, taps=prompt.taps, lengths=prompt.lengths, last_only=True
+        )
+        state.decoder.next_position = prompt.next_position
+        state.logits = out.logits[:, 0]
+        for row in range(len(self.turns)):
+            state.seen[row, prompt.ids[row, : prompt.lengths[row]]] = True
+        return out.hidden
+
+    def read_text(
+        self,
+        row: int,
+        ids: Sequence[int],
+        embeds: Tensor,
+        positions: Tensor,
+        taps: Tensor | None = None,
+        next_position: float | None = None,
+    ) -> Tensor:
+        """Read a piece of one row's prompt: embeds [T, D], positions [3, T], taps [n, T, D] -> hidden [T, D]."""
+        state, thinker = self.text, self.model.thinker
+        state.decoder.cache.reserve(len(ids))
+        view = state.decoder.row(row)
+        out = thinker(
+            embeds[None], positions[:, None], view, taps=None if taps is None else taps[:, None], last_only=True
+        )
+        state.decoder.cache.adopt(row, view.cache)
+        state.logits[row] = out.logits[0, 0]
+        state.seen[row, torch.tensor(list(ids), device=state.seen.device)] = True
+        if next_position is not None:
+            state.decoder.next_position[row] = next_position
+        return out.hidden[0]
+
+    def read_speech(self, row: int, embeds: Tensor, positions: Tensor) -> None:
+        """Read a piece of one row's Talker prompt: embeds [T, D], positions [3, T]."""
+        assert self.speech is not None
+        state = self.speech
+        state.decoder.cache.reserve(len(embeds))
+        view: DecoderState = state.decoder.row(row)
+        out = self.model.talker(embeds[None], positions[:, None], view)
+        state.decoder.cache.adopt(row, view.cache)
+        state.logits[row], state.hidden[row] = out.logits[0, -1], out.hidden[0, -1]
+
+    def project_text(self, ids: Sequence[int]) -> Tensor:
+        """Token ids -> their vectors on the Talker's text side [n, D]."""
+        embeds = self.model.thinker.embed_tokens(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
+        return self.model.talker.text_projection(embeds)
+
+    @property
+    def sampling(self) -> tuple[RowSampling, RowSampling, RowSampling]:
+        """The draws of text, codebook 0 and residual codes for the turns that run now."""
+        if self._samplings is None:
+            seeds = torch.tensor([0 if t is None else t.seed for t in self.turns], device=self.model.device)
+            columns = [
+                (t.text_sampling, t.code_sampling, t.residual_sampling) if t is not None else (GREEDY,) * 3
+                for t in self.turns
+            ]
+            streams = (TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM)
+            text, codes, residual = (RowSampling(c, seeds, s) for c, s in zip(zip(*columns), streams))
+            self._samplings = (text, codes, residual)
+        return self._samplings

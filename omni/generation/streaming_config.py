@@ -1,0 +1,45 @@
+"""The knobs of latency, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StreamingConfig:
+    """How a turn streams. None of these changes what is said, except the audio window.
+
+    chunk_frames: frames a chunk of sound, one after the other, the last value for all that follow (a frame is 80 ms in
+    the release): small first chunks answer early, larger ones later cost less. text_ahead: reply tokens that the
+    Thinker may be ahead of the frames spoken. prefill_tokens: prompt tokens read in one piece at most, so that running
+    streams of an engine do not wait long. audio_window_s: attention window of the audio encoder in seconds of a
+    session's input (None: the checkpoint's, 8 s in the release); a shorter one lets reading follow speech closely.
+    silence_s, loop_frames: speech is ended as runaway after that much silence, or when codebook 0 has repeated itself
+    with one period for that many frames.
+    """
+
+    chunk_frames: tuple[int, ...] = (1, 1, 2, 4, 8)
+    text_ahead: int = 1
+    prefill_tokens: int = 512
+    audio_window_s: float | None = None
+    silence_s: float | None = 10.0
+    loop_frames: int | None = 250
+
+    def __post_init__(self) -> None:
+        if not self.chunk_frames or any(type(n) is not int or n < 1 for n in self.chunk_frames):
+            raise ValueError(f"chunk_frames must be whole numbers of at least 1, got {self.chunk_frames!r}")
+        for name in ("text_ahead", "prefill_tokens"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("audio_window_s", "silence_s", "loop_frames"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None, got {value!r}")
+
+    def chunk(self, index: int) -> int:
+        """Frames of chunk number `index`."""
+        return self.chunk_frames[min(index, len(self.chunk_frames) - 1)]
+
+
+OFFLINE = StreamingConfig(chunk_frames=(64,), silence_s=None, loop_frames=None)

@@ -1,0 +1,157 @@
+"""One turn of one row: what was asked for and how far it has come. Host-side bookkeeping, no tensors of a model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from omni.generation.events import TurnEnd
+from omni.generation.reply import ANSWER, ReplyReader
+from omni.generation.sampling import SamplingConfig
+from omni.generation.streaming_config import StreamingConfig
+
+GREEDY = SamplingConfig(temperature=0.0)
+SPEECH_OFF, SPEECH_WAITS, SPEECH_RUNS, SPEECH_OVER = "off", "waits", "runs", "over"
+
+
+@dataclass
+class Turn:
+    """A row's turn.
+
+    The first fields are what was asked for: header holds the ids of `<|im_start|>assistant\\n`, spoken starts as the
+    part of the reply that the prompt already holds, speaker is None for a silent turn, prompt_tokens, text_limit and
+    frame_limit count the row; speech_start is the position of the assistant's part in the Talker's prompt and
+    speech_highest the largest one before it. The rest changes while the turn runs.
+    """
+
+    header: list[int]
+    spoken: list[int]
+    reader: ReplyReader
+    stop_ids: frozenset[int]
+    prompt_tokens: int
+    text_limit: int
+    frame_limit: int
+    speaker: int | None
+    seed: int
+    streaming: StreamingConfig
+    speech_start: float = 0.0
+    speech_highest: float = -1.0
+    text_sampling: SamplingConfig = GREEDY
+    code_sampling: SamplingConfig = GREEDY
+    residual_sampling: SamplingConfig = GREEDY
+    text_stream: Any = None
+
+    reply: list[int] = field(default_factory=list)
+    reasoning_text: str = ""
+    answer_text: str = ""
+    text_reason: str = ""
+    speech: str = SPEECH_OFF
+    speech_reason: str = ""
+    codes: list[Tensor] = field(default_factory=list)
+    frame_waits: bool = False  # a frame is drawn that the Talker has not read yet
+    chunks: int = 0
+    decoded: int = 0
+    samples: int = 0
+    quiet: int = 0
+    codec: Any = None
+    first_codes: list[int] = field(default_factory=list)
+    over: bool = False
+    started: float = field(default_factory=time.perf_counter)
+    timing: dict[str, float] = field(default_factory=dict)
+    spent_before: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.speaker is not None:
+            self.speech = SPEECH_WAITS
+
+    @property
+    def answered(self) -> bool:
+        """Whether the reply has a word of answer yet (a prefilled beginning alone is none)."""
+        return self.reader.state == ANSWER
+
+    def wants_token(self, drawn: int) -> bool:
+        """Whether the Thinker is to draw a token now; `drawn` counts those of the same tick."""
+        if self.text_reason or self.over:
+            return False
+        if self.speech in (SPEECH_OFF, SPEECH_OVER):
+            return drawn == 0
+        if not self.codes:  # nothing spoken yet: no further than the first word
+            return not self.answered and drawn == 0
+        return len(self.spoken) - len(self.codes) < self.streaming.text_ahead
+
+    def take_token(self, token: int) -> tuple[str, bool]:
+        """Note a drawn token: (what it is, whether the Thinker has to read it)."""
+        self.reply.append(token)
+        if token in self.stop_ids:
+            self.text_reason = "stop"
+            return "stop", False
+        kind = self.reader.feed(token)
+        if kind == ANSWER:
+            self.spoken.append(token)
+        if len(self.reply) >= self.text_limit:
+            self.text_reason = "max_new_tokens"
+        return kind, not self.text_reason
+
+    def next_text(self, tts_eos: int, tts_pad: int) -> int | None:
+        """The token whose vector follows the last frame; None while the Thinker has still to write it."""
+        index = len(self.codes)  # frame t (from 0) is followed by reply token t + 2 (from 1)
+        if index < len(self.spoken):
+            return self.spoken[index]
+        if not self.text_reason:
+            return None
+        return tts_eos if index == len(self.spoken) else tts_pad
+
+    def take_frame(self, codes: Tensor, first: int, end: int) -> None:
+        """Note a drawn frame: codes [K], its code 0 as a number, the id that ends speech."""
+        if first == end:
+            self.stop_speech("stop")
+            return
+        self.codes.append(codes)
+        self.first_codes.append(first)
+        if len(self.codes) >= self.frame_limit:
+            self.stop_speech("max_frames")
+        else:
+            self.frame_waits = True
+        if repeats(self.first_codes, self.streaming.loop_frames):
+            self.stop_speech("code_loop")
+
+    def stop_speech(self, reason: str) -> None:
+        """End the speech; what has been drawn is still decoded."""
+        self.speech, self.speech_reason, self.frame_waits = SPEECH_OVER, reason, False
+
+    def chunk_due(self) -> int:
+        """Frames to decode now, 0 for none."""
+        pending = len(self.codes) - self.decoded
+        wanted = self.streaming.chunk(self.chunks)
+        return min(pending, wanted) if pending >= wanted or self.speech == SPEECH_OVER else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        spoken = self.speech == SPEECH_OFF or (self.speech == SPEECH_OVER and self.decoded == len(self.codes))
+        return bool(self.text_reason) and spoken
+
+    @property
+    def reason(self) -> str:
+        """Why the turn ended."""
+        if self.text_reason == "stop" and self.speech_reason not in ("", "stop"):
+            return self.speech_reason
+        return self.text_reason
+
+    def end(self, row: int, reason: str | None = None) -> TurnEnd:
+        """The turn's last event; marks it as over."""
+        self.over = True
+        usage = {"prompt_tokens": self.prompt_tokens, "reply_tokens": len(self.reply), "frames": len(self.codes)}
+        timing = {**self.timing, "total": time.perf_counter() - self.started}
+        return TurnEnd(row, reason or self.reason, self.answer_text, usage, timing)
+
+
+def repeats(codes: list[int], frames: int | None, longest_period: int = 8) -> bool:
+    """Whether the last `frames` codes repeat with one period of up to `longest_period` frames (None: never)."""
+    if frames is None or len(codes) < frames or len(codes) % 25:  # looked at every two seconds
+        return False
+    last = codes[-frames:]
+    return any(last[p:] == last[:-p] for p in range(1, min(longest_period, frames - 1) + 1))
