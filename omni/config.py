@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from omni.config_decoder import DecoderConfig, MoEConfig
-from omni.config_reading import Config, extra_field, nested, optional, positive, read_json, require
+from omni.config_reading import (
+    Config,
+    check_theta,
+    extra_field,
+    nested,
+    not_negative,
+    optional,
+    positive,
+    read_json,
+    require,
+)
 
 MODEL_TYPE = "qwen3_omni_moe"
 ARCHITECTURE = "Qwen3OmniMoeForConditionalGeneration"
@@ -65,6 +75,7 @@ class AudioEncoderConfig(Config):
     def validate(self, where: str) -> None:
         positive(self, where, "num_mel_bins", "encoder_attention_heads", "d_model", "n_window", "output_dim")
         positive(self, where, "encoder_ffn_dim", "downsample_hidden_size")
+        not_negative(self, where, "encoder_layers", "initializer_range")
         require(
             self.d_model % self.encoder_attention_heads == 0,
             f"{where}: d_model {self.d_model} is not a multiple of {self.encoder_attention_heads} heads",
@@ -108,6 +119,8 @@ class VisionEncoderConfig(Config):
     def validate(self, where: str) -> None:
         positive(self, where, "hidden_size", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size")
         positive(self, where, "in_channels", "intermediate_size", "out_hidden_size", "num_position_embeddings")
+        not_negative(self, where, "depth", "initializer_range")
+        check_theta((self.rope_parameters or {}).get("rope_theta"), f"{where}.rope_parameters.rope_theta")
         require(
             self.hidden_size % self.num_heads == 0 and self.hidden_size // self.num_heads % 4 == 0,
             f"{where}: hidden_size / num_heads = {self.hidden_size}/{self.num_heads} must be a multiple of 4",
@@ -157,6 +170,10 @@ class ThinkerConfig(Config):
     def validate(self, where: str) -> None:
         text = self.text_config
         require(self.position_id_per_seconds > 0, f"{where}.position_id_per_seconds must be positive")
+        names = ("audio_token_id", "image_token_id", "video_token_id")
+        not_negative(self, where, *names)
+        ids = [getattr(self, name) for name in names]
+        require(len(set(ids)) == 3, f"{where}: {', '.join(names)} must differ from each other, got {ids}")
         if self.audio_config is not None:
             require(
                 self.audio_config.output_dim == text.hidden_size,
@@ -205,6 +222,17 @@ class MTPConfig(DecoderConfig):
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        positive(self, where, "vocab_size")
+        layers = self.extra.get("layer_types")
+        sliding = isinstance(layers, list) and "sliding_attention" in layers
+        require(
+            not sliding or self.sliding_window is None or self.sliding_window >= self.num_code_groups,
+            f"{where}: a sliding_window of {self.sliding_window} over {self.num_code_groups} codes is not supported; "
+            "every residual code sees the ones before it, so use 'full_attention' in layer_types",
+        )
+
 
 @dataclass(frozen=True)
 class TalkerConfig(Config):
@@ -242,6 +270,7 @@ class TalkerConfig(Config):
 
     def validate(self, where: str) -> None:
         vocab = self.text_config.vocab_size
+        require(self.position_id_per_seconds > 0, f"{where}.position_id_per_seconds must be positive")
         require(
             self.num_code_groups == self.code_predictor_config.num_code_groups and self.num_code_groups >= 2,
             f"{where}.num_code_groups {self.num_code_groups} must equal code_predictor_config.num_code_groups "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni.config_reading import Config, optional, positive, require
+from omni.config_reading import Config, check_theta, not_negative, optional, positive, require
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,18 @@ class RopeConfig(Config):
         return (24, 20, 20)
 
     def validate_rope(self, where: str) -> None:
-        for source in (self.rope_parameters, self.rope_scaling):
-            kind = (source or {}).get("rope_type", (source or {}).get("type", "default"))
+        check_theta(self.rope_theta, f"{where}.rope_theta")
+        for name in ("rope_parameters", "rope_scaling"):
+            values = getattr(self, name) or {}
+            kind = values.get("rope_type", values.get("type", "default"))
             if kind not in ("default", "mrope", "axial"):
                 raise ValueError(f"{where}: rope type {kind!r} is not supported; use 'default'")
+            check_theta(values.get("rope_theta"), f"{where}.{name}.rope_theta")
+            section = values.get("mrope_section")
+            require(
+                section is None or (isinstance(section, (list, tuple)) and all(type(n) is int for n in section)),
+                f"{where}.{name}.mrope_section must be a list of integers, got {section!r}",
+            )
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class DecoderConfig(RopeConfig):
 
     def validate(self, where: str) -> None:
         positive(self, where, "hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        require(self.num_hidden_layers >= 0, f"{where}.num_hidden_layers must not be negative")
+        positive(self, where, "intermediate_size")
+        not_negative(self, where, "num_hidden_layers", "rms_norm_eps", "initializer_range")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"{where}: {self.num_attention_heads} attention heads are not a multiple of "
@@ -110,6 +119,7 @@ class MoEConfig(DecoderConfig):
     def validate(self, where: str) -> None:
         super().validate(where)
         positive(self, where, "vocab_size", "moe_intermediate_size", "decoder_sparse_step")
+        not_negative(self, where, "shared_expert_intermediate_size")
         require(
             0 < self.num_experts_per_tok <= max(self.num_experts, 1),
             f"{where}: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts = {self.num_experts}",

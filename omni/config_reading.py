@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Config:
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
         for key, value in values.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where or 'config'} has the key {key!r}; keys must be text")
             name = _ALIASES.get(key, key)
             path = f"{where}.{key}" if where else key
             if name in known:
@@ -143,6 +146,8 @@ def _coerce(cls: type, f: dataclasses.Field[Any], value: Any, path: str) -> Any:
             raise ValueError(f"{path} must be a list of integers, got {value!r}")
         return tuple(value)
     if expected is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{path} must be a finite number, got {value!r}")
         return value  # kept as written: 10000 stays 10000 in the file
     if expected is int and type(value) is float and value.is_integer():
         return int(value)
@@ -175,13 +180,24 @@ def positive(config: Config, where: str, *names: str) -> None:
         require(getattr(config, name) > 0, f"{where}.{name} must be positive, got {getattr(config, name)}")
 
 
+def not_negative(config: Config, where: str, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) >= 0, f"{where}.{name} must not be negative, got {getattr(config, name)}")
+
+
+def check_theta(value: Any, path: str) -> None:
+    """A rotary base, where it is given, is a positive number."""
+    ok = value is None or (type(value) in (int, float) and 0 < value < math.inf)
+    require(ok, f"{path} must be a positive number, got {value!r}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FileNotFoundError or ValueError name the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder needs {path.name}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")

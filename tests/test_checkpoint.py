@@ -315,6 +315,8 @@ def test_device_that_is_not_there(single):
         load_weights(empty_model(), single[1], device="cuda:99")
     with pytest.raises(ValueError, match="is not available"):
         load_weights(empty_model(), single[1], device="cud")
+    with pytest.raises(ValueError, match="device 'meta' holds no values"):
+        load_weights(empty_model(), single[1], device="meta")
 
 
 def test_device_map_on_the_cpu(single, tmp_path):

@@ -112,7 +112,22 @@ def test_no_known_harmless_key_reads_as_a_misspelling() -> None:
         ("thinker_config.text_config.num_experts_per_tok", 9, "num_experts_per_tok 9"),
         ("thinker_config.text_config.rope_scaling", {"mrope_section": [1, 1, 1]}, "mrope_section"),
         ("thinker_config.text_config.rope_scaling", {"rope_type": "yarn", "mrope_section": [4, 2, 2]}, "yarn"),
+        ("thinker_config.text_config.rope_scaling", {"mrope_section": 4}, "mrope_section must be a list of integers"),
+        ("thinker_config.text_config.rope_scaling", {"mrope_section": "abc"}, "mrope_section must be a list"),
+        (
+            "thinker_config.text_config.rope_scaling",
+            {"rope_theta": "1e6"},
+            r"rope_scaling\.rope_theta must be a positive",
+        ),
+        ("thinker_config.text_config.rope_theta", 0, "rope_theta must be a positive number, got 0"),
+        ("thinker_config.text_config.rms_norm_eps", float("nan"), "rms_norm_eps must be a finite number"),
+        ("thinker_config.text_config.rms_norm_eps", -1e-6, "rms_norm_eps must not be negative"),
+        ("thinker_config.text_config.intermediate_size", 0, "intermediate_size must be positive"),
         ("thinker_config.text_config.hidden_act", "gelu", "hidden_act"),
+        ("thinker_config.image_token_id", 275, "must differ from each other"),
+        ("thinker_config.audio_token_id", -1, "audio_token_id must not be negative"),
+        ("thinker_config.audio_config.encoder_layers", -1, "encoder_layers must not be negative"),
+        ("thinker_config.vision_config.rope_parameters", {"rope_theta": -1}, "rope_theta must be a positive number"),
         ("thinker_config.audio_config.output_dim", 33, "output_dim 33"),
         ("thinker_config.audio_config.n_window_infer", 50, "n_window_infer 50"),
         ("thinker_config.vision_config.deepstack_visual_indexes", [0, 7], "deepstack_visual_indexes"),
@@ -123,6 +138,9 @@ def test_no_known_harmless_key_reads_as_a_misspelling() -> None:
         ("talker_config.codec_eos_token_id", 99999, "codec_eos_token_id 99999"),
         ("talker_config.speaker_id", {"eve": 99999}, "eve"),
         ("talker_config.thinker_hidden_size", 16, "thinker_hidden_size 16"),
+        ("talker_config.position_id_per_seconds", 0, "position_id_per_seconds must be positive"),
+        ("talker_config.text_config.shared_expert_intermediate_size", -1, "must not be negative"),
+        ("talker_config.code_predictor_config.vocab_size", 0, "vocab_size must be positive"),
         ("code2wav_config.codebook_size", 8, "codebook_size is 8"),
         ("code2wav_config.decoder_dim", 33, "decoder_dim 33"),
         ("talker_config", None, "enable_audio_output"),
@@ -135,6 +153,21 @@ def test_contradictions_are_refused(path: str, value: Any, message: str) -> None
     parent[key] = value
     with pytest.raises(ValueError, match=message):
         OmniConfig.from_dict(values)
+
+
+def test_a_window_inside_a_frame_of_residual_codes_is_refused() -> None:
+    values = load()
+    mtp = values["talker_config"]["code_predictor_config"]
+    mtp.update(sliding_window=2, layer_types=["sliding_attention"] * mtp["num_hidden_layers"])
+    with pytest.raises(ValueError, match="sliding_window of 2"):
+        OmniConfig.from_dict(values)
+    mtp["sliding_window"] = mtp["num_code_groups"]  # wide enough to change nothing
+    OmniConfig.from_dict(values)
+
+
+def test_a_key_that_is_not_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="keys must be text"):
+        OmniConfig.from_dict({**load(), 1: 2})  # type: ignore[dict-item]
 
 
 def test_text_only_variants_need_no_talker() -> None:
@@ -157,6 +190,9 @@ def test_files_that_are_not_configs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         OmniConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        OmniConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)  # nested deeper than the parser goes
     with pytest.raises(ValueError, match="not valid JSON"):
         OmniConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1]")

@@ -154,3 +154,12 @@ def test_truncated_shard(sharded):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"model-00001.* has \d+ bytes but its header describes"):
         read_headers(sharded)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50])
+def test_a_header_length_that_begins_like_a_pickle_or_a_zip(tmp_path, length):
+    """The first two bytes of a sound file are the low bytes of its header's length, and may be any."""
+    text = json.dumps({"a": entry()}).encode().ljust(length)
+    raw(tmp_path / WEIGHTS, text, b"\0" * 8)
+    assert (tmp_path / WEIGHTS).read_bytes()[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5", b"PK")
+    assert read_headers(tmp_path)["a"].shape == (2,)

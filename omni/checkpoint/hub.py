@@ -23,8 +23,10 @@ def resolve_folder(
     """An existing folder as it is; otherwise the Hub repository of that id, downloaded or from the cache.
 
     What cannot be a Hub id fails at once. Raises FileNotFoundError when there is neither, OSError when the download
-    fails, ValueError when it is a file.
+    fails, ValueError when it is a file, TypeError for anything else.
     """
+    if not isinstance(folder_or_hub_id, (str, Path)):
+        raise TypeError(f"pass a checkpoint folder or a Hub id such as org/name, got {folder_or_hub_id!r}")
     name = str(folder_or_hub_id)
     path = Path(folder_or_hub_id).expanduser()
     if name and path.is_dir():

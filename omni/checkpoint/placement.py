@@ -27,6 +27,8 @@ def check_device(device: Device) -> torch.device:
         torch.empty(1, dtype=torch.uint8, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available here; 'cpu' always is") from error
+    if found.type == "meta":
+        raise ValueError("device 'meta' holds no values, so nothing can be loaded there; pass 'cpu' or a real device")
     return found
 
 

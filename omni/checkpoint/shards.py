@@ -106,10 +106,11 @@ def read_file_header(path: Path) -> dict[str, TensorInfo]:
     """The header of one safetensors file, checked against itself and the file's size; ValueError if it lies."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        if prefix[:2] == b"PK" or (prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5"):
+        prefix, brace = file.read(8), file.read(1)
+        if _is_pickle(prefix) and brace != b"{":  # a header's length may begin with the same two bytes
             raise ValueError(f"{path} is a pickle and not safetensors; convert the checkpoint to safetensors first")
         length = int.from_bytes(prefix, "little")
+        file.seek(8)
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"{path} is truncated or not a safetensors file ({size} bytes); {_AGAIN}")
         header = _parse(file.read(length), path)
@@ -123,6 +124,11 @@ def read_file_header(path: Path) -> dict[str, TensorInfo]:
     if 8 + length + end != size:
         raise ValueError(f"{path} has {size} bytes but its header describes {8 + length + end}; {_AGAIN}")
     return tensors
+
+
+def _is_pickle(start: bytes) -> bool:
+    """Whether a file that starts so is a zip of pickles (torch.save) or a bare pickle of protocol 2 to 5."""
+    return start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
 def _tensor_info(key: str, entry: Any, path: Path) -> TensorInfo:
