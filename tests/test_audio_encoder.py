@@ -126,6 +126,21 @@ def test_default_window_is_the_configs() -> None:
     assert split_blocks(60, 26) == [26, 26, 8] and split_blocks(52, 26) == [26, 26]
 
 
+def test_window_in_seconds() -> None:
+    encoder = make_encoder()
+    assert [encoder.window_frames(s) for s in (1, 2.0, 8, 1.0000000001)] == [100, 200, 800, 100]
+    assert make_encoder(n_window=15).window_frames(0.9) == 90
+    for bad in (0, -1, 0.5, 1.5, float("nan"), float("inf"), 1e-9):
+        with pytest.raises(ValueError, match=r"window of .* s must be a positive multiple of one chunk of 1 s"):
+            encoder.window_frames(bad)
+    for wrong in ("1", None, True):
+        with pytest.raises(TypeError, match="number of seconds"):
+            encoder.window_frames(wrong)
+    for frames in (150, 0):
+        with pytest.raises(ValueError, match="multiple of one chunk of 100"):
+            encoder.init_state(frames)
+
+
 def test_positions_restart_in_every_chunk() -> None:
     encoder = make_encoder()
     clip = torch.randn(16, 100).repeat(1, 2)

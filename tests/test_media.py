@@ -44,6 +44,7 @@ def write_video(
     times_ms: list[int] | None = None,
     sound_codec: str | None = None,
     sound_s: float = 1.0,
+    sound_start_s: float = 0.0,
     size: tuple[int, int] = (64, 48),
 ) -> Path:
     """A small film whose frame shown at t ms has the grey level 20 + t / 20; optionally with a 440 Hz tone."""
@@ -61,7 +62,7 @@ def write_video(
         container.mux(video.encode(None))
         if track is not None:
             frame = av.AudioFrame.from_ndarray(tone(48000, sound_s)[None], format="fltp", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
+            frame.sample_rate, frame.pts, frame.time_base = 48000, round(48000 * sound_start_s), Fraction(1, 48000)
             converter = av.AudioResampler(format=track.format, layout="mono", rate=48000, frame_size=track.frame_size)
             for part in [*converter.resample(frame), *converter.resample(None)]:
                 container.mux(track.encode(part))

@@ -14,12 +14,18 @@ from omni.encoders.mel import (
     mel_filter_bank,
     mel_to_hz,
     power_spectrum,
+    running_level,
 )
 
 
 @pytest.fixture(scope="module")
 def log_mel() -> LogMel:
     return LogMel()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("samples", [160, 161, 200, 201, 319, 320, 1000, 15999, 16000, 16001])
@@ -94,6 +100,36 @@ def test_a_clip_too_short_to_mirror_goes_on_in_silence(log_mel: LogMel) -> None:
 def test_double_precision_input(log_mel: LogMel) -> None:
     samples = torch.randn(1000)
     assert torch.equal(log_mel(samples.double()), log_mel(samples))
+
+
+@pytest.mark.parametrize("samples", [160, 5000, 16000, 16159])
+def test_both_levels_agree_within_one_chunk(log_mel: LogMel, samples: int) -> None:
+    clip = torch.randn(samples) * torch.linspace(1e-6, 1, samples)
+    assert torch.equal(log_mel(clip, "causal"), log_mel(clip))
+
+
+def test_running_level() -> None:
+    values = torch.tensor([[1.0, 5, 2, 3, 3, 0, 6], [0, 0, 0, 4, 0, 0, 0]])
+    assert running_level(values, 2).tolist() == [5, 5, 5, 5, 5, 5, 6]
+    assert running_level(values, 3).tolist() == [5, 5, 5, 5, 5, 5, 6]
+    assert running_level(values.flip(1), 3).tolist() == [6, 6, 6, 6, 6, 6, 6]
+    assert running_level(values, 1).tolist() == [1, 5, 5, 5, 5, 5, 6]
+    assert running_level(values, 100).tolist() == [6] * 7
+
+
+def test_no_frames(log_mel: LogMel) -> None:
+    assert log_mel.log_mel(torch.zeros(0, 400)).shape == (128, 0)
+
+
+def test_settings_that_cannot_be(log_mel: LogMel) -> None:
+    with pytest.raises(ValueError, match="'loud' is not one of 'clip', 'causal'"):
+        log_mel(torch.randn(400), "loud")
+    with pytest.raises(ValueError, match="chunk of 0 frames"):
+        LogMel(chunk_frames=0)
+    wide = LogMel(n_fft=400, hop_length=200)
+    assert wide(torch.randn(1000)).shape == (128, 5)
+    with pytest.raises(ValueError, match="hop of 200 samples cannot be streamed; it must be below 200"):
+        wide.init_state()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from PIL import Image as pil
 from transformers import AutoTokenizer
 
 from omni.config import OmniConfig
+from omni.encoders.mel import LEVELS
 from omni.processing.processor import OmniProcessor
 from omni.rope.positions import AudioVideo, Video
 
@@ -114,6 +115,34 @@ def test_tools_and_their_results_are_text() -> None:
     assert '"name": "f<|im_end|>"' in text and '"a": "</tool_call><|im_end|>"' in text
 
 
+def calling(arguments: Any) -> list[dict[str, Any]]:
+    return [*user("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+
+def test_what_is_no_json_is_text_too() -> None:
+    """Templates write other objects by `str`, which may give anything."""
+
+    class Sly(str):
+        def translate(self, table: Any) -> str:
+            return self
+
+    for value in ({"<|im_end|>"}, Path("<|im_end|>"), Sly("<|im_end|>")):
+        ids = ids_of(calling({"k": value}), tools=[{"name": "f", "description": value}])
+        assert ids.count(258) == 3 and "<|im_end|>" in PROCESSOR.decode(ids)
+    assert 258 not in ids_of(user(Sly("<|im_end|>")), add_generation_prompt=False)[3:-2]
+
+
+def test_arguments_that_json_cannot_express() -> None:
+    endless: dict[str, Any] = {}
+    endless["a"] = endless
+    nested: dict[str, Any] = {}
+    for _ in range(5000):
+        nested = {"a": nested}
+    for arguments in (endless, nested, {(1, 2): 3}):
+        with pytest.raises(ValueError, match="JSON cannot express"):
+            PROCESSOR(calling(arguments))
+
+
 def test_a_reply_keeps_its_markup() -> None:
     messages = [*user("a"), {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes <|im_end|>"}]
     ids = ids_of(messages, add_generation_prompt=False)
@@ -193,6 +222,9 @@ def test_every_spelling_of_an_item(tmp_path: Path) -> None:
         (user([{"video": FRAMES, "use_audio_in_video": True}]), ValueError, "has no sound"),
         (user([{"audio": WAVE[:100]}]), ValueError, "too short"),
         (user([{"type": "input_audio", "input_audio": {"data": "%%"}}]), ValueError, "base64"),
+        (user([{"image": PICTURE, "min_pixels": 10**12}]), ValueError, "exceeds the limit"),
+        (user([{"type": "image", "base64": 5}]), TypeError, "base64 data of the image must be a string"),
+        ([{"role": "assistant", "content": "a", "tool_calls": 5}], TypeError, "tool_calls must be a list"),
         ([{"role": "user", "content": "a", "tool_calls": []}], ValueError, "tool_calls"),
         ([], ValueError, "empty"),
         ([[]], ValueError, "conversation 0 is empty"),
@@ -207,11 +239,25 @@ def test_wrong_messages(messages: Any, error: type[Exception], words: str) -> No
     assert time.monotonic() - started < 1
 
 
+def test_mel_level() -> None:
+    """The causal level of the first second does not know what follows; later seconds, louder, are alike."""
+    wave = np.concatenate([1e-5 * WAVE, WAVE])
+    clip, causal = (PROCESSOR(user([{"audio": wave}]), mel_level=level).input_features[0] for level in LEVELS)
+    assert torch.equal(clip, PROCESSOR(user([{"audio": wave}])).input_features[0])
+    assert torch.equal(causal, PROCESSOR.log_mel(torch.from_numpy(wave), "causal"))
+    assert torch.equal(clip[:, 100:], causal[:, 100:]) and not torch.equal(clip[:, :98], causal[:, :98])
+
+
 def test_wrong_call_options() -> None:
     with pytest.raises(ValueError, match=r"mel_level.*clip"):
         PROCESSOR(user("a"), mel_level="loud")
     with pytest.raises(TypeError, match="tool"):
         PROCESSOR(user("a"), tools=[3])
+    for tools in (5, {"name": "f"}):
+        with pytest.raises(TypeError, match="tools must be a list"):
+            PROCESSOR(user("a"), tools=tools)
+    with pytest.raises(TypeError, match=r"use_audio_in_video.*'yes'"):
+        PROCESSOR(user("a"), use_audio_in_video="yes")
     with pytest.raises(ValueError, match="no video has sound"):
         PROCESSOR(user([{"video": FRAMES}]), use_audio_in_video=True)
     assert PROCESSOR(user("a"), use_audio_in_video=True).batch_size == 1  # nothing to take sound from: no error
@@ -346,9 +392,11 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
                 shutil.copy(file, copy)
         return copy
 
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         with pytest.raises(FileNotFoundError, match=name):
             OmniProcessor.from_pretrained(folder(name, without=name))
+    plain = OmniProcessor.from_pretrained(folder("plain", without="preprocessor_config.json"))  # the released values
+    assert plain.files.json_files == PROCESSOR.files.json_files
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"):
         broken = folder("broken_" + name, without="chat_template.jinja")
         (broken / name).write_text("{")

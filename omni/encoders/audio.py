@@ -3,7 +3,7 @@
 Each clip is cut into chunks of 100 mel frames (released config), three stride-2 convolutions turn a chunk into 13
 tokens with positions that restart at 0, and a transformer attends inside windows of several chunks. A chunk never sees
 another one before the transformer, and a window never sees another one at all, so a window can be encoded as soon as
-it is complete, and each clip is encoded as if it were alone.
+it is complete (`step`), and each clip is encoded as if it were alone.
 
 Shapes: C clips, M mel bins, F frames, N tokens of all clips (packed), D model width, H heads.
 """
@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.config import AudioEncoderConfig
+from omni.encoders.checks import check_open
 from omni.encoders.output import EncoderOutput
 from omni.layers.attention_backends import packed_attention
+from omni.layers.state import State
 
+FRAMES_HZ = 100  # mel frames a second: 16 kHz, hop of 160 samples (released preprocessor config)
 _CHUNKS_AT_ONCE = 64  # bounds the memory of the convolutions (64 s of audio, released config)
 _MAX_TIMESCALE = 10000.0  # of the sinusoids (Vaswani et al., 2017)
 
@@ -88,6 +92,22 @@ class AudioLayer(nn.Module):
         return x
 
 
+@dataclass
+class AudioEncoderState(State):
+    """One clip's open attention window. `frames` mel frames of the clip have come in.
+
+    tail [M, chunk]: its first `held` columns are the frames of the chunk that is not complete;
+    tokens [window, D]: its first `filled` rows are the convolved tokens of the complete chunks.
+    """
+
+    tail: Tensor
+    tokens: Tensor
+    held: int = 0
+    filled: int = 0
+    frames: int = 0
+    finished: bool = False
+
+
 class AudioEncoder(nn.Module):
     """Log-mel features of several clips -> packed Thinker embeddings."""
 
@@ -108,6 +128,21 @@ class AudioEncoder(nn.Module):
         """Tokens of a clip of `length` mel frames."""
         return num_audio_tokens(length, self.config.chunk_frames)
 
+    def window_frames(self, seconds: float) -> int:
+        """An attention window in mel frames, for `forward` and `init_state`.
+
+        Raises TypeError for what is not a number, ValueError unless it is a positive multiple of one chunk (1 s).
+        """
+        chunk_s = self.config.chunk_frames / FRAMES_HZ
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise TypeError(f"an attention window is a number of seconds, got {seconds!r}")
+        chunks = round(seconds / chunk_s) if math.isfinite(seconds) else 0
+        if chunks < 1 or abs(chunks * chunk_s - seconds) > 1e-6 * seconds:
+            raise ValueError(
+                f"attention window of {seconds:g} s must be a positive multiple of one chunk of {chunk_s:g} s"
+            )
+        return chunks * self.config.chunk_frames
+
     def forward(
         self, features: Tensor, lengths: Tensor | Sequence[int], window_frames: int | None = None
     ) -> EncoderOutput:
@@ -122,13 +157,83 @@ class AudioEncoder(nn.Module):
         window = self._window_tokens(window_frames)
         counts = [self.num_tokens(n) for n in frames]
         if not frames:
-            return EncoderOutput(self.proj2.weight.new_zeros(0, self.config.output_dim), [], [])
+            return EncoderOutput(self._no_embeds(), [], [])
         x = torch.cat(self._tokens(features.to(self.conv2d1.weight), frames))  # [N, D]
-        blocks = [block for n in counts for block in split_blocks(n, window)]
+        return EncoderOutput(
+            self._transform(x, [block for n in counts for block in split_blocks(n, window)]), counts, []
+        )
+
+    def init_state(self, window_frames: int | None = None) -> AudioEncoderState:
+        """The state before the first frame of a clip, in the dtype and on the device of the parameters.
+
+        `window_frames` as in `forward`; raises ValueError as there.
+        """
+        weight = self.conv2d1.weight
+        return AudioEncoderState(
+            tail=weight.new_zeros(self.config.num_mel_bins, self.config.chunk_frames),
+            tokens=weight.new_zeros(self._window_tokens(window_frames), self.config.d_model),
+        )
+
+    @torch.no_grad()
+    def step(self, features: Tensor, state: AudioEncoderState) -> Tensor:
+        """The next frames [M, n] of a clip, n >= 0 -> embeds [m, D_out] of the windows that they complete.
+
+        The embeds of all steps and of `finish`, joined, are `forward` of the whole clip. A chunk is convolved when it
+        is complete, so that only the transformer is left to run at the end of a window. Updates `state` in place.
+        Raises ValueError for features of another shape and for a finished clip; the state is then as it was.
+        """
+        check_open(state.finished)
+        if features.dim() != 2 or features.shape[0] != self.config.num_mel_bins:
+            raise ValueError(
+                f"audio features of a step must be [{self.config.num_mel_bins} mel bins, frames], "
+                f"got shape {list(features.shape)}"
+            )
+        chunk = self.config.chunk_frames
+        state.frames += features.shape[1]
+        features = torch.cat((state.tail[:, : state.held], features.to(state.tail)), dim=1)
+        whole = features.shape[1] // chunk * chunk
+        state.held = features.shape[1] - whole
+        state.tail[:, : state.held] = features[:, whole:]
+        if not whole:
+            return self._no_embeds()
+        return self._fill_window(self._convolve(cut_chunks(features[:, :whole], chunk)).flatten(0, 1), state)
+
+    @torch.no_grad()
+    def finish(self, state: AudioEncoderState) -> Tensor:
+        """The embeds [m, D_out] of the clip's last window. The state takes no further frames.
+
+        Raises ValueError for a clip without frames; the state is then as it was.
+        """
+        check_open(state.finished)
+        if not state.frames:
+            raise ValueError("an audio clip of 0 mel frames has no tokens; it must have at least 1 frame")
+        tokens = state.tokens[: state.filled]
+        if state.held:
+            # As in `_tokens`: a clip of one short chunk is not padded; a tail chunk is.
+            width = min(state.frames, self.config.chunk_frames)
+            last = self._convolve(cut_chunks(state.tail[:, : state.held], width))[0]
+            tokens = torch.cat((tokens, last[: conv_length(state.held)]))
+        state.held, state.filled, state.finished = 0, 0, True
+        return self._transform(tokens, [len(tokens)]) if len(tokens) else self._no_embeds()
+
+    def _fill_window(self, tokens: Tensor, state: AudioEncoderState) -> Tensor:
+        """Take convolved tokens [n, D] into the open window -> embeds of the windows that they complete."""
+        window = state.tokens.shape[0]
+        tokens = torch.cat((state.tokens[: state.filled], tokens))
+        windows, state.filled = divmod(len(tokens), window)
+        state.tokens[: state.filled] = tokens[windows * window :]
+        if not windows:
+            return self._no_embeds()
+        return self._transform(tokens[: windows * window], [window] * windows)
+
+    def _no_embeds(self) -> Tensor:
+        return self.proj2.weight.new_zeros(0, self.config.output_dim)
+
+    def _transform(self, x: Tensor, blocks: list[int]) -> Tensor:
+        """Convolved tokens x [N, D] in attention blocks with sum N -> embeds [N, D_out]."""
         for layer in self.layers:
             x = layer(x, blocks)
-        embeds = self.proj2(F.gelu(self.proj1(self.ln_post(x))))
-        return EncoderOutput(embeds, counts, [])
+        return self.proj2(F.gelu(self.proj1(self.ln_post(x))))
 
     def _tokens(self, features: Tensor, frames: list[int]) -> list[Tensor]:
         """Convolved tokens [n, D] of each clip. Clips whose chunks have the same width share the convolutions."""

@@ -1,7 +1,7 @@
 """The log-mel front end of the audio encoder: 16 kHz samples in, 128 values every 10 ms out.
 
-Framing, power spectrum, mel filters and compression are separate functions: only the last one looks at the whole clip,
-so that a streaming caller can run the first three as samples arrive and choose another reference level.
+Framing, power spectrum and mel filters look at one frame. Compression looks at a reference level: of the whole clip, as
+the reference does, or of the clip so far, so that a stream can be compressed as it arrives.
 Source: Whisper (Radford et al., 2022), section 2.2; the released `preprocessor_config.json`.
 Shapes: n samples, F frames, M mel bins.
 """
@@ -9,11 +9,16 @@ Shapes: n samples, F frames, M mel bins.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omni.encoders.checks import check_open, check_samples
+from omni.layers.state import State
+
+LEVELS = ("clip", "causal")  # reference levels, see LogMel
 POWER_FLOOR = 1e-10  # silence, before the logarithm
 DYNAMIC_RANGE = 8.0  # log10 units kept below the reference level: 80 dB
 _FRAMES_AT_ONCE = 4096  # bounds the memory that a long clip needs
@@ -70,17 +75,56 @@ def compress(log_mel: Tensor, level: Tensor) -> Tensor:
     return (torch.maximum(log_mel, level - DYNAMIC_RANGE) + 4.0) / 4.0
 
 
+def running_level(log_mel: Tensor, chunk_frames: int) -> Tensor:
+    """The loudest value of each frame's chunk and all before it: log_mel [M, F] -> [F]."""
+    loudest = log_mel.amax(0)
+    chunks = [chunk.max() for chunk in loudest.split(chunk_frames)]
+    return torch.stack(chunks).cummax(0).values.repeat_interleave(chunk_frames)[: loudest.numel()]
+
+
+@dataclass
+class LogMelState(State):
+    """What a clip's next frames still need. `received` samples came in, `emitted` frames went out.
+
+    tail [t]: mirrored start, then samples, from the first one that the next frame needs (at most one window and hop);
+    chunk [M, c]: frames before compression of the chunk that is not complete, c < chunk_frames;
+    level []: the loudest value of all complete chunks.
+    """
+
+    tail: Tensor
+    chunk: Tensor
+    level: Tensor
+    received: int = 0
+    emitted: int = 0
+    finished: bool = False
+
+
 class LogMel:
     """Log-mel features of one clip at a time; equals the reference's feature extractor on that clip alone.
 
-    Frames are centred (the clip is mirrored at its ends); n samples give n // hop_length frames.
+    Frames are centred (the clip is mirrored at its ends); n samples give n // hop_length frames. The reference level is
+    the loudest value of the whole clip (`level="clip"`, the reference's), which no stream knows, or the loudest value
+    up to the end of the frame's own chunk of `chunk_frames` frames (`level="causal"`), which a stream knows as soon as
+    the chunk is complete. `step` gives exactly the latter, however the samples are cut. Both levels agree on a clip
+    that lies within one chunk or is loudest in its first.
     """
 
-    def __init__(self, sample_rate: int = 16000, n_fft: int = 400, hop_length: int = 160, num_mels: int = 128) -> None:
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_fft: int = 400,
+        hop_length: int = 160,
+        num_mels: int = 128,
+        chunk_frames: int = 100,  # one second, one chunk of the released audio encoder
+    ) -> None:
+        if chunk_frames < 1:
+            raise ValueError(f"a chunk of {chunk_frames} frames is empty; chunk_frames must be at least 1")
         self.sample_rate = sample_rate
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.num_mels = num_mels
+        self.chunk_frames = chunk_frames
+        self.edge = n_fft // 2  # samples mirrored at either end
         self.window = torch.hann_window(n_fft)
         self.filters = mel_filter_bank(num_mels, n_fft, sample_rate)
 
@@ -88,44 +132,100 @@ class LogMel:
         """Feature frames of a clip of that many samples."""
         return samples // self.hop_length
 
-    def __call__(self, samples: Tensor) -> Tensor:
+    def __call__(self, samples: Tensor, level: str = "clip") -> Tensor:
         """Floating samples [n] in -1 .. 1 at `sample_rate` -> fp32 [num_mels, n // hop_length], on the same device.
 
         Raises TypeError for integer samples, ValueError for a clip that is not one-dimensional, is shorter than one
-        hop, or holds NaN, infinite or absurdly large values.
+        hop, or holds NaN, infinite or absurdly large values, and for a level other than "clip" and "causal".
         """
-        samples = self._check(samples)
-        edge = self.n_fft // 2
-        # Mirroring needs more samples than it adds. A shorter clip is continued with silence, as beside a longer one.
-        mirrored = F.pad(samples, (0, max(0, edge + 1 - samples.numel())))
-        mirrored = F.pad(mirrored[None], (edge, edge), mode="reflect")[0]
-        frames = frame_signal(mirrored, self.n_fft, self.hop_length)[: self.num_frames(samples.numel())]
-        log_mel = torch.cat([self.log_mel(part) for part in frames.split(_FRAMES_AT_ONCE)], dim=1)
-        level = log_mel.max()
-        if not torch.isfinite(level):
-            raise ValueError(f"audio samples reach {samples.abs().max():g}; scale them to -1 .. 1")
-        return compress(log_mel, level)
+        if level not in LEVELS:
+            raise ValueError(f"reference level {level!r} is not one of {', '.join(map(repr, LEVELS))}")
+        samples = check_samples(samples)
+        self._check_length(samples.numel())
+        frames = frame_signal(self._mirror_end(self._mirror_start(samples)), self.n_fft, self.hop_length)
+        log_mel = self.log_mel(frames[: self.num_frames(samples.numel())])
+        return compress(log_mel, log_mel.max() if level == "clip" else running_level(log_mel, self.chunk_frames))
 
     def log_mel(self, frames: Tensor) -> Tensor:
         """log10 mel powers [num_mels, F] of frames [F, n_fft], before any reference level."""
+        if not len(frames):  # FFT libraries refuse an empty batch
+            return self.filters.new_zeros(self.num_mels, 0, device=frames.device)
         window, filters = self.window.to(frames.device), self.filters.to(frames.device)
-        return log_power(filters @ power_spectrum(frames, window).T.contiguous())
+        parts = [
+            log_power(filters @ power_spectrum(part, window).T.contiguous()) for part in frames.split(_FRAMES_AT_ONCE)
+        ]
+        return torch.cat(parts, dim=1)
 
-    def _check(self, samples: Tensor) -> Tensor:
-        """The samples in fp32, after checking them."""
-        if not torch.is_floating_point(samples):
-            raise TypeError(
-                f"audio samples must be floating point in -1 .. 1, got {samples.dtype}; divide by full scale"
-            )
-        if samples.dim() != 1:
-            raise ValueError(f"audio must be one channel of samples [n], got shape {list(samples.shape)}; mix it down")
-        if samples.numel() < self.hop_length:
+    def init_state(self, device: torch.device | str | None = None) -> LogMelState:
+        """The state before the first sample of a clip. Raises ValueError for a hop of half a window or more."""
+        if self.hop_length >= self.edge:  # `finish` mirrors the end, which the last frames must therefore reach
             raise ValueError(
-                f"audio of {samples.numel()} samples is too short; at {self.sample_rate} Hz one feature frame needs "
+                f"a hop of {self.hop_length} samples cannot be streamed; it must be below {self.edge}, half the window"
+            )
+        return LogMelState(
+            tail=torch.zeros(0, device=device),
+            chunk=torch.zeros(self.num_mels, 0, device=device),
+            level=torch.tensor(-torch.inf, device=device),
+        )
+
+    def step(self, samples: Tensor, state: LogMelState) -> Tensor:
+        """The next samples [n], n >= 0 -> the frames [num_mels, m] of the chunks that they complete.
+
+        The frames are those of `level="causal"`; `state` is updated in place. Raises TypeError and ValueError for
+        samples that the whole clip must not hold either and for a finished clip; the state is then as it was.
+        """
+        check_open(state.finished)
+        samples = check_samples(samples, state.received).to(state.tail)
+        received = state.received + samples.numel()
+        tail = torch.cat((state.tail, samples))
+        if state.received <= self.edge < received:
+            tail = self._mirror_start(tail)
+        log_mel = tail.new_zeros(self.num_mels, 0)
+        if received > self.edge and tail.numel() >= self.n_fft:
+            log_mel = self.log_mel(frame_signal(tail, self.n_fft, self.hop_length))
+        state.tail = tail[log_mel.shape[1] * self.hop_length :].clone()
+        state.received = received
+        return self._advance(state, log_mel, last=False)
+
+    def finish(self, state: LogMelState) -> Tensor:
+        """The last frames [num_mels, m] of the clip, whose end is mirrored. The state takes no further samples.
+
+        Raises ValueError for a clip shorter than one hop, as for a whole clip; the state is then as it was.
+        """
+        check_open(state.finished)
+        self._check_length(state.received)
+        started = state.received > self.edge
+        tail = self._mirror_end(state.tail if started else self._mirror_start(state.tail))
+        left = self.num_frames(state.received) - state.emitted - state.chunk.shape[1]
+        frames = frame_signal(tail, self.n_fft, self.hop_length)[:left]
+        log_mel = self.log_mel(frames)
+        state.tail, state.finished = tail[:0].clone(), True
+        return self._advance(state, log_mel, last=True)
+
+    def _advance(self, state: LogMelState, log_mel: Tensor, *, last: bool) -> Tensor:
+        """Take the new frames into the open chunk; compress and return the chunks that are complete (or last)."""
+        log_mel = torch.cat((state.chunk, log_mel), dim=1)
+        ready = log_mel.shape[1] if last else log_mel.shape[1] // self.chunk_frames * self.chunk_frames
+        done, state.chunk = log_mel[:, :ready], log_mel[:, ready:].clone()
+        if ready:
+            levels = torch.maximum(running_level(done, self.chunk_frames), state.level)
+            done, state.level = compress(done, levels), levels[-1].clone()
+        state.emitted += ready
+        return done
+
+    def _mirror_start(self, samples: Tensor) -> Tensor:
+        """The first samples of a clip with their reflection in front."""
+        # Mirroring needs more samples than it adds. A shorter clip is continued with silence, as beside a longer one.
+        samples = F.pad(samples, (0, max(0, self.edge + 1 - samples.numel())))
+        return F.pad(samples[None], (self.edge, 0), mode="reflect")[0]
+
+    def _mirror_end(self, samples: Tensor) -> Tensor:
+        """The last samples of a clip followed by their reflection."""
+        return F.pad(samples[None], (0, self.edge), mode="reflect")[0]
+
+    def _check_length(self, samples: int) -> None:
+        if samples < self.hop_length:
+            raise ValueError(
+                f"audio of {samples} samples is too short; at {self.sample_rate} Hz one feature frame needs "
                 f"{self.hop_length} samples ({1000 * self.hop_length / self.sample_rate:g} ms)"
             )
-        samples = samples.float()
-        if not torch.isfinite(samples).all():
-            bad = int((~torch.isfinite(samples)).nonzero()[0])
-            raise ValueError(f"audio sample {bad} is {samples[bad].item()}; NaN and infinite samples cannot be encoded")
-        return samples

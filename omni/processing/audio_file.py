@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni.encoders.resample import MAX_RATE_HZ, MIN_RATE_HZ, StreamingResampler
 from omni.processing.sources import Source, as_file, describe, is_source, open_source
 
 SAMPLE_RATE = 16000
-MIN_RATE_HZ, MAX_RATE_HZ = 1000, 768_000
+MAX_CLIP_S = 5400.0  # the released model's 65536 positions hold 84 minutes of sound
 _BLOCK_SAMPLES = 1 << 20
-_MAX_FILTER_TAPS = 1 << 24  # of an exact resampling filter: 64 MB
+_UNKNOWN_FRAMES = 1 << 48  # a stream of unknown length counts more
+# How the files begin that soundfile reads: wav, w64, flac, ogg, aiff, au, caf. Its mp3 reader prints: FFmpeg has those.
+_SOUNDFILE_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"FORM", b".snd", b"caff")
 _FULL_SCALE = {torch.int8: 2**7, torch.int16: 2**15, torch.int32: 2**31}
 
 
@@ -41,6 +43,16 @@ def load_audio(value: Any, sampling_rate: int | None = None) -> Tensor:
     return resample(samples, rate, name)
 
 
+class _TooLongError(ValueError):
+    """A clip exceeds `MAX_CLIP_S`; told apart from what decoders raise."""
+
+
+def _check_length(duration_s: float, name: str) -> None:
+    """Refuse what no model can take, before it fills the memory: an hour of silence is a file of 100 kB."""
+    if duration_s > MAX_CLIP_S:
+        raise _TooLongError(f"audio {name} is longer than the limit of {MAX_CLIP_S / 60:g} minutes; give a part of it")
+
+
 def check_samples(samples: Tensor, name: str) -> None:
     """Raise ValueError for a clip without samples, or with NaN or infinite ones."""
     if samples.numel() == 0:
@@ -59,33 +71,15 @@ def resample(samples: Tensor, rate_hz: int | float, name: str = "") -> Tensor:
             f"the sampling rate of audio {name} is {rate_hz} Hz; it must lie in {MIN_RATE_HZ}..{MAX_RATE_HZ} Hz"
         )
     rate = round(float(rate_hz))
-    if rate == SAMPLE_RATE:
-        return samples
-    common = math.gcd(rate, SAMPLE_RATE)
-    if (rate // common) * (SAMPLE_RATE // common) > _MAX_FILTER_TAPS:
-        return _resample_odd(samples, rate)
-    from torchaudio.functional import resample as sinc_resample
-
-    return sinc_resample(samples, rate, SAMPLE_RATE)
-
-
-def _resample_odd(samples: Tensor, rate: int) -> Tensor:
-    """Rates with (almost) no factor in common with 16 kHz, such as 44101 Hz, through FFmpeg's interpolated filters."""
-    import av
-
-    frame = av.AudioFrame.from_ndarray(samples.numpy()[None], format="fltp", layout="mono")
-    frame.sample_rate = rate
-    converter = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
-    parts = [*converter.resample(frame), *converter.resample(None)]
-    out = torch.cat([torch.from_numpy(part.to_ndarray()[0]) for part in parts])
-    return out[: math.ceil(samples.numel() * SAMPLE_RATE / rate)]
+    _check_length(samples.numel() / rate, name)
+    return samples if rate == SAMPLE_RATE else StreamingResampler(rate, SAMPLE_RATE)(samples)
 
 
 def read_array(value: Any) -> Tensor:
     """An array or list of samples as mono fp32 [n]; integers are scaled from their PCM range to -1 .. 1."""
     try:
-        array = value.detach().cpu() if isinstance(value, Tensor) else _from_numpy(np.array(value))
-    except (TypeError, ValueError) as error:
+        array = value.detach().cpu().to_dense() if isinstance(value, Tensor) else _from_numpy(np.array(value))
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor without data, on the meta device
         raise TypeError(
             f"audio must be a path, address, bytes, array of samples or (array, rate) pair, "
             f"got {type(value).__name__} ({error})"
@@ -93,10 +87,10 @@ def read_array(value: Any) -> Tensor:
     if array.dim() not in (1, 2):
         raise ValueError(f"audio samples must be [n] or [channels, n], got shape {list(array.shape)}")
     samples = _scale(array)
-    if samples.dim() == 2:
+    if samples.dim() == 2 and samples.numel():
         channels_last = samples.shape[1] < samples.shape[0]
         samples = samples.mean(dim=1 if channels_last else 0)
-    return samples
+    return samples.flatten()
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
@@ -133,21 +127,42 @@ def _read_mapping(value: Mapping[str, Any], sampling_rate: int | None) -> tuple[
 
 def decode_audio(source: Source, name: str) -> tuple[Tensor, int]:
     """Decode a file to mono fp32 samples [n] and its rate in Hz: soundfile first, then FFmpeg (PyAV)."""
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(as_file(source)) as file:
-            blocks = []  # read in blocks: a header may promise more samples than there are
-            while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
-                blocks.append(torch.from_numpy(block).mean(dim=1))
-            return torch.cat(blocks) if blocks else torch.zeros(0), int(file.samplerate)
-    except (soundfile.SoundFileError, RuntimeError, OSError, ValueError):
-        pass  # not one of its formats
+    if _first_bytes(source).startswith(_SOUNDFILE_MAGIC):
+        known = _decode_plain(source, name)
+        if known is not None:
+            return known
     decoded = decode_sound_track(source, name)
     if decoded is None:
         raise ValueError(f"audio {name} holds no sound track")
     samples, rate, _ = decoded
     return samples, rate
+
+
+def _first_bytes(source: Source) -> bytes:
+    if isinstance(source, bytes):
+        return source[:4]
+    with source.open("rb") as file:
+        return file.read(4)
+
+
+def _decode_plain(source: Source, name: str) -> tuple[Tensor, int] | None:
+    """What soundfile reads: mono fp32 samples [n] and the rate; None for a coding that it does not know."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(as_file(source)) as file:
+            if file.frames < _UNKNOWN_FRAMES:
+                _check_length(file.frames / file.samplerate, name)
+            blocks, total = [], 0  # read in blocks: a header may promise more samples than there are
+            while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+                blocks.append(torch.from_numpy(block).mean(dim=1))
+                total += len(block)
+                _check_length(total / file.samplerate, name)
+            return torch.cat(blocks) if blocks else torch.zeros(0), int(file.samplerate)
+    except _TooLongError:
+        raise
+    except (soundfile.SoundFileError, RuntimeError, OSError, TypeError, ValueError):
+        return None
 
 
 def decode_sound_track(
@@ -164,9 +179,11 @@ def decode_sound_track(
             if not container.streams.audio:
                 return None
             stream = container.streams.audio[0]
+            if end_s is None and stream.duration and stream.time_base:
+                _check_length(float(stream.duration * stream.time_base), name)
             converter = av.AudioResampler(format="fltp")
             blocks: list[Tensor] = []
-            first_s = 0.0
+            first_s, total = 0.0, 0
             for frame in container.decode(stream):
                 time_s = float(frame.time or 0.0)
                 if time_s + frame.samples / frame.sample_rate <= start_s:
@@ -175,11 +192,15 @@ def decode_sound_track(
                     break
                 if not blocks:
                     first_s = time_s
+                total += frame.samples
                 for part in converter.resample(frame):
                     blocks.append(torch.from_numpy(part.to_ndarray()).mean(dim=0))
+                _check_length(total / frame.sample_rate, name)
             for part in converter.resample(None) if blocks else ():
                 blocks.append(torch.from_numpy(part.to_ndarray()).mean(dim=0))
             return torch.cat(blocks) if blocks else torch.zeros(0), int(stream.rate), first_s
+    except _TooLongError:
+        raise
     except Exception as error:  # FFmpeg's errors have many classes
         raise ValueError(
             f"audio {name} cannot be decoded ({_reason(error)}); it must be wav, flac, mp3, ogg, m4a or another format "

@@ -26,6 +26,8 @@ _PIXEL_KEYS = (
 )
 _FRAME_KEYS = ("min_frames", "max_frames")
 
+_RELEASED_PREPROCESSOR = Path(__file__).parents[1] / "demo_data" / "preprocessor_config.json"
+
 
 @dataclass(frozen=True)
 class ProcessorFiles:
@@ -109,8 +111,8 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
         missing.append("tokenizer_config.json")
     json_files = {name: read_json(folder / name) for name in _JSON_FILES if (folder / name).is_file()}
     nested = "image_processor" in json_files.get("processor_config.json", {})
-    if "preprocessor_config.json" not in json_files and not nested:
-        missing.append("preprocessor_config.json (or processor_config.json)")
+    if "preprocessor_config.json" not in json_files and not nested:  # trainers often leave it out
+        json_files["preprocessor_config.json"] = read_json(_RELEASED_PREPROCESSOR)
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(missing)}; copy the tokenizer and preprocessor files of the release there"

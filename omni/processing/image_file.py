@@ -34,7 +34,9 @@ def load_image(value: Any) -> Image:
     else:
         return pil.fromarray(read_pixels(value, f"image {name}"))
     check_size(picture.height, picture.width, f"image {name}")
-    return _upright_rgb(picture, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _upright_rgb(picture, name)
 
 
 def check_size(height: int, width: int, name: str) -> None:
@@ -52,10 +54,10 @@ def check_size(height: int, width: int, name: str) -> None:
 def read_pixels(value: Any, name: str) -> np.ndarray:
     """An array of one picture as uint8 [H, W, 3]."""
     try:
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    except (TypeError, ValueError) as error:
+        array = _from_tensor(value) if isinstance(value, Tensor) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor without data, on the meta device
         raise TypeError(f"{name} cannot be read as an array: {error}") from error
-    if array.dtype == object or array.ndim not in (2, 3):
+    if array.dtype.kind not in "biuf" or array.ndim not in (2, 3):
         raise TypeError(
             f"{name} must be a path, address, bytes, PIL image or an array [H, W], [H, W, C] or [C, H, W], "
             f"got {type(value).__name__} of shape {list(array.shape)}"
@@ -71,6 +73,11 @@ def read_pixels(value: Any, name: str) -> np.ndarray:
         alpha = array[..., -1:].astype(np.float32) / 255
         array = np.rint(array[..., :-1] * alpha + 255 * (1 - alpha)).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def _from_tensor(value: Tensor) -> np.ndarray:
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
 
 
 def _to_bytes(array: np.ndarray, name: str) -> np.ndarray:
@@ -97,14 +104,15 @@ def _open(value: Any, name: str) -> Image:
     source = open_source(value, "image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # sizes are checked below; damaged EXIF data does not matter
             return pil.open(as_file(source), formats=_FORMATS)
     except pil.DecompressionBombError as error:
         raise ValueError(
             f"image {name} has more pixels than the limit of {MAX_PIXELS:,}; make it smaller ({error})"
         ) from error
     except Exception as error:  # each format's reader raises its own classes
-        raise ValueError(f"image {name} cannot be read; it must be png, jpeg or webp ({error})") from error
+        reason = "no known format" if isinstance(error, pil.UnidentifiedImageError) else error
+        raise ValueError(f"image {name} cannot be read; it must be png, jpeg or webp ({reason})") from error
 
 
 def _upright_rgb(picture: Image, name: str) -> Image:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Union
 
 import numpy as np
@@ -107,11 +108,12 @@ class OmniInputs:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def segments(self, config: ThinkerConfig) -> list[list[Segment]]:
+    def segments(self, config: ThinkerConfig, audio_tokens: Callable[[int], int] | None = None) -> list[list[Segment]]:
         """What lies where in every prompt, padding removed: one list of segments a row.
 
-        Raises ValueError where placeholders in the ids and media features disagree, or where the model has no encoder
-        for a medium.
+        `audio_tokens` gives the tokens of a clip of so many mel frames (None: as the config's encoder). Raises
+        ValueError where placeholders in the ids and media features disagree, or where the model has no encoder for a
+        medium.
         """
         tokens = MediaTokens(
             audio=config.audio_token_id,
@@ -120,7 +122,11 @@ class OmniInputs:
             audio_start=config.audio_start_token_id,
             vision_start=config.vision_start_token_id,
         )
-        images, videos, audios = iter(self._images(config)), iter(self._videos(config)), iter(self._audios(config))
+        images, videos, audios = (
+            iter(self._images(config)),
+            iter(self._videos(config)),
+            iter(self._audios(config, audio_tokens)),
+        )
         rows = []
         for ids, mask in zip(self.input_ids.tolist(), self.attention_mask.tolist()):
             kept = [token for token, keep in zip(ids, mask) if keep]
@@ -155,13 +161,14 @@ class OmniInputs:
         seconds = float(self.video_second_per_grid[index])
         return tuple(step * seconds for step in range(int(self.video_grid_thw[index, 0])))
 
-    def _audios(self, config: ThinkerConfig) -> list[Audio]:
+    def _audios(self, config: ThinkerConfig, audio_tokens: Callable[[int], int] | None) -> list[Audio]:
         if self.feature_attention_mask is None:
             return []
-        if config.audio_config is None:
-            raise ValueError("the inputs hold audio but this model has no audio encoder; leave the audio out")
-        chunk = config.audio_config.chunk_frames
-        return [Audio(num_audio_tokens(frames, chunk)) for frames in self.feature_attention_mask.sum(-1).tolist()]
+        if audio_tokens is None:
+            if config.audio_config is None:
+                raise ValueError("the inputs hold audio but this model has no audio encoder; leave the audio out")
+            audio_tokens = partial(num_audio_tokens, chunk_frames=config.audio_config.chunk_frames)
+        return [Audio(audio_tokens(int(frames))) for frames in self.feature_attention_mask.sum(-1).tolist()]
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
@@ -297,5 +304,5 @@ def _check_times(inputs: OmniInputs) -> None:
 
 
 def _check_finite(name: str, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
+    if values.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values)):  # makes no copy
         raise ValueError(f"{name} hold NaN or infinity; check the media or the features they come from")

@@ -111,6 +111,8 @@ def _read_message(message: Any, where: str, media: list[Medium]) -> dict[str, An
     if "tool_calls" in out:
         if role != "assistant":
             raise ValueError(f"{where}: only an assistant message may have tool_calls, its role is {role!r}")
+        if not isinstance(out["tool_calls"], (list, tuple)):
+            raise TypeError(f"{where}: tool_calls must be a list, got {type(out['tool_calls']).__name__}")
         out["tool_calls"] = [_read_call(call, f"{where}, tool call {i}") for i, call in enumerate(out["tool_calls"])]
     if "reasoning_content" in out and not isinstance(out["reasoning_content"], str):
         raise TypeError(f"{where}: reasoning_content must be a string, got {type(out['reasoning_content']).__name__}")
@@ -200,7 +202,8 @@ def _kind_of(item: Mapping[str, Any], where: str) -> str:
 def _unwrap(key: str, value: Any, where: str) -> Any:
     """The medium inside an OpenAI spelling, or the value itself."""
     if key == "base64":
-        return decode_base64(value, "image")
+        is_uri = isinstance(value, str) and value.startswith("data:")
+        return value if is_uri else decode_base64(value, "image")
     if key == "input_audio":
         if isinstance(value, Mapping):
             if not isinstance(value.get("data"), str):

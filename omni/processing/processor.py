@@ -6,8 +6,9 @@ for the positions in the model alike. Every medium is processed alone, so what s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omni.encoders.audio import num_audio_tokens
-from omni.encoders.mel import LogMel
+from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
 from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
@@ -25,8 +26,6 @@ from omni.processing.template import ChatTokenizer, built_in_template
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
-
-_MEL_LEVELS = ("clip",)
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,11 @@ class CallOptions:
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_frames: int | None = None
+    mel_level: str = "clip"
+
+    def __post_init__(self) -> None:
+        if self.use_audio_in_video is not None and not isinstance(self.use_audio_in_video, bool):
+            raise TypeError(f"use_audio_in_video must be None, True or False, got {self.use_audio_in_video!r}")
 
     def budget(self, options: Mapping[str, Any]) -> PixelBudget:
         return PixelBudget(options.get("min_pixels", self.min_pixels), options.get("max_pixels", self.max_pixels))
@@ -76,9 +80,11 @@ class OmniProcessor:
             n_fft=audio.get("n_fft", 400),
             hop_length=audio.get("hop_length", 160),
             num_mels=audio.get("feature_size", 128),
+            chunk_frames=2 * files.n_window,
         )
+        # an audio encoder of one's own brings its own count: processor.audio_tokens = encoder.num_tokens
+        self.audio_tokens: Callable[[int], int] = partial(num_audio_tokens, chunk_frames=self.log_mel.chunk_frames)
         self.position_id_per_seconds = files.position_id_per_seconds
-        self.chunk_frames = 2 * files.n_window
         self.tokens = MediaTokens(
             audio=self._token_id("audio_token", "<|audio_pad|>"),
             image=self._token_id("image_token", "<|image_pad|>"),
@@ -87,6 +93,7 @@ class OmniProcessor:
             vision_start=self._token_id("vision_bos_token", "<|vision_start|>"),
         )
         self.audio_end_id = self._token_id("audio_eos_token", "<|audio_end|>")
+        self.vision_end_id = self._token_id("vision_eos_token", "<|vision_end|>")
 
     @classmethod
     def from_pretrained(
@@ -144,13 +151,14 @@ class OmniProcessor:
             fps: frames taken from each second of a video file (default 2), and the rate of frame lists and arrays.
             min_pixels, max_pixels: size limits for every image and video frame.
             max_frames: most frames taken from one video (default 768).
-            mel_level: the reference level of the log-mel features; "clip" takes each clip's loudest value.
+            mel_level: the reference level of the log-mel features: "clip" takes each clip's loudest value, "causal" the
+                loudest up to the end of each second, as sessions do.
 
         Raises ValueError, TypeError, FileNotFoundError or OSError naming the message or medium and the remedy.
         """
-        if mel_level not in _MEL_LEVELS:
-            raise ValueError(f"unknown mel_level {mel_level!r}; {nearest(str(mel_level), _MEL_LEVELS)}")
-        options = CallOptions(use_audio_in_video, fps, min_pixels, max_pixels, max_frames)
+        if mel_level not in LEVELS:
+            raise ValueError(f"unknown mel_level {mel_level!r}; {nearest(str(mel_level), LEVELS)}")
+        options = CallOptions(use_audio_in_video, fps, min_pixels, max_pixels, max_frames, mel_level)
         template_options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
         if enable_thinking is not None:
             template_options["enable_thinking"] = enable_thinking
@@ -219,7 +227,7 @@ class OmniProcessor:
                     f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
                     f"{self.log_mel.hop_length} (10 ms) are needed"
                 )
-            segment = self._add_clip(samples, batch)
+            segment = self._add_clip(samples, options, batch)
         elif medium.kind == "image":
             pixels, grid = self.vision.image(medium.source, options.budget(medium.options))
             batch.image_pixels.append(pixels)
@@ -230,10 +238,10 @@ class OmniProcessor:
         ids = placeholder_ids(segment, self.tokens, self.position_id_per_seconds)
         return [self.tokens.audio_start, *ids, self.audio_end_id] if isinstance(segment, AudioVideo) else ids
 
-    def _add_clip(self, samples: Tensor, batch: _Batch) -> Audio:
-        mel = self.log_mel(samples)
+    def _add_clip(self, samples: Tensor, options: CallOptions, batch: _Batch) -> Audio:
+        mel = self.log_mel(samples, options.mel_level)
         batch.mels.append(mel)
-        return Audio(num_audio_tokens(mel.shape[1], self.chunk_frames))
+        return Audio(self.audio_tokens(mel.shape[1]))
 
     def _add_video(self, medium: Medium, options: CallOptions, batch: _Batch) -> Video | AudioVideo:
         own = medium.options.get("use_audio_in_video")
@@ -258,7 +266,7 @@ class OmniProcessor:
                 batch.silent.append(clip.name)
             return video
         batch.with_sound += 1
-        return AudioVideo(video, self._add_clip(clip.sound, batch))
+        return AudioVideo(video, self._add_clip(clip.sound, options, batch))
 
     def _pack(self, rows: list[list[int]], batch: _Batch) -> OmniInputs:
         """Rows padded on the left, and the media side by side."""
@@ -273,11 +281,16 @@ class OmniProcessor:
         if batch.mels:
             inputs["input_features"], inputs["feature_attention_mask"] = join_clips(batch.mels)
         if batch.image_grids:
-            inputs["pixel_values"] = torch.cat(batch.image_pixels)
+            inputs["pixel_values"] = _join(batch.image_pixels)
             inputs["image_grid_thw"] = torch.tensor(batch.image_grids)
         if batch.video_grids:
-            inputs["pixel_values_videos"] = torch.cat(batch.video_pixels)
+            inputs["pixel_values_videos"] = _join(batch.video_pixels)
             inputs["video_grid_thw"] = torch.tensor(batch.video_grids)
             inputs["video_second_per_grid"] = torch.tensor(batch.video_seconds)
             inputs["video_grid_times"] = batch.video_times
         return OmniInputs(**inputs)
+
+
+def _join(pixels: Sequence[Tensor]) -> Tensor:
+    """Patches of several media, one after the other; those of a single one are not copied."""
+    return pixels[0] if len(pixels) == 1 else torch.cat(list(pixels))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -60,13 +62,17 @@ def open_source(value: Any, kind: str) -> Source:
 
 def as_file(source: Source) -> Any:
     """What decoders open: the path as a string, or a new file object over the bytes."""
-    return str(source) if isinstance(source, Path) else io.BytesIO(source)
+    # absolute: FFmpeg takes what stands before a colon in a relative name for a protocol
+    return str(source.absolute()) if isinstance(source, Path) else io.BytesIO(source)
 
 
-def decode_base64(text: str, kind: str) -> bytes:
+def decode_base64(text: str | bytes, kind: str) -> bytes:
     """Bytes of base64 text, line breaks allowed."""
+    if not isinstance(text, (str, bytes)):
+        raise TypeError(f"the base64 data of the {kind} must be a string, got {type(text).__name__}")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        letters = text if isinstance(text, str) else text.decode("ascii")
+        return base64.b64decode("".join(letters.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"the base64 data of the {kind} is malformed: {error}") from error
 
@@ -79,10 +85,11 @@ def _locate(value: str | Path, kind: str) -> Source:
     if scheme in ("http", "https"):
         return _download(text, kind)
     if scheme == "file":
-        address = urllib.parse.urlsplit(text)
-        if address.netloc not in ("", "localhost"):
+        path = text[len("file:") :]  # "#" and "?" are letters of a file's name
+        host, slash, rest = path[2:].partition("/") if path.startswith("//") else ("", "", path)
+        if host not in ("", "localhost"):
             raise ValueError(f"{kind} {describe(text)}: a file:// address must name a file on this machine")
-        text = urllib.request.url2pathname(address.path)
+        text = urllib.request.url2pathname(slash + rest)
     return _check_path(text, kind)
 
 
@@ -92,13 +99,16 @@ def _check_path(text: str, kind: str) -> Path:
         exists, is_file = path.exists(), path.is_file()
         size = path.stat().st_size if is_file else 0
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a null byte, or of an unknown user
-        raise FileNotFoundError(f"{kind} file {describe(text)!r} cannot be looked up: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FileNotFoundError(f"{kind} file {describe(text)!r} cannot be looked up: {reason}") from error
     if not exists:
         raise FileNotFoundError(f"{kind} file {describe(text)!r} does not exist; check the path")
     if not is_file:
         raise ValueError(f"{kind} {describe(text)!r} is not a file")
     if size == 0:
         raise ValueError(f"{kind} file {describe(text)!r} is empty (0 bytes)")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{kind} file {describe(text)!r} may not be read by this user; change its permissions")
     return path
 
 
@@ -106,34 +116,66 @@ def _read_data_uri(text: str, kind: str) -> bytes:
     header, comma, body = text.partition(",")
     if not comma:
         raise ValueError(f"{kind}: a data: URI needs a comma before its data, got {describe(text)!r}")
-    if header.lower().endswith(";base64"):
+    if header.replace(" ", "").lower().endswith(";base64"):
         return decode_base64(urllib.parse.unquote(body), kind)
     return urllib.parse.unquote_to_bytes(body)
 
 
+class _TooLargeError(ValueError):
+    """A download exceeds `MAX_DOWNLOAD_BYTES`; told apart from what the web client raises."""
+
+
 def _download(address: str, kind: str) -> bytes:
-    """Fetch over http(s) within the limits on time and size."""
+    """Fetch over http(s) within the limits on time and size.
+
+    A thread does the work and is left behind when the time is over: a server that sends its headers drop by drop, or a
+    name server that does not answer, cannot be interrupted otherwise.
+    """
+    outcome: list[bytes | Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(_fetch(address))
+        except Exception as error:  # handed to the caller below
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(MAX_DOWNLOAD_S)
+    result = outcome[0] if outcome else TimeoutError(f"it took more than {MAX_DOWNLOAD_S:g} s")
+    if isinstance(result, bytes):
+        return result
+    if isinstance(result, urllib.error.HTTPError):
+        reason = f"HTTP {result.code} {result.reason}"
+        result.close()
+    else:  # URLError, time-outs, broken connections, http.client's own errors
+        reason = str(getattr(result, "reason", None) or result or type(result).__name__)
+    known = ValueError if isinstance(result, _TooLargeError) else OSError
+    raise known(f"{kind} {describe(address)!r} cannot be fetched: {' '.join(reason.split())}") from result
+
+
+def _fetch(address: str) -> bytes:
+    """The body behind an address. Spaces and letters beyond ASCII in it are quoted, as browsers do."""
     started = time.monotonic()
-    request = urllib.request.Request(address, headers={"User-Agent": "omni"})
+    quoted = urllib.parse.quote(address, safe="!#$%&'()*+,/:;=?@[]~")
+    request = urllib.request.Request(quoted, headers={"User-Agent": "omni"})
     blocks: list[bytes] = []
     size = 0
-    try:
-        with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S) as reply:
-            while block := reply.read1(_BLOCK_BYTES):
-                blocks.append(block)
-                size += len(block)
-                if size > MAX_DOWNLOAD_BYTES:
-                    raise ValueError(
-                        f"{kind} {describe(address)} is larger than {MAX_DOWNLOAD_BYTES >> 20} MB; "
-                        "download it and give the file"
-                    )
-                if time.monotonic() - started > MAX_DOWNLOAD_S:
-                    raise TimeoutError(f"more than {MAX_DOWNLOAD_S:g} s")
-    except urllib.error.HTTPError as error:
-        raise OSError(f"{kind} {describe(address)} cannot be fetched: HTTP {error.code} {error.reason}") from error
-    except ValueError:
-        raise
-    except Exception as error:  # URLError, timeouts, broken connections, http.client's own errors
-        reason = getattr(error, "reason", None) or error or type(error).__name__
-        raise OSError(f"{kind} {describe(address)} cannot be fetched: {reason}") from error
+    with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S) as reply:
+        length = reply.headers.get("Content-Length", "")
+        expected = int(length) if length.isdecimal() else None
+        _check_download(expected or 0)
+        while block := reply.read1(_BLOCK_BYTES):
+            blocks.append(block)
+            size += len(block)
+            _check_download(size)
+            if time.monotonic() - started > MAX_DOWNLOAD_S:
+                raise TimeoutError(f"it took more than {MAX_DOWNLOAD_S:g} s")
+    if expected is not None and size < expected:
+        raise OSError(f"the connection closed after {size} of {expected} bytes")
     return b"".join(blocks)
+
+
+def _check_download(size: int) -> None:
+    if size > MAX_DOWNLOAD_BYTES:
+        raise _TooLargeError(f"it is larger than {MAX_DOWNLOAD_BYTES >> 20} MB; download it and give the file")

@@ -63,8 +63,14 @@ class ChatTokenizer:
         `options` go to the template (add_generation_prompt, enable_thinking, …). Raises ValueError where the template
         refuses the messages.
         """
-        schemas = [_tool_schema(tool) for tool in tools] if tools else None
-        guard = self._private_characters(json.dumps([list(messages), schemas], ensure_ascii=False, default=str))
+        schemas = _tool_schemas(tools)
+        try:
+            written = json.dumps([list(messages), schemas], ensure_ascii=False, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"the messages or tools hold what JSON cannot express: {error}; write it plainly"
+            ) from error
+        guard = self._private_characters(written)
         guarded = [self._guard_message(message, guard) for message in messages]
         prompt = self._render(guarded, None if schemas is None else _map_text(schemas, guard_text(guard)), options)
         return self._encode_prompt(prompt, guard)
@@ -114,12 +120,12 @@ def guard_text(guard: Mapping[str, str], keep: Sequence[str] = ()) -> Callable[[
     """A function that replaces the guarded characters of a text, except inside the tokens of `keep`."""
     table = str.maketrans(dict(guard))
     if not keep:
-        return lambda text: text.translate(table)
+        return lambda text: str.translate(text, table)  # not a subclass's own
     kept = _alternatives(keep)
 
     def replace(text: str) -> str:
         pieces = kept.split(text)
-        return "".join(piece if i % 2 else piece.translate(table) for i, piece in enumerate(pieces))
+        return "".join(piece if i % 2 else str.translate(piece, table) for i, piece in enumerate(pieces))
 
     return replace
 
@@ -147,7 +153,14 @@ def _map_text(value: Any, change: Callable[[str], str]) -> Any:
         return {_map_text(key, change): _map_text(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_map_text(item, change) for item in value]
-    return value
+    # Whatever else there is, the template would write as `str` does.
+    return value if value is None or isinstance(value, (bool, int, float)) else change(str(value))
+
+
+def _tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
+    if tools is not None and not isinstance(tools, (list, tuple)):
+        raise TypeError(f"tools must be a list of JSON schemas or documented functions, got {type(tools).__name__}")
+    return [_tool_schema(tool) for tool in tools] if tools else None
 
 
 def _tool_schema(tool: Any) -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FPS = 2.0  # frames taken from each second, as the models were trained
 _SOUND_OFFSET_S = 0.04  # smaller differences between the starts of sound and picture are encoder delay, left alone
+_LATEST_SOUND_S = 60.0  # sound that begins later than this after the last picture has a wrong clock
 
 Resize = Callable[[Tensor], Tensor]  # uint8 [3, height, width] of a frame -> the size that the model sees
 
@@ -87,8 +88,8 @@ def load_video(value: Any, sampling: Sampling, resize: Resize, frame_rate: float
     if not is_source(value):
         return _read_frames(value, sampling, resize, DEFAULT_FPS if frame_rate is None else frame_rate, name)
     source = open_source(value, "video")
-    frames, times, origin_s = _decode(source, sampling, resize, name)
-    sound = _read_sound(source, origin_s + sampling.start_s, sampling, name) if want_sound else None
+    frames, times, first_s, last_s = _decode(source, sampling, resize, name)
+    sound = _read_sound(source, first_s + sampling.start_s, last_s, sampling, name) if want_sound else None
     return VideoClip(torch.stack(frames), tuple(times), sound)
 
 
@@ -112,12 +113,28 @@ def _read_frames(value: Any, sampling: Sampling, resize: Resize, rate: float, na
         raise ValueError(f"{name} lasts {total / rate:g} s; nothing lies in {sampling.start_s}..{sampling.end_s} s")
     taken = min(last - first, sampling.max_frames)
     chosen = [first + index * (last - first) // taken for index in range(taken)]
+    pictures = [value[index] for index in chosen]
+    if not isinstance(value, (list, tuple)):
+        pictures = _on_one_scale(pictures)
     frames: list[Tensor] = []
-    for index in chosen:
-        picture = load_image(value[index])
+    for picture in map(load_image, pictures):
         frames.append(resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
     _check_one_size(frames, name)
     return VideoClip(torch.stack(frames), tuple((index - first) / rate for index in chosen), None)
+
+
+def _on_one_scale(frames: list[Any]) -> list[Any]:
+    """Frames of one array: where one of them exceeds 1, all are in 0..255, the darkest too."""
+    try:
+        arrays = [
+            frame.float().numpy(force=True) if isinstance(frame, Tensor) else np.asarray(frame) for frame in frames
+        ]
+    except RuntimeError:  # a tensor without data: `load_image` names it
+        return frames
+    low, high = min(float(array.min()) for array in arrays), max(float(array.max()) for array in arrays)
+    if arrays[0].dtype.kind != "f" or not (low >= 0 and 1 < high <= 255):  # also where NaN is among them
+        return frames
+    return [np.rint(array).astype(np.uint8) for array in arrays]
 
 
 def _check_one_size(frames: Sequence[Tensor], name: str) -> None:
@@ -126,13 +143,15 @@ def _check_one_size(frames: Sequence[Tensor], name: str) -> None:
         raise ValueError(f"{name}: all frames must have one size, got {sorted(sizes)} after resizing")
 
 
-def _decode(source: Source, sampling: Sampling, resize: Resize, name: str) -> tuple[list[Tensor], list[float], float]:
-    """Chosen frames, their times from the part's start, and the file's time of its first frame."""
+def _decode(
+    source: Source, sampling: Sampling, resize: Resize, name: str
+) -> tuple[list[Tensor], list[float], float, float]:
+    """Chosen frames, their times from the part's start, and the file's times of its first and last frame."""
     import av
 
     try:
         with av.open(as_file(source)) as container:
-            if not container.streams.video:
+            if not container.streams.video or container.format.name == "tty":  # FFmpeg shows any text file as a film
                 raise ValueError(f"{name} has no picture track; give a sound file as an audio item")
             context = container.streams.video[0].codec_context
             check_size(context.height, context.width, name)
@@ -158,7 +177,7 @@ def _decode(source: Source, sampling: Sampling, resize: Resize, name: str) -> tu
     if not frames:
         raise ValueError(f"{name} has no frames that can be decoded; the file may be cut short")
     _check_one_size(frames, name)
-    return frames, [(stamp - max(start, stamps[0])) * base_s for stamp in taken], origin * base_s
+    return frames, [(stamp - max(start, stamps[0])) * base_s for stamp in taken], origin * base_s, stamps[-1] * base_s
 
 
 def _frame_stamps(container: av.container.InputContainer, name: str) -> tuple[list[int], float, int]:
@@ -213,13 +232,18 @@ def _take(
     return frames, taken
 
 
-def _read_sound(source: Source, start_s: float, sampling: Sampling, name: str) -> Tensor | None:
-    """The video's sound at 16 kHz, lined up with its pictures, which begin at `start_s` of the file's clock."""
+def _read_sound(source: Source, start_s: float, last_s: float, sampling: Sampling, name: str) -> Tensor | None:
+    """The video's sound at 16 kHz, lined up with its pictures, which begin at `start_s` of the file's clock.
+
+    None where the file has none, or where it begins long after the last picture, at `last_s`.
+    """
     end_s = None if sampling.end_s is None else start_s + sampling.end_s - sampling.start_s
     decoded = decode_sound_track(source, f"track of {name}", start_s, end_s)
     if decoded is None or decoded[0].numel() == 0:
         return None
     samples, rate, first_s = decoded
+    if first_s > last_s + _LATEST_SOUND_S:
+        return None
     check_samples(samples, f"track of {name}")
     sound = resample(samples, rate, f"track of {name}")
     late = first_s - start_s

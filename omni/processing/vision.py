@@ -20,6 +20,8 @@ from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
 # Pixels of one video frame: 128 .. 768 tokens of 32 x 32 pixels (the released processor's default).
 VIDEO_MIN_PIXELS = 128 * 32 * 32
 VIDEO_MAX_PIXELS = 768 * 32 * 32
+LARGEST_MIN_PIXELS = 16384 * 32 * 32  # a picture enlarged to this takes 16384 tokens
+_FRAMES_AT_ONCE = 4  # of a video, while its pixels become patches: the float copies of all would not fit
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class PixelBudget:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.min_pixels is not None and self.min_pixels > LARGEST_MIN_PIXELS:
+            raise ValueError(f"min_pixels {self.min_pixels} exceeds the limit of {LARGEST_MIN_PIXELS}; make it smaller")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}")
 
@@ -108,10 +112,36 @@ class VisionProcessor:
         clip = load_video(
             value, sampling, lambda frame: self._resize(frame, low, high), settings.get("fps"), want_sound
         )
-        out = self.video_processor(videos=[clip.frames], do_resize=False, do_sample_frames=False, return_tensors="pt")
         times = list(clip.times_s[:: self.temporal_patch_size])
-        grid = out["video_grid_thw"][0].tolist()
-        return VideoPixels(describe(value), out["pixel_values_videos"], grid, times, clip.sound)
+        pixels, grid = self._patches(clip.frames, len(times))
+        return VideoPixels(describe(value), pixels, grid, times, clip.sound)
+
+    def _patches(self, frames: Tensor, steps: int) -> tuple[Tensor, list[int]]:
+        """Frames uint8 [T, 3, H, W] -> patches and grid [steps, h, w]; an odd last frame counts twice."""
+        pixels, grid, filled = torch.empty(0), [0, 0, 0], 0
+        at_once = max(_FRAMES_AT_ONCE // self.temporal_patch_size, 1) * self.temporal_patch_size
+        for part in frames.split(at_once):
+            out = self.video_processor(videos=[part], do_resize=False, do_sample_frames=False, return_tensors="pt")
+            patches, grid = out["pixel_values_videos"], out["video_grid_thw"][0].tolist()
+            if not filled:
+                pixels = patches.new_empty(steps * grid[1] * grid[2], patches.shape[1])
+            pixels[filled : filled + len(patches)] = patches
+            filled += len(patches)
+        return pixels, [steps, *grid[1:]]
+
+    def frame(self, value: Any) -> Tensor:
+        """One frame of a video that is pushed frame by frame: uint8 [3, height, width], resized as in a video."""
+        import numpy as np
+
+        pixels = torch.from_numpy(np.array(load_image(value))).permute(2, 0, 1)
+        return self._resize(pixels, VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+
+    def grid_step(self, frames: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """Patches and grid [1, h, w] of the frames of one temporal patch; a missing last one is shown twice."""
+        out = self.video_processor(
+            videos=[torch.stack(frames)], do_resize=False, do_sample_frames=False, return_tensors="pt"
+        )
+        return out["pixel_values_videos"], out["video_grid_thw"][0].tolist()
 
     def _resize(self, frame: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
         """One frame uint8 [3, height, width] at the size that the model sees."""
