@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omni.config import OmniConfig
+    from omni.generation.engine import OmniEngine
     from omni.generation.events import AudioChunk, TextDelta, TurnEnd
     from omni.generation.output import OmniOutput
     from omni.generation.sampling import SamplingConfig
+    from omni.generation.session import OmniSession
     from omni.generation.streaming_config import StreamingConfig
     from omni.model import OmniModel
     from omni.processing.inputs import OmniInputs
@@ -18,10 +20,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "AudioChunk": "omni.generation.events",
     "OmniConfig": "omni.config",
+    "OmniEngine": "omni.generation.engine",
     "OmniInputs": "omni.processing.inputs",
     "OmniModel": "omni.model",
     "OmniOutput": "omni.generation.output",
     "OmniProcessor": "omni.processing.processor",
+    "OmniSession": "omni.generation.session",
     "SamplingConfig": "omni.generation.sampling",
     "StreamingConfig": "omni.generation.streaming_config",
     "TextDelta": "omni.generation.events",
@@ -31,10 +35,12 @@ _HOMES = {
 __all__ = [
     "AudioChunk",
     "OmniConfig",
+    "OmniEngine",
     "OmniInputs",
     "OmniModel",
     "OmniOutput",
     "OmniProcessor",
+    "OmniSession",
     "SamplingConfig",
     "StreamingConfig",
     "TextDelta",

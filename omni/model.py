@@ -24,6 +24,7 @@ from omni.generation.events import Event
 from omni.generation.output import OmniOutput
 from omni.generation.prompt import encode_prompt
 from omni.generation.streaming_config import StreamingConfig
+from omni.keywords import names_keywords
 from omni.layers.init import MetaBuild, initialise
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
@@ -68,6 +69,11 @@ class OmniModel(nn.Module):
         code2wav: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, OmniConfig):
+            raise TypeError(
+                f"OmniModel takes an OmniConfig, got {type(config).__name__}; read one with "
+                "OmniConfig.from_pretrained, or load a checkpoint with OmniModel.from_pretrained"
+            )
         parts = _check_parts(parts)
         self.config = config
         self.processor: OmniProcessor | None = None
@@ -139,11 +145,14 @@ class OmniModel(nn.Module):
             lengths=prompt.lengths,
             with_router_logits=with_router_logits,
         )
-        return out._replace(
-            logits=_to_columns(out.logits, prompt.columns, prompt.lengths, inputs.input_ids.shape[1]),
-            hidden=_to_columns(out.hidden, prompt.columns, prompt.lengths, inputs.input_ids.shape[1]),
+        rows, width = inputs.input_ids.shape
+        logits, hidden, *routers = (
+            _to_columns(x, prompt.columns, prompt.lengths, width)
+            for x in (out.logits, out.hidden, *(r.unflatten(0, (rows, -1)) for r in out.router_logits or ()))
         )
+        return ThinkerOutput(logits, hidden, [r.flatten(0, 1) for r in routers] if with_router_logits else None)
 
+    @names_keywords
     def generate(
         self,
         inputs: OmniInputs,
@@ -177,6 +186,7 @@ class OmniModel(nn.Module):
             seed=seed,
         )
 
+    @names_keywords
     def stream(
         self,
         inputs: OmniInputs,
@@ -210,6 +220,7 @@ class OmniModel(nn.Module):
             seed=seed,
         )
 
+    @names_keywords
     def speak(
         self,
         text: str | Sequence[str],
@@ -223,7 +234,11 @@ class OmniModel(nn.Module):
 
         The Talker reads a reply by its token embeddings alone, so any text can drive it; the user's part is empty.
         """
+        if not isinstance(text, (str, list, tuple)):
+            raise TypeError(f"speak takes a text or a list of texts, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            return []
         waves = generation.speak(
             self,
             texts,
@@ -236,6 +251,7 @@ class OmniModel(nn.Module):
         return waves[0] if isinstance(text, str) else waves
 
     @classmethod
+    @names_keywords
     def from_pretrained(
         cls,
         folder_or_hub_id: str | Path,
@@ -287,6 +303,7 @@ class OmniModel(nn.Module):
             if own:
                 initialise(module, self._std_of(part), own)
 
+    @names_keywords
     def save_pretrained(
         self, folder: str | Path, max_shard_size: str | int = "5GB", experts: Literal["separate", "fused"] = "separate"
     ) -> None:
@@ -312,7 +329,7 @@ class OmniModel(nn.Module):
 
 def _check_parts(parts: Sequence[str]) -> tuple[str, ...]:
     """The parts as a tuple; ValueError for an unknown or empty choice."""
-    chosen = (parts,) if isinstance(parts, str) else tuple(parts)
+    chosen = (parts,) if isinstance(parts, str) else tuple(parts or ())
     unknown = [part for part in chosen if part not in PARTS]
     if unknown or not chosen:
         raise ValueError(f"parts must name some of {', '.join(PARTS)}, got {list(chosen)}")

@@ -348,3 +348,102 @@ def test_every_parameter_is_initialised_on_purpose() -> None:
     for (name, a), b in zip(first.named_parameters(), second.parameters()):
         assert torch.isfinite(a).all() and torch.equal(a, b), name
         assert a.abs().max() < 5, name
+
+
+def test_an_encoder_with_a_token_rate_of_its_own(model: OmniModel) -> None:
+    from omni.encoders.output import EncoderOutput
+
+    class OneTokenPerTenFrames(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = torch.nn.Linear(128, 32)
+
+        def num_tokens(self, length: int) -> int:
+            return -(-length // 10)
+
+        def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> EncoderOutput:
+            counts = [self.num_tokens(int(n)) for n in lengths]
+            return EncoderOutput(torch.cat([self.proj(f[:, ::10].T)[:n] for f, n in zip(features, counts)]), counts, [])
+
+    mine = OmniModel(model.config, audio_encoder=OneTokenPerTenFrames())
+    processor = OmniProcessor.from_pretrained(DATA)
+    processor.audio_tokens = mine.audio_encoder.num_tokens
+    mine.processor = processor
+    sound = torch.randn(16000, generator=torch.Generator().manual_seed(3)).numpy() * 0.1
+    inputs = processor([{"role": "user", "content": [{"type": "audio", "audio": sound}]}])
+    assert (inputs.input_ids == 275).sum() == 10
+    assert mine.generate(inputs, max_new_tokens=2, max_frames=2, seed=0).codes[0].shape[1] > 0
+
+
+def test_router_logits_stand_in_the_columns_of_the_inputs(model: OmniModel) -> None:
+    from omni.layers.moe import load_balancing_loss
+
+    batch = model.processor([chat("hi"), chat("a longer question")])
+    with torch.no_grad():
+        together = model.forward(batch, with_router_logits=True)
+        alone = [model.forward(model.processor(chat(t)), with_router_logits=True) for t in ("hi", "a longer question")]
+    mask = batch.attention_mask.bool().flatten()
+    expected = [torch.cat(layers) for layers in zip(*(out.router_logits for out in alone))]
+    for got, want in zip(together.router_logits, expected):
+        torch.testing.assert_close(got[mask], want, atol=1e-5, rtol=1e-5)
+    loss = load_balancing_loss(together.router_logits, 2, mask)
+    torch.testing.assert_close(loss, load_balancing_loss(expected, 2), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 1e-300])
+def test_tiny_temperatures_are_greedy(model: OmniModel, temperature: float) -> None:
+    inputs = model.processor(chat("abc"))
+    cold = model.generate(inputs, text_sampling={"temperature": temperature}, max_new_tokens=6, return_audio=False)
+    assert cold.replies == model.generate(inputs, max_new_tokens=6, return_audio=False).replies
+
+
+def test_misspelt_arguments_name_the_right_one(model: OmniModel) -> None:
+    inputs = model.processor(chat("abc"))
+    for call, right in (
+        (lambda: model.generate(inputs, max_tokens=3), "max_new_tokens"),
+        (lambda: model.stream(inputs, speakr="x"), "speaker"),
+        (lambda: model.speak("a", spaeker="x"), "speaker"),
+        (lambda: OmniModel.from_pretrained(DATA, device_mp="auto"), "device_map"),
+    ):
+        with pytest.raises(TypeError, match=right):
+            call()
+    for wrong in ("a path", {"thinker_config": {}}):
+        with pytest.raises(TypeError, match="OmniConfig"):
+            OmniModel(wrong)
+    assert model.speak([]) == []
+
+
+def test_null_values_in_generation_config_mean_the_release(model: OmniModel) -> None:
+    inputs = model.processor(chat("abc"))
+    plain = model.generate(inputs, max_new_tokens=3, max_frames=4, seed=2)
+    model.generation_config = {"talker_temperature": None, "talker_top_k": None, "talker_top_p": None}
+    try:
+        nulls = model.generate(inputs, max_new_tokens=3, max_frames=4, seed=2)
+    finally:
+        model.generation_config = {}
+    assert torch.equal(plain.codes[0], nulls.codes[0])
+
+
+def test_speech_ids_outside_the_vocabulary() -> None:
+    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").replace(tts_bos_token_id=151672)
+    lost = OmniModel(config)
+    lost.processor = OmniProcessor.from_pretrained(DATA)
+    inputs = lost.processor(chat("x"))
+    with pytest.raises(ValueError, match="tts_bos_token_id 151672"):
+        lost.generate(inputs, max_new_tokens=2)
+    assert lost.generate(inputs, max_new_tokens=2, return_audio=False).replies
+
+
+def test_a_seed_leaves_the_global_generator_alone(model: OmniModel) -> None:
+    torch.manual_seed(0)
+    expected = torch.randint(1000, (3,))
+    torch.manual_seed(0)
+    model.generate(model.processor(chat("x")), max_new_tokens=2, max_frames=2, seed=5)
+    assert torch.equal(torch.randint(1000, (3,)), expected)
+
+
+def test_autocast(model: OmniModel) -> None:
+    inputs = model.processor(chat("x"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model.generate(inputs, max_new_tokens=3, max_frames=3, seed=0)
+    assert torch.isfinite(out.audio[0]).all()

@@ -52,6 +52,8 @@ def resolve(
         if not _whole(value) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     speaks = wants_audio(model, return_audio)
+    if speaks:
+        _check_tts_ids(model)
     return TurnArguments(
         max_new_tokens,
         max_frames,
@@ -66,11 +68,22 @@ def resolve(
 
 def wants_audio(model: OmniModel, return_audio: bool | None) -> bool:
     """Whether the turn speaks; None means: if the model can. Raises ValueError if it was asked to and cannot."""
+    if return_audio is not None and not isinstance(return_audio, bool):
+        raise TypeError(f"return_audio must be True, False or None, got {return_audio!r}")
     if return_audio is None:
         return model.talker is not None
     if return_audio:
         model.require("talker")
     return bool(return_audio)
+
+
+def _check_tts_ids(model: OmniModel) -> None:
+    """Speech needs the text ids that pad and frame it."""
+    vocabulary = model.config.thinker_config.text_config.vocab_size
+    for name in ("tts_pad_token_id", "tts_bos_token_id", "tts_eos_token_id"):
+        value = getattr(model.config, name)
+        if not 0 <= value < vocabulary:
+            raise ValueError(f"{name} {value} lies outside the vocabulary of {vocabulary}; set it in config.json")
 
 
 def per_row(value: PerRow, rows: int, name: str) -> list[Any]:
@@ -103,10 +116,10 @@ def default_text(model: OmniModel) -> SamplingConfig:
 def default_codes(model: OmniModel) -> SamplingConfig:
     """Codebook-0 sampling: the talker_* values of generation_config.json, which the release sets to these defaults."""
     g = model.generation_config
-    values = {
-        name: g.get(f"talker_{name}", getattr(RELEASED_CODES, name))
-        for name in ("temperature", "top_k", "top_p", "repetition_penalty")
-    }
+    values = {}
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        given = g.get(f"talker_{name}")
+        values[name] = getattr(RELEASED_CODES, name) if given is None else given
     if g.get("talker_do_sample") is False:
         values["temperature"] = 0.0
     return SamplingConfig(**values)
@@ -135,9 +148,10 @@ def stop_ids(model: OmniModel) -> frozenset[int]:
 def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """One a row; without a seed they are drawn from torch's global generator."""
     seeds = per_row(seed, rows, "seed")
-    drawn = torch.randint(2**62, (rows,)).tolist()
+    drawn = [0] * rows
     for row, value in enumerate(seeds):
         if value is None:
+            drawn[row] = int(torch.randint(2**62, ()))
             continue
         if not _whole(value) or not -(2**63) <= value < 2**63:
             raise ValueError(f"seed must be a whole number of 64 bits, got {value!r}")

@@ -25,6 +25,7 @@ from omni.talker.conditioning import PREFIX_LENGTH
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
+    from omni.processing.processor import OmniProcessor
 
 
 def stream(
@@ -117,8 +118,16 @@ def _new_turn(model: OmniModel, prompt: Prompt, row: int, args: TurnArguments, s
     )
 
 
-def new_turn(model: OmniModel, args: TurnArguments, row: int, streaming: StreamingConfig, **known: Any) -> Turn:
-    """A turn with the arguments of `row`."""
+def new_turn(
+    model: OmniModel,
+    args: TurnArguments,
+    row: int,
+    streaming: StreamingConfig,
+    processor: OmniProcessor | None = None,
+    **known: Any,
+) -> Turn:
+    """A turn with the arguments of `row`; its text is decoded by `processor`, else by the model's."""
+    processor = processor if processor is not None else model.processor
     return Turn(
         stop_ids=args.stop_ids,
         frame_limit=args.max_frames,
@@ -128,7 +137,7 @@ def new_turn(model: OmniModel, args: TurnArguments, row: int, streaming: Streami
         text_sampling=args.text[row],
         code_sampling=args.codes[row],
         residual_sampling=args.residual[row],
-        text_stream=None if model.processor is None else TextStream(model.processor),
+        text_stream=None if processor is None else TextStream(processor),
         **known,
     )
 
@@ -155,16 +164,17 @@ def limit_frames(model: OmniModel, turn: Turn, user_tokens: int) -> None:
     turn.frame_limit = min(turn.frame_limit, room)
 
 
-def assistant_header(model: OmniModel, found: list[int] | None) -> list[int]:
+def assistant_header(model: OmniModel, found: list[int] | None, processor: OmniProcessor | None = None) -> list[int]:
     """The three ids that open an assistant turn: the prompt's own, else the processor's. Raises ValueError."""
+    processor = processor if processor is not None else model.processor
     if found is not None:
         return found
-    if model.processor is None:
+    if processor is None:
         raise ValueError(
             "the prompt holds no chat turn and the model has no processor, so the Talker's assistant header is "
             "unknown; build the inputs with OmniProcessor, or pass return_audio=False"
         )
-    newline = model.processor.encode_text("\n")
+    newline = processor.encode_text("\n")
     return [model.config.im_start_token_id, model.config.assistant_token_id, newline[0]]
 
 
@@ -178,6 +188,8 @@ def _sequences(prompt_ids: Tensor, replies: Sequence[Sequence[int]], fill: int) 
 @torch.no_grad()
 def speak(model: OmniModel, texts: Sequence[str], **arguments: Any) -> list[Tensor]:
     """Speech for given texts; see `OmniModel.speak`."""
+    if not model.config.has_talker:
+        raise ValueError("this variant has no talker: it answers in text only and cannot speak")
     for part in ("thinker", "talker", "code2wav"):
         model.require(part)
     if model.processor is None:
@@ -195,7 +207,7 @@ def speak(model: OmniModel, texts: Sequence[str], **arguments: Any) -> list[Tens
         reader = ReplyReader(None)
         reader.state = ANSWER  # the whole text is the answer, and it is complete
         header = assistant_header(model, None)
-        known = {"header": header, "spoken": ids, "reader": reader, "prompt_tokens": 0, "text_limit": 0}
+        known: dict[str, Any] = {"header": header, "spoken": ids, "reader": reader, "prompt_tokens": 0, "text_limit": 0}
         turn = new_turn(model, args, row, OFFLINE, **known)
         turn.text_reason = "stop"
         limit_frames(model, turn, 0)

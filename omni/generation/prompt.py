@@ -52,7 +52,7 @@ def encode_prompt(model: OmniModel, inputs: OmniInputs) -> Prompt:
     model.require("thinker")
     config, device = model.config.thinker_config, model.device
     _check(model, inputs)
-    segments = inputs.segments(config)
+    segments = inputs.segments(config, None if model.audio_encoder is None else model.audio_encoder.num_tokens)
     inputs = inputs.to(device)
     ids, lengths, columns = _left_align(inputs)
     valid = torch.arange(ids.shape[1], device=device) < lengths[:, None]

@@ -157,7 +157,7 @@ class Rows:
                 for turn, read in zip(self.turns, reads):
                     if turn is not None and read:
                         turn.frame_waits = False
-        draws = [t is not None and not t.over and t.speech == SPEECH_RUNS and not t.frame_waits for t in self.turns]
+        draws = [t is not None and t.wants_frame for t in self.turns]
         if not any(draws):
             return
         with self.stage("residual_codes"):
@@ -170,7 +170,7 @@ class Rows:
 
     def _following_text(self, turn: Turn | None) -> int | None:
         """The token to read after a row's waiting frame, None if no frame waits or the token is not written yet."""
-        if turn is None or turn.over or not turn.frame_waits:
+        if turn is None or turn.over or turn.paused or not turn.frame_waits:
             return None
         return turn.next_text(self.model.config.tts_eos_token_id, self.model.config.tts_pad_token_id)
 
@@ -274,6 +274,29 @@ class Rows:
         """Token ids -> their vectors on the Talker's text side [n, D]."""
         embeds = self.model.thinker.embed_tokens(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
         return self.model.talker.text_projection(embeds)
+
+    def clear(self, row: int) -> None:
+        """Forget all that a row has read. No turn may be running in it."""
+        assert self.turns[row] is None
+        for state in (self.text, self.speech):
+            if state is not None:
+                state.decoder.cache.truncate(row, 0)
+                state.seen[row] = False
+
+    @torch.no_grad()
+    def copy_row(self, row: int, other: Rows, to: int) -> None:
+        """Copy what a row has read into an empty row `to` of `other`. No turn may be running in either."""
+        assert self.turns[row] is None and other.turns[to] is None
+        for own, new in ((self.text, other.text), (self.speech, other.speech)):
+            if own is None or new is None:
+                continue
+            tokens, source, target = own.decoder.cache.lengths[row], own.decoder.cache, new.decoder.cache
+            target.truncate(to, 0)
+            target.reserve(tokens)
+            target.keys[:, to, :, :tokens] = source.keys[:, row, :, :tokens]
+            target.values[:, to, :, :tokens] = source.values[:, row, :, :tokens]
+            target.grow(to, tokens)
+            new.seen[to] = own.seen[row]
 
     @property
     def sampling(self) -> tuple[RowSampling, RowSampling, RowSampling]:

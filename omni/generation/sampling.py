@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,9 +37,13 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"SamplingConfig.{f.name} must be a number, got {value!r}")
         checks = (
             ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "must be 0 (greedy) or more"),
-            ("top_k", type(self.top_k) is int and self.top_k >= 0, "must be a whole number, 0 (off) or more"),
+            ("top_k", self.top_k >= 0 and int(self.top_k) == self.top_k, "must be a whole number, 0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be positive (1 is off)"),
         )
@@ -102,10 +107,10 @@ class RowSampling:
         self.any_filter = any(c.temperature > 0 and (c.top_k > 0 or c.top_p < 1) for c in configs)
         self.any_penalty = any(c.repetition_penalty != 1 for c in configs)
         self.greedy = torch.tensor([c.temperature == 0 for c in configs], device=device)
-        self.temperature = torch.tensor([c.temperature or 1.0 for c in configs], device=device)[:, None]
-        self.top_k = torch.tensor([c.top_k for c in configs], device=device)[:, None]
-        self.top_p = torch.tensor([c.top_p for c in configs], device=device)[:, None]
-        self.penalty = torch.tensor([c.repetition_penalty for c in configs], device=device)[:, None]
+        self.temperature = torch.tensor([float(c.temperature) or 1.0 for c in configs], device=device)[:, None]
+        self.top_k = torch.tensor([min(int(c.top_k), 2**31) for c in configs], device=device)[:, None]
+        self.top_p = torch.tensor([float(c.top_p) for c in configs], device=device)[:, None]
+        self.penalty = torch.tensor([float(c.repetition_penalty) for c in configs], device=device)[:, None]
 
     def draw(self, logits: Tensor, steps: Tensor, seen: Tensor | None = None, banned: Tensor | None = None) -> Tensor:
         """One token a row, int64 [B].
@@ -121,7 +126,7 @@ class RowSampling:
             scores = scores.masked_fill(banned, -math.inf)
         if not self.any_random:
             return scores.argmax(-1)
-        drawn = scores / self.temperature
+        drawn = (scores - scores.amax(-1, keepdim=True)) / self.temperature.clamp(min=1e-30)
         if self.any_filter:
             drawn = _keep_likely(drawn, self.top_k, self.top_p)
         drawn = drawn + gumbel_noise(self.seeds, self.stream, steps, logits.shape[-1])

@@ -59,6 +59,8 @@ class Turn:
     codec: Any = None
     first_codes: list[int] = field(default_factory=list)
     over: bool = False
+    paused: bool = False  # its events are not taken fast enough
+    cut: TurnEnd | None = None  # the end of an interrupted turn
     started: float = field(default_factory=time.perf_counter)
     timing: dict[str, float] = field(default_factory=dict)
     spent_before: dict[str, float] = field(default_factory=dict)
@@ -74,13 +76,18 @@ class Turn:
 
     def wants_token(self, drawn: int) -> bool:
         """Whether the Thinker is to draw a token now; `drawn` counts those of the same tick."""
-        if self.text_reason or self.over:
+        if self.text_reason or self.over or self.paused:
             return False
         if self.speech in (SPEECH_OFF, SPEECH_OVER):
             return drawn == 0
         if not self.codes:  # nothing spoken yet: no further than the first word
             return not self.answered and drawn == 0
         return len(self.spoken) - len(self.codes) < self.streaming.text_ahead
+
+    @property
+    def wants_frame(self) -> bool:
+        """Whether the Talker is to draw a frame now."""
+        return self.speech == SPEECH_RUNS and not (self.frame_waits or self.over or self.paused)
 
     def take_token(self, token: int) -> tuple[str, bool]:
         """Note a drawn token: (what it is, whether the Thinker has to read it)."""
@@ -127,6 +134,11 @@ class Turn:
         pending = len(self.codes) - self.decoded
         wanted = self.streaming.chunk(self.chunks)
         return min(pending, wanted) if pending >= wanted or self.speech == SPEECH_OVER else 0
+
+    @property
+    def read_tokens(self) -> int:
+        """Reply tokens that the Thinker has read: all but the one that ended the reply."""
+        return len(self.reply) - bool(self.text_reason and self.reply)
 
     @property
     def complete(self) -> bool:

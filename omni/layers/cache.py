@@ -62,8 +62,8 @@ class KVCache(State):
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, Hkv, T, D] of one layer; returns its keys and values as far as any row may look."""
         index = slots[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k)
-        self.values[layer].scatter_(2, index, v)
+        self.keys[layer].scatter_(2, index, k.to(self.keys.dtype))  # autocast may give another dtype
+        self.values[layer].scatter_(2, index, v.to(self.values.dtype))
         used = self.longest + slots.shape[1]
         return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
 
@@ -75,6 +75,11 @@ class KVCache(State):
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of one row from `length` on."""
         assert 0 <= length <= self.lengths[row], "a cache cannot be truncated to more than it holds"
+        self.grow(row, length)
+
+    def grow(self, row: int, length: int) -> None:
+        """Count tokens of one row that were put in place from outside."""
+        assert length <= self.capacity
         self.lengths[row] = length
         self.length = self.length.clone()
         self.length[row] = length
@@ -86,6 +91,4 @@ class KVCache(State):
 
     def adopt(self, row: int, view: KVCache) -> None:
         """Take over the length that a view made by `row` has reached."""
-        self.lengths[row] = view.lengths[0]
-        self.length = self.length.clone()
-        self.length[row] = view.lengths[0]
+        self.grow(row, view.lengths[0])

@@ -35,9 +35,9 @@ def user_spans(ids: Sequence[int], im_start: int, user: int) -> list[tuple[int, 
 
 def project_user(talker: Talker, embeds: Tensor, hidden: Tensor, media: Tensor) -> Tensor:
     """The user's part: embeds and hidden [T, Dt], media bool [T] (True: by hidden state) -> [T, D]."""
-    out = embeds.new_empty(embeds.shape[0], talker.config.text_config.hidden_size)
-    out[~media] = talker.text_projection(embeds[~media])
-    out[media] = talker.hidden_projection(hidden[media])
+    text, heard = talker.text_projection(embeds[~media]), talker.hidden_projection(hidden[media])
+    out = text.new_empty(len(media), text.shape[-1])
+    out[~media], out[media] = text, heard.to(text.dtype)
     return out
 
 

@@ -56,7 +56,7 @@ class Thinker(nn.Module):
         )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        if config.tie_word_embeddings or text.tie_word_embeddings:
+        if config.tie_word_embeddings:  # the text config's own flag has no effect in the reference either
             self.lm_head.weight = self.embed_tokens.weight
 
     def init_state(self, batch_size: int, capacity: int = 256) -> DecoderState:

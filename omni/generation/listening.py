@@ -1,0 +1,170 @@
+"""Media that arrive in pieces: a clip of sound, and a video (with or without its sound), into a conversation.
+
+Both write what is decided and hold back what is not: mel frames wait for the end of their second, audio tokens for
+their attention window, a frame for its partner, and in a video with sound a token for all that may precede it in time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni.encoders.resample import StreamingResampler
+from omni.generation.conversation import Conversation
+from omni.processing.processor import OmniProcessor
+from omni.rope.positions import Video, segment_positions
+
+SAMPLE_RATE_HZ = 16000
+
+
+class Ear:
+    """Samples of any rate -> audio embeddings, as attention windows complete."""
+
+    def __init__(self, model: Any, processor: OmniProcessor, window_s: float | None) -> None:
+        if model.audio_encoder is None:
+            raise ValueError("this model has no audio encoder; it cannot listen")
+        self.model, self.log_mel = model, processor.log_mel
+        encoder = model.audio_encoder
+        window = None if window_s is None else encoder.window_frames(window_s)
+        self.mel_state, self.encoder_state = self.log_mel.init_state(), encoder.init_state(window)
+        self.rate_hz = SAMPLE_RATE_HZ
+        self.resampler: StreamingResampler | None = None
+        self.resampler_state: Any = None
+        self.samples = 0
+
+    def push(self, samples: Tensor, rate_hz: int) -> Tensor:
+        """The next samples [n] -> embeddings [m, D] that have become complete."""
+        done = self._finish_rate() if rate_hz != self.rate_hz else samples[:0]
+        if rate_hz != self.rate_hz:
+            self.rate_hz = rate_hz
+            self.resampler = None if rate_hz == SAMPLE_RATE_HZ else StreamingResampler(rate_hz, SAMPLE_RATE_HZ)
+            self.resampler_state = None if self.resampler is None else self.resampler.init_state()
+        if self.resampler is not None:
+            samples = self.resampler.step(samples, self.resampler_state)
+        return self._hear(torch.cat((done, samples)))
+
+    def finish(self) -> Tensor:
+        """The end of the clip: the embeddings that are left (none for a clip shorter than one mel frame)."""
+        rest = self._hear(self._finish_rate())
+        if self.samples < self.log_mel.hop_length:
+            return rest
+        mel = self.log_mel.finish(self.mel_state)
+        last = self._encode(mel)
+        return torch.cat((rest, last, self.model.audio_encoder.finish(self.encoder_state)))
+
+    def _finish_rate(self) -> Tensor:
+        if self.resampler is None:
+            return torch.zeros(0)
+        return self.resampler.finish(self.resampler_state)
+
+    def _hear(self, samples: Tensor) -> Tensor:
+        self.samples += samples.numel()
+        return self._encode(self.log_mel.step(samples, self.mel_state))
+
+    @torch.no_grad()
+    def _encode(self, mel: Tensor) -> Tensor:
+        return self.model.audio_encoder.step(mel.to(self.model.device, self.model.dtype), self.encoder_state)
+
+    def clone(self) -> Ear:
+        """An independent copy."""
+        new = copy.copy(self)
+        new.mel_state, new.encoder_state = self.mel_state.clone(), self.encoder_state.clone()
+        new.resampler_state = None if self.resampler_state is None else self.resampler_state.clone()
+        return new
+
+
+@dataclass
+class OpenClip:
+    """A clip that is being heard."""
+
+    ear: Ear
+    begun: bool = False
+
+    def clone(self) -> OpenClip:
+        """An independent copy."""
+        return OpenClip(self.ear.clone(), self.begun)
+
+    def push(self, conversation: Conversation, samples: Tensor, rate_hz: int, begin: list[int], token: int) -> None:
+        self._write(conversation, self.ear.push(samples, rate_hz), begin, token)
+
+    def close(self, conversation: Conversation, begin: list[int], end: list[int], token: int) -> None:
+        self._write(conversation, self.ear.finish(), begin, token)
+        if self.begun:
+            conversation.write_text(end)
+
+    def _write(self, conversation: Conversation, embeds: Tensor, begin: list[int], token: int) -> None:
+        if not len(embeds):
+            return
+        if not self.begun:
+            conversation.write_text(begin)
+            self.begun = True
+        offsets = torch.arange(len(embeds), dtype=torch.float32).expand(3, -1)
+        conversation.write_at([token] * len(embeds), offsets, embeds, media=True)
+        conversation.move_on(len(embeds))
+
+
+@dataclass
+class OpenVideo:
+    """A video that is being seen, and heard if it has an ear.
+
+    frames [3, H, W] wait for the temporal patch to be complete; grids (time, embeds, taps, height, width) and sounds
+    (embeddings, one token each) wait for what may precede them.
+    """
+
+    first_s: float
+    ear: Ear | None
+    frames: list[tuple[float, Tensor]] = field(default_factory=list)
+    grids: deque[tuple[float, Tensor, Tensor | None, int, int]] = field(default_factory=deque)
+    sounds: deque[Tensor] = field(default_factory=deque)
+    last_s: float = -1.0
+    heard: int = 0
+    last_kind: str = ""
+    tail: float = -1.0
+
+    def clone(self) -> OpenVideo:
+        """An independent copy."""
+        ear = None if self.ear is None else self.ear.clone()
+        return replace(self, ear=ear, frames=list(self.frames), grids=deque(self.grids), sounds=deque(self.sounds))
+
+    def write(self, conversation: Conversation, tokens: Any, rate: float, *, closing: bool = False) -> None:
+        """Write, in the order of time, all that nothing still to come can precede."""
+        while self.grids or self.sounds:
+            due = bool(self.grids) and (self.ear is None or self.grids[0][0] * rate <= self.heard)
+            if due or (self.grids and closing and not self.sounds):
+                self._write_grid(conversation, tokens.video, rate)
+            elif self.sounds and (closing or self.heard < self._next_grid_s() * rate):
+                self._write_sound(conversation, tokens.audio, rate, closing=closing)
+            else:
+                return
+
+    def _next_grid_s(self) -> float:
+        """No grid step still to come begins before this time."""
+        if self.grids:
+            return self.grids[0][0]
+        return self.frames[0][0] - self.first_s if self.frames else self.last_s - self.first_s
+
+    def _write_grid(self, conversation: Conversation, token: int, rate: float) -> None:
+        time_s, embeds, taps, height, width = self.grids.popleft()
+        offsets, _ = segment_positions(Video((time_s,), height, width), 0.0, rate)
+        conversation.write_at([token] * len(embeds), offsets, embeds, taps, media=True)
+        self._note("video", float(offsets.max()))
+
+    def _write_sound(self, conversation: Conversation, token: int, rate: float, *, closing: bool) -> None:
+        bound = self.grids[0][0] * rate if self.grids else (float("inf") if closing else self._next_grid_s() * rate)
+        run: list[Tensor] = []
+        while self.sounds and self.heard + len(run) < bound:
+            run.append(self.sounds.popleft())
+        offsets = torch.arange(self.heard, self.heard + len(run), dtype=torch.float32).expand(3, -1)
+        conversation.write_at([token] * len(run), offsets, torch.stack(run), media=True)
+        self.heard += len(run)
+        self._note("audio", float(offsets.max()))
+
+    def _note(self, kind: str, highest: float) -> None:
+        """Keep the largest offset of the run of one kind that the video ends with: what follows starts after it."""
+        self.tail = max(self.tail, highest) if kind == self.last_kind or self.ear is None else highest
+        self.last_kind = kind

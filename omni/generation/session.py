@@ -1,0 +1,422 @@
+"""OmniSession: a conversation as an object. Push what is heard and seen, respond, interrupt, fork, save.
+
+The work runs inside the calls. What is pushed is read by the Thinker and the Talker at once, as far as it is decided,
+so that little is left to do when `respond` is called. The Thinker's cache stays from turn to turn; the Talker's keeps
+the user's turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omni.generation.arguments import resolve
+from omni.generation.conversation import Conversation, Place
+from omni.generation.events import Event
+from omni.generation.generate import assistant_header, limit_frames, new_turn
+from omni.generation.listening import Ear, OpenClip, OpenVideo
+from omni.generation.reply import ReplyReader
+from omni.generation.rows import Rows
+from omni.generation.session_file import load_session, save_session, streaming_of
+from omni.generation.streaming_config import StreamingConfig
+from omni.generation.turn import SPEECH_OFF, Turn
+from omni.processing.processor import OmniProcessor
+from omni.processing.vision import PixelBudget
+from omni.rope.positions import Image
+
+if TYPE_CHECKING:
+    from omni.model import OmniModel
+
+
+class Kept(NamedTuple):
+    """What an interrupted reply leaves in the history: the ids that count as heard, and their text."""
+
+    token_ids: list[int]
+    text: str
+
+
+class OmniSession:
+    """A conversation with a model.
+
+    speaker: default voice of its replies. system: text of a system turn. streaming: knobs of latency.
+    use_audio_in_video: sound pushed while a video is open belongs to the video. keep_media: keep the embeddings of
+    media (one vector of the Thinker's width a token), so that turns with media can be read again by
+    `drop_oldest_turns`. A session is used from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        model: OmniModel,
+        processor: OmniProcessor | None = None,
+        *,
+        speaker: str | None = None,
+        system: str | None = None,
+        streaming: StreamingConfig | None = None,
+        use_audio_in_video: bool = False,
+        keep_media: bool = False,
+    ) -> None:
+        self._set_up(model, processor, speaker, streaming, use_audio_in_video)
+        self._conversation = Conversation(Rows(model, 1), 0, self.streaming.prefill_tokens, keep_media=keep_media)
+        self._write_system(system)
+
+    def _write_system(self, system: str | None) -> None:
+        if system is not None:
+            self._header("system")
+            self._conversation.write_text([*self.processor.encode_text(system), *self._closing()])
+
+    def _set_up(
+        self,
+        model: OmniModel,
+        processor: OmniProcessor | None,
+        speaker: str | None,
+        streaming: StreamingConfig | None,
+        use_audio_in_video: bool,
+    ) -> None:
+        model.require("thinker")
+        found = processor if processor is not None else model.processor
+        if found is None:
+            raise ValueError("a session needs a processor: OmniSession(model, OmniProcessor.from_pretrained(folder))")
+        self.model, self.processor, self.speaker = model, found, speaker
+        self.streaming = streaming or StreamingConfig()
+        self.use_audio_in_video = use_audio_in_video
+        self._text: list[str] = []
+        self._clip: OpenClip | None = None
+        self._video: OpenVideo | None = None
+        self._prompt: Place | None = None  # where the prompt of the last reply stood, until new input comes
+        self._turn: Turn | None = None
+        c = model.config
+        self._roles = {"system": c.system_token_id, "user": c.user_token_id, "assistant": c.assistant_token_id}
+
+    # what the session holds
+
+    @property
+    def ids(self) -> list[int]:
+        """All ids of the conversation so far, those still to be read included (open media and text are not)."""
+        return [*self._conversation.ids, *self._conversation.owed]
+
+    @property
+    def responding(self) -> bool:
+        """Whether a reply is being given."""
+        return self._turn is not None and not self._turn.over
+
+    # input
+
+    def push_text(self, text: str) -> None:
+        """Add text to the user's turn. Consecutive texts are one text."""
+        if not isinstance(text, str):
+            raise TypeError(f"push_text takes a string, got {type(text).__name__}")
+        self._listen()
+        self._close_media()
+        self._text.append(text)
+
+    def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
+        """Add sound: float samples [n] or [n, channels] at any rate. Consecutive calls are one clip, however cut."""
+        wave = _mono(samples)
+        if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 384000:
+            raise ValueError(f"sample_rate must be a whole number of Hz in 1000..384000, got {sample_rate!r}")
+        self._listen()
+        tokens = self.processor.tokens
+        if self._video is not None and self._video.ear is not None:
+            self._video.sounds.extend(self._video.ear.push(wave, sample_rate))
+            self._video.write(self._conversation, tokens, self._rate)
+            return
+        self._close_video()
+        self._write_pending_text()
+        if self._clip is None:
+            self._clip = OpenClip(Ear(self.model, self.processor, self.streaming.audio_window_s))
+        self._clip.push(self._conversation, wave, sample_rate, [tokens.audio_start], tokens.audio)
+
+    @torch.no_grad()
+    def push_image(self, image: Any) -> None:
+        """Add a picture: a path, address, bytes, array or PIL image."""
+        self._need_vision()
+        pixels, grid = self.processor.vision.image(image, PixelBudget())
+        self._listen()
+        self._close_media()
+        self._write_pending_text()
+        embeds, taps = self._see(pixels, grid)
+        merge = self.processor.vision.merge_size
+        segment = Image(grid[1] // merge, grid[2] // merge)
+        ids = [self.processor.tokens.image] * segment.length
+        self._conversation.write_text([self.processor.tokens.vision_start])
+        self._conversation.write(ids, segment, embeds, taps)
+        self._conversation.write_text([self.processor.vision_end_id])
+
+    @torch.no_grad()
+    def push_video_frame(self, frame: Any, time_s: float) -> None:
+        """Add a frame of the open video (or begin one): a picture, and its time in seconds, which must grow."""
+        self._need_vision()
+        picture = self.processor.vision.frame(frame)
+        if not isinstance(time_s, (int, float)) or not math.isfinite(time_s):
+            raise ValueError(f"time_s must be a number of seconds, got {time_s!r}")
+        self._listen()
+        if self._video is None:
+            self._close_media()
+            self._write_pending_text()
+            ear = None
+            if self.use_audio_in_video:
+                ear = Ear(self.model, self.processor, self.streaming.audio_window_s)
+            tokens = self.processor.tokens
+            self._conversation.write_text([tokens.vision_start, *([tokens.audio_start] if ear else [])])
+            self._video = OpenVideo(float(time_s), ear, last_s=float(time_s) - 1e-9)
+        video = self._video
+        if not time_s > video.last_s:
+            raise ValueError(f"frame times must grow: {time_s} s comes after {video.last_s} s")
+        if video.frames and video.frames[0][1].shape != picture.shape:
+            raise ValueError(
+                "all frames of a video must have one size; respond or push something else to end the video"
+            )
+        video.frames.append((float(time_s), picture))
+        video.last_s = float(time_s)
+        if len(video.frames) == self.processor.vision.temporal_patch_size:
+            self._encode_frames(video)
+        video.write(self._conversation, self.processor.tokens, self._rate)
+
+    def _encode_frames(self, video: OpenVideo) -> None:
+        """Turn the waiting frames into one grid step (an odd last frame is shown twice)."""
+        times, frames = zip(*video.frames)
+        pixels, grid = self.processor.vision.grid_step(list(frames))
+        embeds, taps = self._see(pixels, grid)
+        merge = self.processor.vision.merge_size
+        video.grids.append((times[0] - video.first_s, embeds, taps, grid[1] // merge, grid[2] // merge))
+        video.frames.clear()
+
+    def _see(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
+        device = self.model.device
+        with self._conversation.rows.stage("encoders"):
+            out = self.model.vision_encoder(pixels.to(device, self.model.dtype), torch.tensor([grid], device=device))
+        return out.embeds, torch.stack(list(out.taps)) if out.taps else None
+
+    def _need_vision(self) -> None:
+        if self.model.vision_encoder is None:
+            raise ValueError("this model has no vision encoder; it cannot see")
+
+    def _listen(self) -> None:
+        """Open the user's turn if none is open."""
+        if self.responding:
+            raise ValueError("the session is responding; take all its events, or interrupt it, before pushing input")
+        if not self._conversation.in_user:
+            self._prompt = None
+            self._conversation.pay()
+            self._conversation.open_user_turn()
+            self._header("user")
+
+    def _close_media(self) -> None:
+        tokens = self.processor.tokens
+        clip, self._clip = self._clip, None
+        if clip is not None:
+            clip.close(self._conversation, [tokens.audio_start], [self.processor.audio_end_id], tokens.audio)
+        self._close_video()
+
+    def _close_video(self) -> None:
+        video, self._video = self._video, None
+        if video is None:
+            return
+        if video.frames:
+            self._encode_frames(video)
+        if video.ear is not None:
+            video.sounds.extend(video.ear.finish())
+        video.write(self._conversation, self.processor.tokens, self._rate, closing=True)
+        self._conversation.move_on(video.tail + 1)
+        ends = [self.processor.audio_end_id] if video.ear is not None else []
+        self._conversation.write_text([*ends, self.processor.vision_end_id])
+
+    def _write_pending_text(self) -> None:
+        text, self._text = "".join(self._text), []
+        self._conversation.write_text(self.processor.encode_text(text))
+
+    # replies
+
+    def respond(self, **arguments: Any) -> Iterator[Event]:
+        """Answer what was pushed: the events of `OmniModel.stream`, with the same keyword arguments.
+
+        Without input since the last reply the user's turn is empty. The reply belongs to the history once all its
+        events are taken; closing the iterator early interrupts it.
+        """
+        return self._run(self._begin(arguments))
+
+    def _run(self, turn: Turn) -> Iterator[Event]:
+        try:
+            while not turn.over:
+                for event in self._conversation.rows.tick():
+                    yield event
+                    if turn.cut is not None:
+                        break
+            if turn.cut is not None:
+                yield turn.cut
+        finally:
+            if not turn.over:  # closed early
+                self.interrupt()
+            elif turn.cut is None:
+                self._finish()
+
+    async def respond_async(self, **arguments: Any) -> AsyncIterator[Event]:
+        """As `respond`, for `async for`; the model runs in a worker thread."""
+        events = self.respond(**arguments)
+        while (event := await asyncio.to_thread(next, events, None)) is not None:
+            yield event
+
+    def _begin(self, arguments: dict[str, Any]) -> Turn:
+        """Close the user's turn, open the assistant's and start to answer."""
+        streaming = arguments.pop("streaming", None) or self.streaming
+        defaults: dict[str, Any] = {"max_new_tokens": 1024, "max_frames": 4095, "speaker": self.speaker}
+        for name in ("text_sampling", "return_audio", "audio_sampling", "residual_sampling", "seed"):
+            defaults[name] = None
+        unknown = [name for name in arguments if name not in defaults]
+        if unknown:
+            raise TypeError(f"respond has no argument {unknown[0]!r}; it takes streaming, {', '.join(defaults)}")
+        if self.responding:
+            raise ValueError("the session is responding already; take all its events, or interrupt it")
+        args = resolve(self.model, 1, **{**defaults, **arguments})
+        conversation = self._conversation
+        self._listen()
+        self._close_media()
+        self._write_pending_text()
+        conversation.write_text(self._closing())
+        conversation.in_user = False
+        header = assistant_header(self.model, None, self.processor)
+        conversation.write_text(header)
+        self._prompt = conversation.thinker.copy()
+        conversation.begin_reply()
+        think = self.processor.think_token_ids
+        room = self.model.config.thinker_config.text_config.max_position_embeddings - len(conversation.ids)
+        turn = new_turn(
+            self.model,
+            args,
+            0,
+            streaming,
+            self.processor,
+            header=header,
+            spoken=[],
+            reader=ReplyReader(think, decode=self.processor.decode),
+            prompt_tokens=len(conversation.ids),
+            text_limit=min(args.max_new_tokens, max(1, room)),
+            speech_start=conversation.talker.start,
+            speech_highest=conversation.talker.highest,
+        )
+        if turn.speech != SPEECH_OFF:
+            limit_frames(self.model, turn, conversation.talker.tokens)
+        conversation.rows.begin(conversation.row, turn)
+        self._turn = turn
+        return turn
+
+    def _finish(self, kept: list[int] | None = None) -> None:
+        """Take the turn out of its row and its reply (or the part that is kept) into the history."""
+        turn, prompt = self._turn, self._prompt
+        assert turn is not None and prompt is not None
+        self._conversation.rows.release(self._conversation.row)
+        read = turn.read_tokens
+        reply = turn.reply if kept is None else kept
+        closed = bool(reply) and reply[-1] in turn.stop_ids
+        tail = self._closing()[1 if closed else 0 :]
+        self._conversation.end_reply(prompt, reply, min(read, len(reply)), tail)
+
+    def interrupt(self, played_ms: float | None = None) -> Kept:
+        """Cut the reply to what was heard and return that.
+
+        played_ms: how much of its sound was played (None: all that was yielded). Reply tokens count as heard in
+        proportion to the frames played, rounded down; a silent reply counts as read as far as it was yielded. During
+        `respond` the turn ends, its iterator yields `TurnEnd("interrupted")` at most; after it the reply is cut as long
+        as nothing was pushed. Raises ValueError if there is nothing to interrupt.
+        """
+        turn = self._turn
+        if turn is None or self._prompt is None:
+            raise ValueError("there is no reply to interrupt: none was given, or input was pushed since")
+        spoken = [token for token in turn.reply if token not in turn.stop_ids]
+        kept = spoken
+        if turn.speech != SPEECH_OFF:
+            codec = self.model.code2wav
+            frames = turn.decoded
+            if played_ms is not None:
+                if not played_ms >= 0:
+                    raise ValueError(f"played_ms must be 0 or more, got {played_ms!r}")
+                frames = min(frames, int(played_ms / 1000 * codec.frame_rate))
+            total = max(len(turn.codes), 1)
+            kept = spoken[: len(spoken) * frames // total]
+        if self.responding:
+            turn.cut = turn.end(self._conversation.row, "interrupted")
+        self._finish(kept)
+        self._turn = None
+        return Kept(kept, self.processor.decode(kept))
+
+    def drop_oldest_turns(self, count: int = 1) -> int:
+        """Make room: forget the oldest user turns with their replies, read the rest again, return the ids freed.
+
+        What follows equals a session that never had those turns. The system text stays. Raises ValueError while it
+        responds, if fewer turns are there, or if what stays holds media that were not kept.
+        """
+        if self.responding:
+            raise ValueError("the session is responding; take all its events before dropping turns")
+        self._prompt = None
+        self._conversation.pay()
+        return self._conversation.drop_turns(count)
+
+    # copies
+
+    def fork(self) -> OmniSession:
+        """A second session that goes on from here independently; both start from the same past."""
+        return self._copy(Rows(self.model, 1), 0)
+
+    def _copy(self, rows: Rows, row: int) -> OmniSession:
+        if self.responding:
+            raise ValueError("the session is responding; take all its events before forking it")
+        other = copy.copy(self)
+        other._text = list(self._text)
+        other._clip = None if self._clip is None else self._clip.clone()
+        other._video = None if self._video is None else self._video.clone()
+        other._conversation = self._conversation.fork(rows, row)
+        other._turn = other._prompt = None
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the session into a folder (`session.json`, `session.safetensors`), from which `load` goes on.
+
+        On the same device and backend it goes on bit for bit. Raises ValueError while it responds, OSError when
+        writing fails; an older save is then intact.
+        """
+        save_session(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: OmniModel, processor: OmniProcessor | None = None) -> OmniSession:
+        """A session that `save` wrote, for the same model. Raises FileNotFoundError or ValueError."""
+        session = OmniSession(model, processor, **streaming_of(path))
+        load_session(session, path)
+        return session
+
+    # tokens
+
+    def _header(self, role: str) -> None:
+        newline = self.processor.encode_text("\n")
+        self._conversation.write_text([self.model.config.im_start_token_id, self._roles[role], *newline])
+
+    def _closing(self) -> list[int]:
+        return [self.model.config.im_end_token_id, *self.processor.encode_text("\n")]
+
+    @property
+    def _rate(self) -> float:
+        return self.model.config.thinker_config.position_id_per_seconds
+
+
+def _mono(samples: Any) -> Tensor:
+    """Floating samples [n] from an array or tensor [n] or [n, channels]."""
+    wave = torch.as_tensor(samples)
+    if not wave.is_floating_point():
+        if wave.dtype == torch.int16:
+            wave = wave.float() / 32768
+        else:
+            raise TypeError(f"audio samples must be floats in -1..1 or 16-bit integers, got {wave.dtype}")
+    if wave.dim() == 2:
+        wave = wave.float().mean(1)
+    if wave.dim() != 1:
+        raise ValueError(f"audio samples must be [n] or [n, channels], got shape {list(wave.shape)}")
+    wave = wave.float().cpu()
+    if not torch.isfinite(wave).all():
+        raise ValueError("audio samples hold NaN or infinite values")
+    return wave
