@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from omni.model import OmniModel
+    from omni.realtime import Player, Reply
 
 _DESCRIPTION = "Talk to Thinker-Talker models: text, audio, images and video in; text and speech out."
 _EXAMPLES = """\
@@ -26,6 +27,7 @@ examples:
   omni chat --model Qwen/Qwen3-Omni-30B-A3B-Instruct --audio question.wav --out answer.wav
   omni chat --model ./checkpoint --image picture.png --no-audio "What is in the picture?"
   omni chat --model ./checkpoint --video clip.mp4 --use-audio-in-video "What happens, and what is said?"
+  omni chat --model ./checkpoint --realtime --audio question.wav --play
   omni speak --model ./checkpoint --speaker Ethan --out hello.wav "Hello there."
   omni info ./checkpoint
 """
@@ -61,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         "chat",
         help="ask a checkpoint about text, audio, images and video",
         description="Asks one question and prints the answer; a checkpoint that speaks also writes it as sound. Media "
-        "come before the text, audio first, then images, then videos; each option may be repeated.",
+        "come before the text, audio first, then images, then videos; each option may be repeated. With --realtime "
+        "one sound file, one video or both are fed to a session as if they happened now, after the images and before "
+        "the text; both together are a video with that sound.",
     )
     chat.add_argument("text", nargs="?", help="what to say; may be left out when there is audio")
     chat.add_argument("--model", required=True, metavar="DIR", help=_MODEL_HELP)
@@ -72,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=_count, default=1024, metavar="N", help="default: 1024")
     chat.add_argument("--no-audio", action="store_true", help="answer in text only; the Talker is not loaded")
     _add_speech_arguments(chat, "out.wav")
+    chat.add_argument("--play", action="store_true", help="play the answer while it is made (package sounddevice)")
+    live = chat.add_argument_group("real time")
+    live.add_argument("--realtime", action="store_true", help="feed the media at their own pace; print a latency table")
+    live.add_argument("--pace", type=_pace, metavar="X", help="speed of the feeding (default: 1; 0: without waiting)")
+    live.add_argument(
+        "--audio-window", type=_seconds, metavar="S", help="attention window of the hearing (default: the checkpoint's)"
+    )
     chat.set_defaults(run=_run_chat, misuse=chat.error)
 
     speak = commands.add_parser(
@@ -110,6 +121,25 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _pace(text: str) -> float:
+    """argparse's type of a finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _seconds(text: str) -> float:
+    """argparse's type of a positive number of seconds."""
+    value = _pace(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,10 +219,7 @@ def _run_demo(args: argparse.Namespace) -> None:
 
 
 def _run_chat(args: argparse.Namespace) -> None:
-    if not (args.text or args.audio or args.video):
-        args.misuse("nothing is asked: give a text, or a question as --audio or --video")
-    if args.no_audio and args.out:
-        args.misuse("--no-audio writes no sound; leave --out out")
+    _check_chat(args)
     speaks, path = not args.no_audio, args.out or Path("out.wav")
     if speaks:
         _check_sound_path(path)
@@ -200,28 +227,109 @@ def _run_chat(args: argparse.Namespace) -> None:
     model = _load(args, progress, ("thinker", "talker", "code2wav") if speaks else ("thinker",))
     if model.processor is None:
         raise ValueError(f"{args.model} holds no tokenizer files; `omni chat` needs them to read and write text")
-    if args.out and not model.config.has_talker:
+    speaks = speaks and model.config.has_talker
+    if args.out and not speaks:
         raise ValueError(f"{args.model} answers in text only; leave --out out")
-    inputs = model.processor(_messages(args))
-    with progress.status("answering ..."):
-        out = model.generate(
-            inputs,
-            max_new_tokens=args.max_new_tokens,
-            return_audio=speaks and model.config.has_talker,
-            speaker=args.speaker,
-            max_frames=args.max_frames or 4095,
-            seed=args.seed,
-        )
-    assert out.text is not None
-    if out.reasoning[0]:
-        progress.print(out.reasoning[0], style="dim", markup=False, highlight=False, soft_wrap=True)
-    console.print(out.text[0], markup=False, highlight=False, soft_wrap=True)
-    if out.audio is not None:
-        from omni.demo import print_speech, write_sound
+    arguments = {
+        "max_new_tokens": args.max_new_tokens,
+        "return_audio": speaks,
+        "speaker": args.speaker,
+        "max_frames": args.max_frames or 4095,
+        "seed": args.seed,
+    }
+    from omni.realtime import open_player
 
-        assert out.sample_rate is not None
-        write_sound(path, out.audio[0], out.sample_rate)
-        print_speech(progress, out, [path])
+    player = None
+    if args.play and speaks:
+        assert model.code2wav is not None
+        player = open_player(int(model.code2wav.sample_rate), progress)
+    answer = _answer_live if args.realtime else _answer
+    reply = answer(args, model, console, progress, player, arguments)
+    if reply.sound is not None:
+        from omni.demo import write_sound
+
+        write_sound(path, reply.sound, reply.sample_rate)
+        seconds = len(reply.sound) / reply.sample_rate
+        line = f"speech: {seconds:.2f} s at {reply.sample_rate} Hz in {path}"
+        progress.print(line, markup=False, highlight=False, soft_wrap=True)
+    if player is not None:
+        player.finish()
+
+
+def _check_chat(args: argparse.Namespace) -> None:
+    """Options of `omni chat` that do not go together."""
+    if not (args.text or args.audio or args.video):
+        args.misuse("nothing is asked: give a text, or a question as --audio or --video")
+    if args.no_audio and (args.out or args.play):
+        args.misuse("--no-audio makes no sound; leave --out and --play out")
+    if not args.realtime:
+        if args.pace is not None or args.audio_window is not None:
+            args.misuse("--pace and --audio-window belong to --realtime")
+        return
+    if not (args.audio or args.video):
+        args.misuse("--realtime needs something that takes time: --audio, --video or both")
+    if len(args.audio) > 1 or len(args.video) > 1:
+        args.misuse("--realtime takes one --audio and one --video at most")
+    if args.audio and args.use_audio_in_video:
+        args.misuse("--realtime hears one sound: give --audio, or --use-audio-in-video")
+
+
+def _answer(
+    args: argparse.Namespace,
+    model: OmniModel,
+    console: Console,
+    progress: Console,
+    player: Player | None,
+    arguments: dict[str, Any],
+) -> Reply:
+    """The reply to a whole conversation, shown as it comes."""
+    from omni.realtime import show_reply
+
+    assert model.processor is not None
+    with progress.status("reading ..."):
+        events = model.stream(model.processor(_messages(args)), **arguments)
+    return show_reply(events, console, progress, player)
+
+
+def _answer_live(
+    args: argparse.Namespace,
+    model: OmniModel,
+    console: Console,
+    progress: Console,
+    player: Player | None,
+    arguments: dict[str, Any],
+) -> Reply:
+    """Feed a session at the media's own pace, show its reply and the latency table."""
+    from omni.generation.session import OmniSession
+    from omni.generation.streaming_config import StreamingConfig
+    from omni.realtime import feed, latency_table, read_sound, read_video, timed_reply
+
+    assert model.processor is not None
+    pieces = [piece for source in args.audio for piece in read_sound(source)]
+    for source in args.video:
+        pieces += read_video(model.processor, source, want_sound=args.use_audio_in_video)
+    session = OmniSession(
+        model,
+        system=args.system,
+        streaming=StreamingConfig(audio_window_s=args.audio_window),
+        use_audio_in_video=args.use_audio_in_video or bool(args.audio and args.video),
+    )
+    for image in args.image:
+        session.push_image(image)
+    with progress.status("listening ...") as line:
+        pace = 1.0 if args.pace is None else args.pace
+        tokens = len(session.ids)
+        heard = feed(session, pieces, pace, lambda now, end: line.update(f"listening: {now:.1f} of {end:.1f} s"))
+    summary = f"listened to {heard.input_s:.2f} s in {heard.wall_s:.2f} s, {len(session.ids) - tokens} tokens read"
+    if pace > 0:
+        summary += f", at most {1000 * heard.delay_s:.0f} ms behind"
+    progress.print(summary, highlight=False, soft_wrap=True)
+    if args.text:
+        session.push_text(args.text)
+    reply = timed_reply(session, console, progress, player, **arguments)
+    frame_rate_hz = None if model.code2wav is None else float(model.code2wav.frame_rate)
+    console.print(latency_table(reply, frame_rate_hz))
+    return reply
 
 
 def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:

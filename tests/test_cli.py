@@ -131,6 +131,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.wav"]
 
 
+def test_realtime_misuse_and_failures(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    ask = ("chat", "--model", "x", "--realtime")
+    assert "takes time" in fails(capsys, *ask, "Hi", code=2)
+    assert "one --audio" in fails(capsys, *ask, "--audio", "a", "--audio", "b", code=2)
+    assert "one sound" in fails(capsys, *ask, "--audio", "a", "--video", "b", "--use-audio-in-video", code=2)
+    assert "'-1'" in fails(capsys, *ask, "--audio", "a", "--pace=-1", code=2)
+    assert "'0'" in fails(capsys, *ask, "--audio", "a", "--audio-window", "0", code=2)
+    assert "--realtime" in fails(capsys, "chat", "--model", "x", "--pace", "0", "Hi", code=2)
+    assert "--play" in fails(capsys, "chat", "--model", "x", "--no-audio", "--play", "Hi", code=2)
+    missing = ("chat", "--model", tiny_checkpoint, "--realtime", "--no-audio", "--audio", tmp_path / "missing.wav")
+    assert "missing.wav" in fails(capsys, *missing)
+
+
 # --- info
 
 

@@ -30,7 +30,15 @@ LEVELS = (
     ("cli",),
 )
 LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups}
-GROUP = {"config_decoder": "config", "config_reading": "config", "demo": "cli", "info": "cli", "plot": "cli"}
+GROUP = {
+    "config_decoder": "config",
+    "config_reading": "config",
+    "keywords": "config",
+    "demo": "cli",
+    "info": "cli",
+    "plot": "cli",
+    "realtime": "cli",
+}
 
 
 def group_of(module: str) -> str:

@@ -42,6 +42,7 @@ def test_every_block_runs(
     assert len(samples) > 0 and sample_rate == 24000
     assert len(names["out"].text) == 1 and len(names["wav"]) > 0
     assert names["logits"].shape[:2] == names["audio"].input_ids.shape
+    assert sum(len(samples) for samples in names["sound"]) > 0 and names["heard"].token_ids and names["reply"]
     assert (tmp_path / "my-checkpoint" / "model.safetensors").is_file()
 
 
@@ -55,7 +56,7 @@ def test_commands_and_files_it_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
-    for path in re.findall(r"`((?:omni|configs)/[\w./]+)`", README):
+    for path in re.findall(r"[`(]((?:omni|configs|docs)/[\w./]+)[`)]", README):
         assert (ROOT / path).exists(), path
 
 
@@ -69,3 +70,28 @@ def test_figures_are_those_of_the_released_config() -> None:
     thinker = sum(sizes[part].bytes for part in ("thinker", "audio encoder", "vision encoder"))
     assert f"| {total / 1e9:.1f} GB |" in README and f"| {thinker / 1e9:.1f} GB |" in README
     assert f"{cache_bytes_per_token(config) * 1000 / 1e6:.1f} MB" in README
+
+
+def test_the_page_on_streaming_is_true() -> None:
+    """Its links and commands work, and it explains every key of a turn's timing and every knob of latency."""
+    from dataclasses import fields
+
+    from omni import StreamingConfig
+    from omni.cli import build_parser
+    from omni.demo import demo_model
+
+    page = (ROOT / "docs" / "streaming.md").read_text()
+    for path in re.findall(r"\]\(([\w./]+)\)", page):
+        assert (ROOT / "docs" / path).stat().st_size < 300_000, path
+    for path in re.findall(r"`((?:omni|configs|scripts|benchmarks)/[\w./]+)`", page):
+        assert (ROOT / path).exists(), path
+    for line in re.findall(r"^omni (.*)$", page, re.MULTILINE):
+        build_parser().parse_args(line.split())
+    model = demo_model()
+    assert model.processor is not None
+    inputs = model.processor([{"role": "user", "content": "Hi"}])
+    *_, end = model.stream(inputs, max_new_tokens=3, max_frames=4, streaming=StreamingConfig(chunk_frames=(2,)))
+    rows = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+    assert end.timing.keys() <= rows, end.timing.keys() - rows
+    for knob in fields(StreamingConfig):
+        assert knob.name in page, knob.name

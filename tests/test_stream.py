@@ -193,3 +193,18 @@ def test_repeats_finds_every_short_period(period: int, seed: int) -> None:
 def test_impossible_streaming_configs(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         StreamingConfig(**changes)
+
+
+def test_parts_that_are_not_loaded(model: OmniModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    arguments = {"max_new_tokens": 3, "max_frames": 5, **PLAIN}
+    whole = model.generate(model.processor(chat("hi")), **arguments)
+    mute = OmniModel.from_pretrained(tmp_path, device="cpu", parts=("thinker", "talker"))
+    out = mute.generate(mute.processor(chat("hi")), **arguments)
+    assert torch.equal(out.codes[0], whole.codes[0]) and out.audio is None and out.sample_rate is None
+    events = list(mute.stream(mute.processor(chat("hi")), **arguments))
+    assert not any(isinstance(e, AudioChunk) for e in events) and isinstance(events[-1], TurnEnd)
+    codec = OmniModel.from_pretrained(tmp_path, device="cpu", parts=("code2wav",))
+    torch.testing.assert_close(codec.code2wav(out.codes[0][None])[0], whole.audio[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="thinker was not loaded"):
+        codec.generate(model.processor(chat("hi")))

@@ -33,6 +33,7 @@ class Rows:
     """States of B rows and the turns that run in them. `seconds` adds up the time of each stage."""
 
     def __init__(self, model: OmniModel, rows: int, capacity: int = 256) -> None:
+        model.require("thinker")
         self.model = model
         self.turns: list[Turn | None] = [None] * rows
         self.text = TextState.create(model.thinker, rows, capacity)
@@ -105,7 +106,7 @@ class Rows:
                     read_token(self.model.thinker, self.text, ids, unread)
 
     def _say(self, row: int, turn: Turn, token: int, kind: str, events: list[Event]) -> None:
-        """Turn a drawn token into text events; ids that complete no text yet wait for those that do."""
+        """The event of a drawn token; its text is empty while a character is incomplete."""
         text = ""
         if turn.text_stream is not None and kind in (ANSWER, REASONING):
             text = turn.text_stream.push(token)
