@@ -302,7 +302,7 @@ def _answer_live(
     """Feed a session at the media's own pace, show its reply and the latency table."""
     from omni.generation.session import OmniSession
     from omni.generation.streaming_config import StreamingConfig
-    from omni.realtime import feed, latency_table, read_sound, read_video, timed_reply
+    from omni.realtime import feed, latency_table, read_sound, read_video, show_reply
 
     assert model.processor is not None
     pieces = [piece for source in args.audio for piece in read_sound(source)]
@@ -326,9 +326,8 @@ def _answer_live(
     progress.print(summary, highlight=False, soft_wrap=True)
     if args.text:
         session.push_text(args.text)
-    reply = timed_reply(session, console, progress, player, **arguments)
-    frame_rate_hz = None if model.code2wav is None else float(model.code2wav.frame_rate)
-    console.print(latency_table(reply, frame_rate_hz))
+    reply = show_reply(session.respond(**arguments), console, progress, player)
+    console.print(latency_table(reply))
     return reply
 
 

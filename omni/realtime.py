@@ -9,9 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from omni.processing.processor import OmniProcessor
 
 PIECE_S = 0.1  # sound is pushed in pieces of this length, as sound cards deliver it
-STEP_STAGES = ("thinker", "talker", "residual_codes", "codec")  # what every frame of a running reply costs
 Clock = Callable[[], float]
 
 
@@ -119,12 +118,11 @@ def feed(
 
 @dataclass
 class Reply:
-    """A reply that was shown. sound: float32 [n], None if it has none; timing: seconds since it was asked for."""
+    """A reply that was shown. sound: float32 [n], None if it has none."""
 
     end: TurnEnd
     sound: Tensor | None
     sample_rate: int
-    timing: dict[str, float] = field(default_factory=dict)
 
 
 def show_reply(
@@ -132,19 +130,13 @@ def show_reply(
     console: Console,
     progress: Console,
     player: Callable[[AudioChunk], None] | None = None,
-    heard_first: Callable[[], None] | None = None,
 ) -> Reply:
-    """Print the text of a reply as it comes (reasoning to `progress`), hand on its sound, and collect it.
-
-    heard_first is called at the first sound.
-    """
+    """Print the text of a reply as it comes (reasoning to `progress`), hand on its sound, and collect it."""
     chunks: list[AudioChunk] = []
     end: TurnEnd | None = None
     thinking = False
     for event in events:
         if isinstance(event, AudioChunk):
-            if not chunks and heard_first is not None:
-                heard_first()
             chunks.append(event)
             if player is not None:
                 player(event)
@@ -168,47 +160,6 @@ def _print_piece(event: TextDelta, console: Console, progress: Console) -> None:
         console.out(event.text, highlight=False, end="")
 
 
-def timed_reply(
-    session: OmniSession,
-    console: Console,
-    progress: Console,
-    player: Callable[[AudioChunk], None] | None = None,
-    **arguments: Any,
-) -> Reply:
-    """`session.respond` shown, with the time of every stage in `Reply.timing`, counted from the call.
-
-    Stages are those of `TurnEnd.timing`, up to the first sound (to the end of a silent reply); `preprocessing` is what
-    closing the input took outside the model's stages. `first_audio`, `total` and `steps` (the seconds of STEP_STAGES in
-    the whole reply) are added.
-    """
-    asked, before = time.perf_counter(), _stage_seconds(session)
-    events: Iterator[Event] = session.respond(**arguments)
-    closing_s = time.perf_counter() - asked - sum(_since(before, session).values())
-    timing: dict[str, float] = {"preprocessing": max(0.0, closing_s)}
-
-    def note_first_sound() -> None:
-        timing.update(_since(before, session), first_audio=time.perf_counter() - asked)
-
-    reply = show_reply(events, console, progress, player, note_first_sound)
-    spent = _since(before, session)
-    if reply.sound is None:
-        timing.update(spent)
-    timing["total"] = time.perf_counter() - asked
-    timing["steps"] = sum(spent.get(name, 0.0) for name in STEP_STAGES)
-    reply.timing = timing
-    return reply
-
-
-def _stage_seconds(session: OmniSession) -> dict[str, float]:
-    return dict(session._conversation.rows.seconds)
-
-
-def _since(before: dict[str, float], session: OmniSession) -> dict[str, float]:
-    """Seconds of each stage since `before`."""
-    now = _stage_seconds(session)
-    return {name: spent for name, seconds in now.items() if (spent := seconds - before.get(name, 0.0)) > 0}
-
-
 _ROWS = {
     "preprocessing": "preprocessing",
     "encoders": "encoders",
@@ -223,27 +174,26 @@ _ROWS = {
 }
 
 
-def latency_table(reply: Reply, frame_rate_hz: float | None) -> Table:
+def latency_table(reply: Reply) -> Table:
     """Milliseconds of each stage up to the first sound, then the whole reply and both real-time factors.
 
     End to end: wall time of the reply a second of its sound. Step: seconds that the model's steps take for a frame, a
     second of that frame. Below 1 speech comes faster than it plays.
     """
+    timing = reply.end.timing
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("from the end of the input")
     table.add_column("ms", justify="right")
     for name, label in _ROWS.items():
-        if name in reply.timing:
-            table.add_row(label, f"{1000 * reply.timing[name]:.1f}")
-    if "first_audio" in reply.timing:
-        table.add_row("first audio", f"{1000 * reply.timing['first_audio']:.1f}", style="bold")
-    table.add_row("total", f"{1000 * reply.timing['total']:.1f}")
-    frames = reply.end.usage.get("frames", 0)
-    if reply.sound is not None and frames and frame_rate_hz is not None:
-        audio_s = len(reply.sound) / reply.sample_rate
+        if name in timing:
+            table.add_row(label, f"{1000 * timing[name]:.1f}")
+    if "first_audio" in timing:
+        table.add_row("first audio", f"{1000 * timing['first_audio']:.1f}", style="bold")
+    table.add_row("total", f"{1000 * timing['total']:.1f}")
+    if "rtf" in timing:
         table.add_section()
-        table.add_row("real-time factor, end to end", f"{reply.timing['total'] / audio_s:.2f}")
-        table.add_row("real-time factor, step", f"{reply.timing['steps'] / frames * frame_rate_hz:.2f}")
+        table.add_row("real-time factor, end to end", f"{timing['rtf']:.2f}")
+        table.add_row("real-time factor, step", f"{timing['rtf_step']:.2f}")
     return table
 
 

@@ -116,7 +116,7 @@ class OmniEngine:
                 try:
                     events = self.rows.tick()
                 except Exception:  # nothing in a tick depends on input, so this ends what runs, not the engine
-                    events = [turn.end(row, "error") for row, turn in self.rows.running()]
+                    events = [self.rows.end(row, turn, "error") for row, turn in self.rows.running()]
                 self.ticks += 1
                 for event in events:
                     session = self.sessions[event.row]
@@ -156,7 +156,11 @@ class EngineSession(OmniSession):
             options.get("use_audio_in_video", False),
         )
         self._conversation = Conversation(
-            engine.rows, row, self.streaming.prefill_tokens, between=engine.let_a_tick_pass
+            engine.rows,
+            row,
+            self.streaming.prefill_tokens,
+            between=engine.let_a_tick_pass,
+            keep_media=options.get("keep_media", False),
         )
         self._write_system(system)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,10 +27,16 @@ SAMPLE_RATE_HZ = 16000
 class Ear:
     """Samples of any rate -> audio embeddings, as attention windows complete."""
 
-    def __init__(self, model: Any, processor: OmniProcessor, window_s: float | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: OmniProcessor,
+        window_s: float | None,
+        stage: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
         if model.audio_encoder is None:
             raise ValueError("this model has no audio encoder; it cannot listen")
-        self.model, self.log_mel = model, processor.log_mel
+        self.model, self.log_mel, self.stage = model, processor.log_mel, stage
         encoder = model.audio_encoder
         window = None if window_s is None else encoder.window_frames(window_s)
         self.mel_state, self.encoder_state = self.log_mel.init_state(), encoder.init_state(window)
@@ -55,7 +63,9 @@ class Ear:
             return rest
         mel = self.log_mel.finish(self.mel_state)
         last = self._encode(mel)
-        return torch.cat((rest, last, self.model.audio_encoder.finish(self.encoder_state)))
+        with self.stage("encoders"):
+            end = self.model.audio_encoder.finish(self.encoder_state)
+        return torch.cat((rest, last, end))
 
     def _finish_rate(self) -> Tensor:
         if self.resampler is None:
@@ -68,7 +78,8 @@ class Ear:
 
     @torch.no_grad()
     def _encode(self, mel: Tensor) -> Tensor:
-        return self.model.audio_encoder.step(mel.to(self.model.device, self.model.dtype), self.encoder_state)
+        with self.stage("encoders"):
+            return self.model.audio_encoder.step(mel.to(self.model.device, self.model.dtype), self.encoder_state)
 
     def clone(self) -> Ear:
         """An independent copy."""

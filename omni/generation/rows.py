@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omni.generation.decode import SpeechState, TextState, draw_frame, draw_token, read_frame, read_token
-from omni.generation.events import AudioChunk, Event, TextDelta
+from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
 from omni.generation.prompt import Prompt
 from omni.generation.reply import ANSWER, REASONING
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
@@ -27,6 +27,9 @@ from omni.talker.conditioning import PREFIX_LENGTH, assistant_prefix
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
+
+
+STEP_STAGES = ("thinker", "talker", "residual_codes", "codec")  # what every frame of a running reply costs
 
 
 class Rows:
@@ -84,8 +87,20 @@ class Rows:
         for row, turn in self.running():
             if turn.complete:
                 self._flush_text(row, turn, events)
-                events.append(turn.end(row))
+                events.append(self.end(row, turn))
         return events
+
+    def end(self, row: int, turn: Turn, reason: str | None = None) -> TurnEnd:
+        """The last event of a row, with the times of the whole turn."""
+        if turn.chunks == 0:
+            self._note_times(turn)
+        codec = self.model.code2wav
+        if turn.samples and codec is not None:
+            total = time.perf_counter() - turn.started
+            steps = sum(self.seconds.get(name, 0.0) - turn.spent_before.get(name, 0.0) for name in STEP_STAGES)
+            turn.timing["rtf"] = total * codec.sample_rate / turn.samples
+            turn.timing["rtf_step"] = steps / len(turn.codes) * codec.frame_rate
+        return turn.end(row, reason)
 
     # text
 
@@ -190,7 +205,8 @@ class Rows:
                 self._decode(rows, frames, events)
             for _, turn in rows:
                 if turn.chunks == 1:
-                    self._note_first_sound(turn)
+                    self._note_times(turn)
+                    turn.timing["first_audio"] = time.perf_counter() - turn.started
 
     def _decode(self, rows: list[tuple[int, Turn]], frames: int, events: list[Event]) -> None:
         codec = self.model.code2wav
@@ -218,11 +234,13 @@ class Rows:
             turn.stop_speech("silence")
             turn.decoded = len(turn.codes)
 
-    def _note_first_sound(self, turn: Turn) -> None:
-        """What each stage took until the first sound of the turn."""
-        turn.timing["first_audio"] = time.perf_counter() - turn.started
+    def _note_times(self, turn: Turn) -> None:
+        """What each stage has taken since the turn began; what is in none of them is preprocessing."""
+        elapsed = time.perf_counter() - turn.started
         for name, seconds in self.seconds.items():
-            turn.timing.setdefault(name, seconds - turn.spent_before.get(name, 0.0))
+            if (spent := seconds - turn.spent_before.get(name, 0.0)) > 0:
+                turn.timing[name] = spent
+        turn.timing["preprocessing"] = max(0.0, elapsed - sum(turn.timing.values()))
 
     # reading prompts
 

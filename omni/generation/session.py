@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,7 +131,7 @@ class OmniSession:
         self._close_video()
         self._write_pending_text()
         if self._clip is None:
-            self._clip = OpenClip(Ear(self.model, self.processor, self.streaming.audio_window_s))
+            self._clip = OpenClip(self._new_ear())
         self._clip.push(self._conversation, wave, sample_rate, [tokens.audio_start], tokens.audio)
 
     @torch.no_grad()
@@ -160,9 +161,7 @@ class OmniSession:
         if self._video is None:
             self._close_media()
             self._write_pending_text()
-            ear = None
-            if self.use_audio_in_video:
-                ear = Ear(self.model, self.processor, self.streaming.audio_window_s)
+            ear = self._new_ear() if self.use_audio_in_video else None
             tokens = self.processor.tokens
             self._conversation.write_text([tokens.vision_start, *([tokens.audio_start] if ear else [])])
             self._video = OpenVideo(float(time_s), ear, last_s=float(time_s) - 1e-9)
@@ -178,6 +177,10 @@ class OmniSession:
         if len(video.frames) == self.processor.vision.temporal_patch_size:
             self._encode_frames(video)
         video.write(self._conversation, self.processor.tokens, self._rate)
+
+    def _new_ear(self) -> Ear:
+        stage = self._conversation.rows.stage
+        return Ear(self.model, self.processor, self.streaming.audio_window_s, stage)
 
     def _encode_frames(self, video: OpenVideo) -> None:
         """Turn the waiting frames into one grid step (an odd last frame is shown twice)."""
@@ -276,6 +279,7 @@ class OmniSession:
             raise ValueError("the session is responding already; take all its events, or interrupt it")
         args = resolve(self.model, 1, **{**defaults, **arguments})
         conversation = self._conversation
+        began, spent = time.perf_counter(), dict(conversation.rows.seconds)
         self._listen()
         self._close_media()
         self._write_pending_text()
@@ -304,6 +308,7 @@ class OmniSession:
         if turn.speech != SPEECH_OFF:
             limit_frames(self.model, turn, conversation.talker.tokens)
         conversation.rows.begin(conversation.row, turn)
+        turn.started, turn.spent_before = began, spent  # the tail of the input is part of the answer's delay
         self._turn = turn
         return turn
 
@@ -341,7 +346,7 @@ class OmniSession:
             total = max(len(turn.codes), 1)
             kept = spoken[: len(spoken) * frames // total]
         if self.responding:
-            turn.cut = turn.end(self._conversation.row, "interrupted")
+            turn.cut = self._conversation.rows.end(self._conversation.row, turn, "interrupted")
         self._finish(kept)
         self._turn = None
         return Kept(kept, self.processor.decode(kept))
@@ -372,6 +377,9 @@ class OmniSession:
         other._clip = None if self._clip is None else self._clip.clone()
         other._video = None if self._video is None else self._video.clone()
         other._conversation = self._conversation.fork(rows, row)
+        for ear in (other._clip and other._clip.ear, other._video and other._video.ear):
+            if ear:
+                ear.stage = rows.stage
         other._turn = other._prompt = None
         return other
 

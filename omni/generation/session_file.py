@@ -173,7 +173,7 @@ def _put_ear(name: str, ear: Ear, tensors: Tensors) -> dict[str, Any]:
 
 
 def _take_ear(name: str, session: OmniSession, values: dict[str, Any], tensors: Tensors) -> Ear:
-    ear = Ear(session.model, session.processor, session.streaming.audio_window_s)
+    ear = session._new_ear()
     ear.rate_hz, ear.samples = values["rate_hz"], values["samples"]
     _take_state(f"{name}.mel", ear.mel_state, values["mel"], tensors)
     _take_state(f"{name}.encoder", ear.encoder_state, values["encoder"], tensors)
