@@ -8,6 +8,7 @@ from oracle import Conversation, assert_close, batch, converted_model, reference
 from test_parity_generate import GREEDY, captured_codes, ours_generate, reference_generate
 
 from omni import OmniInputs, SamplingConfig
+from omni.generation.prompt import encode_prompt
 
 
 @pytest.mark.parametrize("name", ["tiny", "one_tap", "odd_depth", "many_codes"])
@@ -142,3 +143,31 @@ def test_residual_sampling_is_an_argument_here() -> None:
     wild = SamplingConfig(temperature=5.0)
     a, b = (converted_model().generate(inputs, residual_sampling=r, **arguments).codes[0] for r in (GREEDY, wild))
     assert torch.equal(a[0, :1], b[0, :1]) and not torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_interleaved_conversations_mix_in_the_reference() -> None:
+    """Its Thinker keeps the position offset of the last prompt on the module; here it lies in each row's state."""
+    reference, ours = reference_model().thinker, converted_model()
+    prompts = [
+        batch([Conversation("tiny", seed).user(item, "text").ask()]) for seed, item in ((1, "image"), (9, "video"))
+    ]
+    token = torch.tensor([[65]])
+
+    def step(cache: object) -> torch.Tensor:
+        return reference(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    alone = step(reference(**prompts[0], use_cache=True).past_key_values)
+    cache = reference(**prompts[0], use_cache=True).past_key_values
+    reference(**prompts[1], use_cache=True)  # another conversation begins
+    mixed = step(cache)
+    assert (mixed - alone).abs().max() > 1e-3
+
+    states = []
+    for inputs in prompts:
+        prompt = encode_prompt(ours, OmniInputs(**inputs))
+        state = ours.thinker.init_state(1)
+        ours.thinker(prompt.embeds, prompt.positions, state, taps=prompt.taps)
+        state.next_position = prompt.next_position
+        states.append(state)
+    assert_close(ours.thinker.step(token[0], states[0]), alone)
