@@ -13,10 +13,8 @@ import torch
 
 from omni import (
     AudioChunk,
-    OmniConfig,
     OmniEngine,
     OmniModel,
-    OmniProcessor,
     OmniSession,
     SamplingConfig,
     TextDelta,
@@ -32,18 +30,6 @@ PLAIN: dict[str, Any] = {
     "max_new_tokens": 6,
     "max_frames": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> OmniModel:
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "demo_data")
-    return model
 
 
 def outcome(events: list[Any]) -> tuple[list[int], torch.Tensor, str]:

@@ -17,18 +17,6 @@ DATA = ROOT / "omni" / "demo_data"
 GREEDY = SamplingConfig(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def model() -> OmniModel:
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)  # far from uniform, so that greedy choices differ between prompts
-    model.processor = OmniProcessor.from_pretrained(DATA)
-    return model
-
-
 def chat(*texts: str) -> list[dict[str, Any]]:
     roles = ("user", "assistant")
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]

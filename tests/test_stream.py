@@ -10,24 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni import AudioChunk, OmniConfig, OmniModel, OmniProcessor, SamplingConfig, StreamingConfig, TextDelta, TurnEnd
+from omni import AudioChunk, OmniModel, SamplingConfig, StreamingConfig, TextDelta, TurnEnd
 from omni.generation.turn import repeats
 
 ROOT = Path(__file__).parents[1]
 GREEDY = SamplingConfig(temperature=0)
 PLAIN: dict[str, Any] = {"audio_sampling": {"temperature": 0, "repetition_penalty": 1.3}, "residual_sampling": GREEDY}
-
-
-@pytest.fixture(scope="module")
-def model() -> OmniModel:
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "demo_data")
-    return model
 
 
 def chat(text: str) -> list[dict[str, Any]]:
