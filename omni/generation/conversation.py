@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omni.generation.rows import Rows
-from omni.rope.positions import Segment, Text, segment_positions
+from omni.rope.positions import Segment, segment_positions
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
@@ -55,8 +55,9 @@ class Conversation:
     """What a row has read so far.
 
     ids: all token ids in the Thinker's cache; thinker and talker: where their prompts stand (the Talker hears user
-    turns only); in_user: whether a user turn is open; owed: ids of the last reply that are still to be read; past: what
-    was read, for `drop_turns`, with media embeddings only if `keep_media`.
+    turns only); in_user: whether a user turn is open; owed: ids of the last reply that are still to be read; waiting:
+    text to be read with what follows, and whether the user said it; past: what was read, for `drop_turns`, with media
+    embeddings only if `keep_media`.
     """
 
     rows: Rows
@@ -67,6 +68,7 @@ class Conversation:
     talker: Place = field(default_factory=Place)
     in_user: bool = False
     owed: list[int] = field(default_factory=list)
+    waiting: list[tuple[list[int], bool]] = field(default_factory=list)
     between: Callable[[], None] | None = None  # called between the pieces of a long prompt
     keep_media: bool = False
     past: list[Entry] = field(default_factory=list)
@@ -79,73 +81,100 @@ class Conversation:
         """Raise ValueError if that many more tokens have no position left."""
         config = self.model.config
         limit = config.thinker_config.text_config.max_position_embeddings
-        if len(self.ids) + tokens >= limit:
+        used = len(self.ids) + sum(len(ids) for ids, _ in self.waiting)
+        if used + tokens >= limit:
             raise ValueError(
-                f"the session is full: {len(self.ids)} of {limit} positions are used and {tokens} more are needed; "
+                f"the session is full: {used} of {limit} positions are used and {tokens} more are needed; "
                 "make room with drop_oldest_turns(), or start a new session with a summary of this one"
             )
 
     def write_text(self, ids: list[int]) -> None:
-        """Read text tokens."""
-        if not ids:
-            return
+        """Take text tokens; they are read together with what comes before a medium or the reply."""
         self.check_room(len(ids))
+        if ids:
+            self.waiting.append((list(ids), self.in_user))
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Read the text that waits, in as few passes as `prefill_tokens` allows."""
+        waiting, self.waiting = self.waiting, []
+        ids = [token for piece, _ in waiting for token in piece]
+        said = [by_user for piece, by_user in waiting for _ in piece]
+        self.past += [Entry(piece, in_user=by_user, begins_turn=not piece) for piece, by_user in waiting]
+        for first in range(0, len(ids), self.prefill_tokens):
+            part = slice(first, first + self.prefill_tokens)
+            self._read_text(ids[part], said[part])
+            if self.between is not None:
+                self.between()
+
+    def _read_text(self, ids: list[int], said: list[bool]) -> None:
+        """One pass over text; `said` tells which tokens are the user's."""
         embeds = self.model.thinker.embed_tokens(torch.tensor(ids, device=self.model.device))
-        self.write(ids, Text(len(ids)), embeds)
+        offsets = torch.arange(len(ids), dtype=torch.float32).expand(3, -1)
+        self._think(ids, offsets, embeds, None)
+        self.thinker.start += len(ids)
+        if self.model.talker is not None and any(said):
+            heard = embeds[torch.tensor(said, device=embeds.device)]
+            self._hear(offsets[:, : len(heard)], self.model.talker.text_projection(heard))
+            self.talker.start += len(heard)
 
     def write(self, ids: list[int], segment: Segment, embeds: Tensor, taps: Tensor | None = None) -> None:
-        """Read a whole segment: embeds [n, D], taps [n_taps, n, D]."""
+        """Read a whole media segment: embeds [n, D], taps [n_taps, n, D]."""
         offsets, length = segment_positions(segment, 0.0, self._rate)
-        self.write_at(ids, offsets, embeds, taps, media=not isinstance(segment, Text))
+        self.write_at(ids, offsets, embeds, taps)
         self.move_on(length)
 
-    def open_user_turn(self) -> None:
-        """What follows is said by the user."""
-        self.in_user = True
-        self.past.append(Entry([], in_user=True, begins_turn=True))
-
-    def write_at(
-        self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None = None, *, media: bool
-    ) -> None:
-        """Read a piece of the current segment, whose positions are `offsets` [3, n] from its start."""
+    @torch.no_grad()
+    def write_at(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None = None) -> None:
+        """Read a piece of the current media segment, whose positions are `offsets` [3, n] from its start."""
+        self.flush()
         self.check_room(len(ids))
         for first in range(0, len(ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
-            self._read(ids[part], offsets[:, part], embeds[part], None if taps is None else taps[:, part], media)
+            hidden = self._think(ids[part], offsets[:, part], embeds[part], None if taps is None else taps[:, part])
+            if self.model.talker is not None and self.in_user:
+                self._hear(offsets[:, part], self.model.talker.hidden_projection(hidden))
             if self.between is not None:
                 self.between()
-        entry = Entry(list(ids), media=media, in_user=self.in_user)
-        if media and self.keep_media:
+        entry = Entry(list(ids), media=True, in_user=self.in_user)
+        if self.keep_media:
             entry = replace(entry, offsets=offsets, embeds=embeds, taps=taps)
         self.past.append(entry)
 
     def move_on(self, length: float) -> None:
-        """End the current segment: the next one begins `length` positions further on."""
+        """End the current media segment: the next segment begins `length` positions further on."""
+        self.flush()
         self.past.append(Entry([], length=length, in_user=self.in_user))
         self.thinker.start += length
         if self.in_user:
             self.talker.start += length
 
-    @torch.no_grad()
-    def _read(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None, media: bool) -> None:
-        model, rows = self.model, self.rows
+    def _think(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None) -> Tensor:
+        """The Thinker reads a piece -> hidden states [n, D]."""
         positions = offsets + torch.tensor(self.thinker.start, dtype=torch.float32)
-        with rows.stage("thinker_prefill"):
-            hidden = rows.read_text(self.row, ids, embeds, positions.to(embeds.device), taps)
+        with self.rows.stage("thinker_prefill"):
+            hidden = self.rows.read_text(self.row, ids, embeds, positions.to(embeds.device), taps)
         self.ids += ids
         self.thinker.highest = max(self.thinker.highest, float(positions.max()))
         self.thinker.tokens += len(ids)
-        if not self.in_user or model.talker is None:
-            return
-        with rows.stage("talker_prefill"):
-            project = model.talker.hidden_projection if media else model.talker.text_projection
-            heard = offsets + torch.tensor(self.talker.start, dtype=torch.float32)
-            rows.read_speech(self.row, project(hidden if media else embeds), heard.to(embeds.device))
-        self.talker.highest = max(self.talker.highest, float(heard.max()))
-        self.talker.tokens += len(ids)
+        return hidden
+
+    def _hear(self, offsets: Tensor, vectors: Tensor) -> None:
+        """The Talker reads a piece of the user's part: vectors [n, D]."""
+        positions = offsets + torch.tensor(self.talker.start, dtype=torch.float32)
+        with self.rows.stage("talker_prefill"):
+            self.rows.read_speech(self.row, vectors, positions.to(vectors.device))
+        self.talker.highest = max(self.talker.highest, float(positions.max()))
+        self.talker.tokens += len(vectors)
+
+    def open_user_turn(self) -> None:
+        """What follows is said by the user."""
+        self.in_user = True
+        self.waiting.append(([], True))  # an empty text marks the place
 
     def fork(self, rows: Rows, row: int) -> Conversation:
         """The same past in another, empty row."""
+        self.flush()
         self.rows.copy_row(self.row, rows, row)
         return Conversation(
             rows,
@@ -156,13 +185,15 @@ class Conversation:
             self.talker.copy(),
             self.in_user,
             list(self.owed),
+            [],
             self.between,
             self.keep_media,
             list(self.past),
         )
 
     def begin_reply(self) -> None:
-        """Say where the reply's first token stands."""
+        """Read what waits and say where the reply's first token stands."""
+        self.flush()
         self.rows.text.decoder.next_position[self.row] = self.thinker.highest + 1
 
     def end_reply(self, prompt: Place, reply: list[int], read: int, tail: list[int]) -> None:
@@ -184,7 +215,7 @@ class Conversation:
         self.thinker.start = prompt.start + len(kept)
         self.thinker.highest = max(prompt.highest, self.thinker.start - 1)
         if kept:
-            self.past += [Entry(kept), Entry([], length=len(kept))]
+            self.past.append(Entry(kept))
         self.owed = reply[read:] + tail
         seen = self.rows.text.seen
         seen[self.row] = False
@@ -201,6 +232,7 @@ class Conversation:
         What came before the first user turn (the system text) stays. Raises ValueError if there are not so many turns,
         or if media that must be read again were not kept.
         """
+        self.flush()
         begins = [i for i, entry in enumerate(self.past) if entry.begins_turn]
         if not 1 <= count < len(begins):
             raise ValueError(
@@ -218,16 +250,15 @@ class Conversation:
         for entry in kept:
             self.in_user = entry.in_user
             if entry.begins_turn:
-                self.past.append(entry)
+                self.open_user_turn()
             elif not entry.ids:
                 self.move_on(entry.length)
             elif entry.media:
                 assert entry.offsets is not None and entry.embeds is not None
-                self.write_at(entry.ids, entry.offsets, entry.embeds, entry.taps, media=True)
+                self.write_at(entry.ids, entry.offsets, entry.embeds, entry.taps)
             else:
-                ids = torch.tensor(entry.ids, device=self.model.device)
-                offsets = torch.arange(len(entry.ids), dtype=torch.float32).expand(3, -1)
-                self.write_at(entry.ids, offsets, self.model.thinker.embed_tokens(ids), media=False)
+                self.write_text(entry.ids)
+        self.flush()
         self.in_user = in_user
         return before - len(self.ids)
 

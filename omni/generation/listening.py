@@ -115,7 +115,7 @@ class OpenClip:
             conversation.write_text(begin)
             self.begun = True
         offsets = torch.arange(len(embeds), dtype=torch.float32).expand(3, -1)
-        conversation.write_at([token] * len(embeds), offsets, embeds, media=True)
+        conversation.write_at([token] * len(embeds), offsets, embeds)
         conversation.move_on(len(embeds))
 
 
@@ -162,7 +162,7 @@ class OpenVideo:
     def _write_grid(self, conversation: Conversation, token: int, rate: float) -> None:
         time_s, embeds, taps, height, width = self.grids.popleft()
         offsets, _ = segment_positions(Video((time_s,), height, width), 0.0, rate)
-        conversation.write_at([token] * len(embeds), offsets, embeds, taps, media=True)
+        conversation.write_at([token] * len(embeds), offsets, embeds, taps)
         self._note("video", float(offsets.max()))
 
     def _write_sound(self, conversation: Conversation, token: int, rate: float, *, closing: bool) -> None:
@@ -171,7 +171,7 @@ class OpenVideo:
         while self.sounds and self.heard + len(run) < bound:
             run.append(self.sounds.popleft())
         offsets = torch.arange(self.heard, self.heard + len(run), dtype=torch.float32).expand(3, -1)
-        conversation.write_at([token] * len(run), offsets, torch.stack(run), media=True)
+        conversation.write_at([token] * len(run), offsets, torch.stack(run))
         self.heard += len(run)
         self._note("audio", float(offsets.max()))
 

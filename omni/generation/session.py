@@ -100,7 +100,8 @@ class OmniSession:
     @property
     def ids(self) -> list[int]:
         """All ids of the conversation so far, those still to be read included (open media and text are not)."""
-        return [*self._conversation.ids, *self._conversation.owed]
+        c = self._conversation
+        return [*c.ids, *(token for ids, _ in c.waiting for token in ids), *c.owed]
 
     @property
     def responding(self) -> bool:
@@ -287,8 +288,8 @@ class OmniSession:
         conversation.in_user = False
         header = assistant_header(self.model, None, self.processor)
         conversation.write_text(header)
-        self._prompt = conversation.thinker.copy()
         conversation.begin_reply()
+        self._prompt = conversation.thinker.copy()
         think = self.processor.think_token_ids
         room = self.model.config.thinker_config.text_config.max_position_embeddings - len(conversation.ids)
         turn = new_turn(

@@ -39,6 +39,7 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
     if session.responding:
         raise ValueError("the session is responding; take all its events before saving it")
     conversation = session._conversation
+    conversation.flush()
     tensors: Tensors = {}
     values: dict[str, Any] = {
         "format": FORMAT,
