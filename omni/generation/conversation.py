@@ -72,6 +72,7 @@ class Conversation:
     between: Callable[[], None] | None = None  # called between the pieces of a long prompt
     keep_media: bool = False
     past: list[Entry] = field(default_factory=list)
+    before_reply: int = 0  # entries of the past when the last reply began
 
     @property
     def model(self) -> OmniModel:
@@ -194,6 +195,7 @@ class Conversation:
     def begin_reply(self) -> None:
         """Read what waits and say where the reply's first token stands."""
         self.flush()
+        self.before_reply = len(self.past)
         self.rows.text.decoder.next_position[self.row] = self.thinker.highest + 1
 
     def end_reply(self, prompt: Place, reply: list[int], read: int, tail: list[int]) -> None:
@@ -203,6 +205,7 @@ class Conversation:
         after the largest position, the same ids in a prompt where the last segment ended; where these differ the reply
         is read again, so that what follows equals a run on the whole history.
         """
+        del self.past[self.before_reply :]  # a reply may be cut a second time
         if self.model.talker is not None:
             assert self.rows.speech is not None
             self.rows.speech.decoder.cache.truncate(self.row, self.talker.tokens)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omni.generation.conversation import Conversation
-from omni.generation.events import Event, TurnEnd
+from omni.generation.events import Event
+from omni.generation.reply_events import ReplyEvents
 from omni.generation.rows import Rows
 from omni.generation.session import Kept, OmniSession
 from omni.generation.streaming_config import StreamingConfig
@@ -63,11 +64,11 @@ class OmniEngine:
         with self.changed:
             row = self.take_row()
             try:
-                self.sessions[row] = session = EngineSession(self, row, **{"streaming": self.streaming, **options})
+                return EngineSession(self, row, **{"streaming": self.streaming, **options})
             except BaseException:
                 self.rows.clear(row)
+                self.sessions[row] = None
                 raise
-            return session
 
     def take_row(self) -> int:
         """A free row. Raises EngineFullError or, after `close`, ValueError."""
@@ -143,7 +144,8 @@ class EngineSession(OmniSession):
 
     def __init__(self, engine: OmniEngine, row: int, *, system: str | None = None, **options: Any) -> None:
         self.engine, self.closed = engine, False
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        engine.sessions[row] = self  # reserved before the lock can be let go
         names = ("speaker", "streaming", "use_audio_in_video", "keep_media")
         unknown = [name for name in options if name not in names]
         if unknown:
@@ -155,11 +157,12 @@ class EngineSession(OmniSession):
             options.get("streaming"),
             options.get("use_audio_in_video", False),
         )
+        self._lock = engine.changed
         self._conversation = Conversation(
             engine.rows,
             row,
             self.streaming.prefill_tokens,
-            between=engine.let_a_tick_pass,
+            between=self._between_pieces,
             keep_media=options.get("keep_media", False),
         )
         self._write_system(system)
@@ -171,59 +174,54 @@ class EngineSession(OmniSession):
     drop_oldest_turns = _locked(OmniSession.drop_oldest_turns)
     save = _locked(OmniSession.save)
 
-    def respond(self, **arguments: Any) -> Iterator[Event]:
+    def respond(self, **arguments: Any) -> ReplyEvents:
         """As `OmniSession.respond`; the engine's thread does the work."""
         with self.engine.changed:
             if self.closed:
                 raise ValueError("the session is closed")
-            self._events = queue.SimpleQueue()
+            events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+            self._events = events
             turn = self._begin(arguments)
             self.engine.changed.notify_all()
-        return self._take(turn, self._events)
+        return self._events_of(turn, lambda: self._take(turn, events))
 
-    def _take(self, turn: Turn, events: queue.SimpleQueue[Event]) -> Iterator[Event]:
-        ended = False
-        try:
-            while not ended:
-                event = events.get()
-                ended = isinstance(event, TurnEnd)
-                if turn.paused and events.qsize() < MAX_WAITING_EVENTS // 2:
-                    with self.engine.changed:
-                        turn.paused = False
-                        self.engine.changed.notify_all()
-                yield event
-        finally:
+    def _take(self, turn: Turn, events: queue.SimpleQueue[Event | None]) -> list[Event]:
+        """The next event that the engine delivered; none after an interruption."""
+        event = events.get()
+        if turn.paused and events.qsize() < MAX_WAITING_EVENTS // 2:
             with self.engine.changed:
-                if self._turn is turn and self.responding:
-                    self.interrupt()
+                turn.paused = False
+                self.engine.changed.notify_all()
+        return [] if event is None else [event]
 
     def deliver(self, event: Event) -> None:
         """Take over an event of this session's row; called by the engine with the lock held."""
         event = dataclasses.replace(event, row=0)
         self._events.put(event)
         assert self._turn is not None
-        if isinstance(event, TurnEnd):
-            self._finish()
-        elif self._events.qsize() >= MAX_WAITING_EVENTS:
+        if self._events.qsize() >= MAX_WAITING_EVENTS:
             self._turn.paused = True
 
     @_locked
     def interrupt(self, played_ms: float | None = None) -> Kept:
         """As `OmniSession.interrupt`; events that were not taken yet are dropped."""
-        turn = self._turn
         kept = super().interrupt(played_ms)
-        if turn is not None and turn.cut is not None:
-            while not self._events.empty():
-                self._events.get()
-            self._events.put(dataclasses.replace(turn.cut, row=0))
+        self._events.put(None)  # wakes a reader
         return kept
+
+    def _between_pieces(self) -> None:
+        """Let the engine tick between the pieces of a long prompt; the session may be closed meanwhile."""
+        self.engine.let_a_tick_pass()
+        if self.closed:
+            raise ValueError("the session was closed while it was reading")
 
     @_locked
     def fork(self) -> EngineSession:
         """A second session of the engine with the same past. Raises EngineFullError when no row is free."""
         row = self.engine.take_row()
         other: EngineSession = self._copy(self.engine.rows, row)  # type: ignore[assignment]
-        other._events = queue.SimpleQueue()
+        other._events, other._lock = queue.SimpleQueue(), self.engine.changed
+        other._conversation.between = other._between_pieces
         self.engine.sessions[row] = other
         return other
 

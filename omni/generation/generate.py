@@ -155,13 +155,18 @@ def _read_user_part(rows: Rows, prompt: Prompt, hidden: Tensor, row: int, turn: 
 
 def limit_frames(model: OmniModel, turn: Turn, user_tokens: int) -> None:
     """No more frames than the Talker has positions for."""
-    room = model.talker.config.text_config.max_position_embeddings - user_tokens - PREFIX_LENGTH
+    turn.frame_limit = min(turn.frame_limit, check_talker_room(model, user_tokens))
+
+
+def check_talker_room(model: OmniModel, user_tokens: int) -> int:
+    """Frames that the Talker has positions for after that many tokens of the user. Raises ValueError if none."""
+    room: int = model.talker.config.text_config.max_position_embeddings - user_tokens - PREFIX_LENGTH
     if room < 1:
         raise ValueError(
             f"the user's part has {user_tokens} tokens, which leaves the Talker no position to speak at; shorten the "
             "conversation, or pass return_audio=False"
         )
-    turn.frame_limit = min(turn.frame_limit, room)
+    return room
 
 
 def assistant_header(model: OmniModel, found: list[int] | None, processor: OmniProcessor | None = None) -> list[int]:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,24 @@ from omni.processing.processor import OmniProcessor
 from omni.rope.positions import Video, segment_positions
 
 SAMPLE_RATE_HZ = 16000
+
+
+def mono(samples: Any) -> Tensor:
+    """Floating samples [n] from an array or tensor [n] or [n, channels]."""
+    wave = samples if isinstance(samples, Tensor) else torch.tensor(np.array(samples))  # a copy: buffers are used again
+    if not wave.is_floating_point():
+        if wave.dtype == torch.int16:
+            wave = wave.float() / 32768
+        else:
+            raise TypeError(f"audio samples must be floats in -1..1 or 16-bit integers, got {wave.dtype}")
+    if wave.dim() == 2:
+        wave = wave.float().mean(0 if wave.shape[0] < wave.shape[1] else 1)  # channels are few
+    if wave.dim() != 1:
+        raise ValueError(f"audio samples must be [n] or [n, channels], got shape {list(wave.shape)}")
+    wave = wave.float().cpu()
+    if not torch.isfinite(wave).all():
+        raise ValueError("audio samples hold NaN or infinite values")
+    return wave
 
 
 class Ear:

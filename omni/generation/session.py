@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,13 +23,14 @@ from torch import Tensor
 from omni.generation.arguments import resolve
 from omni.generation.conversation import Conversation, Place
 from omni.generation.events import Event
-from omni.generation.generate import assistant_header, limit_frames, new_turn
-from omni.generation.listening import Ear, OpenClip, OpenVideo
+from omni.generation.generate import assistant_header, check_talker_room, limit_frames, new_turn
+from omni.generation.listening import Ear, OpenClip, OpenVideo, mono
 from omni.generation.reply import ReplyReader
+from omni.generation.reply_events import ReplyEvents
 from omni.generation.rows import Rows
 from omni.generation.session_file import load_session, save_session, streaming_of
 from omni.generation.streaming_config import StreamingConfig
-from omni.generation.turn import SPEECH_OFF, Turn
+from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
@@ -87,6 +90,7 @@ class OmniSession:
         self.model, self.processor, self.speaker = model, found, speaker
         self.streaming = streaming or StreamingConfig()
         self.use_audio_in_video = use_audio_in_video
+        self._lock: Any = threading.RLock()  # a reply that is taken asynchronously may be interrupted from elsewhere
         self._text: list[str] = []
         self._clip: OpenClip | None = None
         self._video: OpenVideo | None = None
@@ -106,7 +110,7 @@ class OmniSession:
     @property
     def responding(self) -> bool:
         """Whether a reply is being given."""
-        return self._turn is not None and not self._turn.over
+        return self._turn is not None and not self._turn.taken
 
     # input
 
@@ -119,10 +123,12 @@ class OmniSession:
         self._text.append(text)
 
     def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
-        """Add sound: float samples [n] or [n, channels] at any rate. Consecutive calls are one clip, however cut."""
-        wave = _mono(samples)
-        if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 384000:
+        """Add sound: float samples [n], [n, channels] or [channels, n] at any rate. Consecutive calls are one clip."""
+        wave = mono(samples)
+        whole = isinstance(sample_rate, Real) and not isinstance(sample_rate, bool) and sample_rate % 1 == 0
+        if not whole or not 1000 <= sample_rate <= 384000:
             raise ValueError(f"sample_rate must be a whole number of Hz in 1000..384000, got {sample_rate!r}")
+        sample_rate = int(sample_rate)
         self._listen()
         tokens = self.processor.tokens
         if self._video is not None and self._video.ear is not None:
@@ -156,7 +162,7 @@ class OmniSession:
         """Add a frame of the open video (or begin one): a picture, and its time in seconds, which must grow."""
         self._need_vision()
         picture = self.processor.vision.frame(frame)
-        if not isinstance(time_s, (int, float)) or not math.isfinite(time_s):
+        if not isinstance(time_s, Real) or not math.isfinite(time_s):
             raise ValueError(f"time_s must be a number of seconds, got {time_s!r}")
         self._listen()
         if self._video is None:
@@ -165,7 +171,7 @@ class OmniSession:
             ear = self._new_ear() if self.use_audio_in_video else None
             tokens = self.processor.tokens
             self._conversation.write_text([tokens.vision_start, *([tokens.audio_start] if ear else [])])
-            self._video = OpenVideo(float(time_s), ear, last_s=float(time_s) - 1e-9)
+            self._video = OpenVideo(float(time_s), ear, last_s=-math.inf)
         video = self._video
         if not time_s > video.last_s:
             raise ValueError(f"frame times must grow: {time_s} s comes after {video.last_s} s")
@@ -238,38 +244,43 @@ class OmniSession:
 
     # replies
 
-    def respond(self, **arguments: Any) -> Iterator[Event]:
+    def respond(self, **arguments: Any) -> ReplyEvents:
         """Answer what was pushed: the events of `OmniModel.stream`, with the same keyword arguments.
 
         Without input since the last reply the user's turn is empty. The reply belongs to the history once all its
         events are taken; closing the iterator early interrupts it.
         """
-        return self._run(self._begin(arguments))
+        with self._lock:
+            turn = self._begin(arguments)
+        return self._events_of(turn, self._tick)
 
-    def _run(self, turn: Turn) -> Iterator[Event]:
-        try:
-            while not turn.over:
-                for event in self._conversation.rows.tick():
-                    yield event
-                    if turn.cut is not None:
-                        break
-            if turn.cut is not None:
-                yield turn.cut
-        finally:
-            if not turn.over:  # closed early
-                self.interrupt()
-            elif turn.cut is None:
-                self._finish()
+    def _events_of(self, turn: Turn, produce: Callable[[], list[Event]]) -> ReplyEvents:
+        codec = self.model.code2wav
+        hop, lookahead = (1, 0) if codec is None else (int(codec.hop_length), int(codec.lookahead))
+        return ReplyEvents(turn, produce, self._finish, self.interrupt, hop, lookahead)
+
+    def _tick(self) -> list[Event]:
+        with self._lock:
+            return self._conversation.rows.tick() if self.responding else []
 
     async def respond_async(self, **arguments: Any) -> AsyncIterator[Event]:
-        """As `respond`, for `async for`; the model runs in a worker thread."""
-        events = self.respond(**arguments)
-        while (event := await asyncio.to_thread(next, events, None)) is not None:
-            yield event
+        """As `respond`, for `async for`; the model runs in a worker thread.
+
+        Leaving the loop early interrupts the reply once the asynchronous iterator is closed (`aclose`, or the end of
+        its scope), which waits for the step that is running.
+        """
+        events = await asyncio.to_thread(self.respond, **arguments)
+        try:
+            while (event := await asyncio.to_thread(next, events, None)) is not None:
+                yield event
+        finally:
+            events.close()
 
     def _begin(self, arguments: dict[str, Any]) -> Turn:
         """Close the user's turn, open the assistant's and start to answer."""
         streaming = arguments.pop("streaming", None) or self.streaming
+        if not isinstance(streaming, StreamingConfig):
+            raise TypeError(f"streaming must be a StreamingConfig, got {type(streaming).__name__}")
         defaults: dict[str, Any] = {"max_new_tokens": 1024, "max_frames": 4095, "speaker": self.speaker}
         for name in ("text_sampling", "return_audio", "audio_sampling", "residual_sampling", "seed"):
             defaults[name] = None
@@ -281,6 +292,7 @@ class OmniSession:
         args = resolve(self.model, 1, **{**defaults, **arguments})
         conversation = self._conversation
         began, spent = time.perf_counter(), dict(conversation.rows.seconds)
+        self._check_room(args.speakers is not None)
         self._listen()
         self._close_media()
         self._write_pending_text()
@@ -313,44 +325,59 @@ class OmniSession:
         self._turn = turn
         return turn
 
+    def _check_room(self, speaks: bool) -> None:
+        """Raise ValueError, before anything is changed, if the reply cannot begin for want of positions."""
+        conversation, closing = self._conversation, len(self._closing())
+        user = len(self.processor.encode_text("".join(self._text))) + closing
+        user += 0 if conversation.in_user else 2 + closing
+        conversation.check_room(user + len(conversation.owed) + 2 + closing)
+        if speaks:
+            waiting = sum(len(ids) for ids, by_user in conversation.waiting if by_user)
+            check_talker_room(self.model, conversation.talker.tokens + waiting + user)
+
     def _finish(self, kept: list[int] | None = None) -> None:
         """Take the turn out of its row and its reply (or the part that is kept) into the history."""
         turn, prompt = self._turn, self._prompt
         assert turn is not None and prompt is not None
-        self._conversation.rows.release(self._conversation.row)
-        read = turn.read_tokens
         reply = turn.reply if kept is None else kept
         closed = bool(reply) and reply[-1] in turn.stop_ids
         tail = self._closing()[1 if closed else 0 :]
-        self._conversation.end_reply(prompt, reply, min(read, len(reply)), tail)
+        with self._lock:
+            self._conversation.rows.release(self._conversation.row)
+            self._conversation.end_reply(prompt, reply, min(turn.read_tokens, len(reply)), tail)
 
     def interrupt(self, played_ms: float | None = None) -> Kept:
         """Cut the reply to what was heard and return that.
 
         played_ms: how much of its sound was played (None: all that was yielded). Reply tokens count as heard in
         proportion to the frames played, rounded down; a silent reply counts as read as far as it was yielded. During
-        `respond` the turn ends, its iterator yields `TurnEnd("interrupted")` at most; after it the reply is cut as long
-        as nothing was pushed. Raises ValueError if there is nothing to interrupt.
+        `respond` the turn ends, its iterator yields `TurnEnd("interrupted")` and stops; after it the reply is cut as
+        long as nothing was pushed. Raises ValueError if there is nothing to interrupt.
         """
         turn = self._turn
         if turn is None or self._prompt is None:
             raise ValueError("there is no reply to interrupt: none was given, or input was pushed since")
-        spoken = [token for token in turn.reply if token not in turn.stop_ids]
-        kept = spoken
-        if turn.speech != SPEECH_OFF:
-            codec = self.model.code2wav
-            frames = turn.decoded
-            if played_ms is not None:
-                if not played_ms >= 0:
-                    raise ValueError(f"played_ms must be 0 or more, got {played_ms!r}")
-                frames = min(frames, int(played_ms / 1000 * codec.frame_rate))
-            total = max(len(turn.codes), 1)
-            kept = spoken[: len(spoken) * frames // total]
-        if self.responding:
-            turn.cut = self._conversation.rows.end(self._conversation.row, turn, "interrupted")
-        self._finish(kept)
-        self._turn = None
+        with self._lock:
+            kept = self._heard(turn, played_ms)
+            if not turn.taken:
+                turn.cut, turn.taken = self._conversation.rows.end(self._conversation.row, turn, "interrupted"), True
+            self._finish(kept)
+            self._turn = None
         return Kept(kept, self.processor.decode(kept))
+
+    def _heard(self, turn: Turn, played_ms: float | None) -> list[int]:
+        """The ids of a reply that count as heard."""
+        if played_ms is not None and not (isinstance(played_ms, Real) and 0 <= played_ms < math.inf):
+            raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")
+        codec = self.model.code2wav
+        silent = turn.speech == SPEECH_OFF or codec is None or (turn.speech == SPEECH_OVER and not turn.codes)
+        if silent:
+            return [token for token in turn.reply[: turn.shown_ids] if token not in turn.stop_ids]
+        frames = turn.shown_frames
+        if played_ms is not None:  # a multiple of a frame's length is that many frames, whatever the rounding
+            frames = min(frames, math.floor(float(played_ms) * codec.frame_rate / 1000 + 1e-6))
+        spoken = [token for token in turn.reply if token not in turn.stop_ids]
+        return spoken[: len(spoken) * frames // max(len(turn.codes), 1)]
 
     def drop_oldest_turns(self, count: int = 1) -> int:
         """Make room: forget the oldest user turns with their replies, read the rest again, return the ids freed.
@@ -374,6 +401,7 @@ class OmniSession:
         if self.responding:
             raise ValueError("the session is responding; take all its events before forking it")
         other = copy.copy(self)
+        other._lock = threading.RLock()
         other._text = list(self._text)
         other._clip = None if self._clip is None else self._clip.clone()
         other._video = None if self._video is None else self._video.clone()
@@ -411,21 +439,3 @@ class OmniSession:
     @property
     def _rate(self) -> float:
         return self.model.config.thinker_config.position_id_per_seconds
-
-
-def _mono(samples: Any) -> Tensor:
-    """Floating samples [n] from an array or tensor [n] or [n, channels]."""
-    wave = torch.as_tensor(samples)
-    if not wave.is_floating_point():
-        if wave.dtype == torch.int16:
-            wave = wave.float() / 32768
-        else:
-            raise TypeError(f"audio samples must be floats in -1..1 or 16-bit integers, got {wave.dtype}")
-    if wave.dim() == 2:
-        wave = wave.float().mean(1)
-    if wave.dim() != 1:
-        raise ValueError(f"audio samples must be [n] or [n, channels], got shape {list(wave.shape)}")
-    wave = wave.float().cpu()
-    if not torch.isfinite(wave).all():
-        raise ValueError("audio samples hold NaN or infinite values")
-    return wave

@@ -20,7 +20,7 @@ from torch import Tensor
 from omni.checkpoint.atomic import atomic_folder
 from omni.config_reading import read_json
 from omni.encoders.resample import StreamingResampler
-from omni.generation.conversation import Conversation, Place
+from omni.generation.conversation import Conversation, Entry, Place
 from omni.generation.listening import SAMPLE_RATE_HZ, Ear, OpenClip, OpenVideo
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
@@ -48,6 +48,7 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
         "in_user": conversation.in_user,
         "thinker": dataclasses.asdict(conversation.thinker),
         "talker": dataclasses.asdict(conversation.talker),
+        "past": [(e.ids, e.length, e.media, e.in_user, e.begins_turn) for e in conversation.past],
         "text": "".join(session._text),
         "speaker": session.speaker,
         "streaming": dataclasses.asdict(session.streaming),
@@ -94,8 +95,15 @@ def _fill(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> Non
         Place(**values["talker"]),
         values["in_user"],
         list(values["owed"]),
+        past=[Entry(ids, length=n, media=m, in_user=u, begins_turn=b) for ids, n, m, u, b in values["past"]],
     )
     rows = conversation.rows
+    if len(values["ids"]) != tensors["text.keys"].shape[2]:
+        raise ValueError(
+            f"the saved session has {len(values['ids'])} ids for {tensors['text.keys'].shape[2]} cached tokens"
+        )
+    if (rows.speech is None) != ("speech.keys" not in tensors):
+        raise ValueError("the session was saved with another variant: only one of the two models has a Talker")
     _take_cache("text", rows.text.decoder.cache, tensors)
     if rows.speech is not None:
         _take_cache("speech", rows.speech.decoder.cache, tensors)

@@ -61,6 +61,9 @@ class Turn:
     over: bool = False
     paused: bool = False  # its events are not taken fast enough
     cut: TurnEnd | None = None  # the end of an interrupted turn
+    taken: bool = False  # its end has been handed out
+    shown_ids: int = 0  # handed out so far
+    shown_frames: int = 0
     started: float = field(default_factory=time.perf_counter)
     timing: dict[str, float] = field(default_factory=dict)
     spent_before: dict[str, float] = field(default_factory=dict)

@@ -209,7 +209,7 @@ def parse_segments(
         with_sound = ids[max(i - 2, 0) : i] == [tokens.vision_start, tokens.audio_start]
         if ids[i] == tokens.image:
             segment, wanted = _next(images, "image", i), [tokens.image]
-        elif with_sound and (tokens.video in _media_run(ids, i, media)):
+        elif with_sound and {tokens.video, tokens.audio} <= _media_run(ids, i, media):
             video, audio = _next(videos, "video", i), _next(audios, "audio", i)
             segment, wanted = AudioVideo(video, audio), [tokens.video, tokens.audio]
         elif ids[i] == tokens.video:

@@ -1,0 +1,69 @@
+"""The events of a session's reply as an iterator that may be left at any point."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
+from omni.generation.turn import Turn
+
+
+class ReplyEvents(Iterator[Event]):
+    """Hands out the events of one turn and notes what was handed out.
+
+    `produce` yields more events while the turn runs; `finish` is called when the turn's end has been handed out, and
+    `interrupt` when the iterator is closed (or forgotten) before. An interrupted turn yields its `TurnEnd` and stops.
+    `samples_a_frame` and `lookahead` tell how many frames a chunk holds.
+    """
+
+    def __init__(
+        self,
+        turn: Turn,
+        produce: Callable[[], list[Event]],
+        finish: Callable[[], None],
+        interrupt: Callable[[], object],
+        samples_a_frame: int,
+        lookahead: int,
+    ) -> None:
+        self._turn, self._produce, self._finish, self._interrupt = turn, produce, finish, interrupt
+        self._samples_a_frame, self._lookahead = samples_a_frame, lookahead
+        self._waiting: deque[Event] = deque()
+        self._done = False
+
+    def __iter__(self) -> ReplyEvents:
+        return self
+
+    def __next__(self) -> Event:
+        if self._done:
+            raise StopIteration
+        while self._turn.cut is None and not self._waiting:
+            self._waiting.extend(self._produce())
+        if self._turn.cut is not None:  # interrupted: what was not handed out is dropped
+            self._done = True
+            self._waiting.clear()
+            return self._turn.cut
+        event = self._waiting.popleft()
+        self._note(event)
+        return event
+
+    def _note(self, event: Event) -> None:
+        turn = self._turn
+        if isinstance(event, TextDelta):
+            turn.shown_ids += len(event.token_ids)
+        elif isinstance(event, AudioChunk):
+            samples = event.start_sample + event.samples.numel() + self._lookahead
+            turn.shown_frames = samples // max(self._samples_a_frame, 1)
+        elif isinstance(event, TurnEnd):
+            self._done = turn.taken = True
+            self._finish()
+
+    def close(self) -> None:
+        """Stop taking events; a turn whose end was not handed out is interrupted."""
+        if not self._done:
+            self._done = True
+            if self._turn.cut is None and not self._turn.taken:
+                self._interrupt()
+
+    def __del__(self) -> None:
+        self.close()
