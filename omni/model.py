@@ -204,7 +204,8 @@ class OmniModel(nn.Module):
 
         The first sound follows the first word of the answer. The prompt is read and the arguments are checked by this
         call; the rest runs while the events are taken, and ends when the iterator is closed. `streaming` sets chunk
-        sizes and how far text runs ahead of speech.
+        sizes, how far text runs ahead of speech, and whether runaway speech is ended (None: it is not, as in
+        `generate`; sessions do it by default).
         """
         return generation.stream(
             self,

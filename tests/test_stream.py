@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni import AudioChunk, OmniModel, SamplingConfig, StreamingConfig, TextDelta, TurnEnd
+from omni import AudioChunk, OmniModel, OmniSession, SamplingConfig, StreamingConfig, TextDelta, TurnEnd
 from omni.generation.turn import repeats
 
 ROOT = Path(__file__).parents[1]
@@ -196,3 +196,19 @@ def test_parts_that_are_not_loaded(model: OmniModel, tmp_path: Path) -> None:
     torch.testing.assert_close(codec.code2wav(out.codes[0][None])[0], whole.audio[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="thinker was not loaded"):
         codec.generate(model.processor(chat("hi")))
+
+
+def test_a_long_greedy_loop_streams_as_it_is_generated(model: OmniModel) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 2, "max_frames": 300, "audio_sampling": GREEDY}
+    hook = model.talker.codec_head.register_forward_hook(
+        lambda _, __, logits: torch.full_like(logits, -1e4).index_fill(-1, torch.tensor([5]), 1e4)
+    )
+    try:
+        whole = model.generate(model.processor(chat("hi")), residual_sampling=GREEDY, **arguments)
+        end = list(model.stream(model.processor(chat("hi")), residual_sampling=GREEDY, **arguments))[-1]
+        session = OmniSession(model, streaming=StreamingConfig(silence_s=None))
+        session.push_text("hi")
+        watched = list(session.respond(residual_sampling=GREEDY, **arguments))[-1]
+    finally:
+        hook.remove()
+    assert whole.codes[0].shape[1] == end.usage["frames"] == 300 and watched.usage["frames"] == 250

@@ -16,7 +16,7 @@ from omni.generation.prompt import Prompt, encode_prompt
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
 from omni.generation.rows import Rows
 from omni.generation.speech import user_part
-from omni.generation.streaming_config import OFFLINE, StreamingConfig
+from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
 from omni.generation.turn import Turn
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
@@ -33,7 +33,7 @@ def stream(
 ) -> Iterator[Event]:
     """Answer a batch of prompts event by event; see `OmniModel.stream`."""
     args = resolve(model, len(inputs.input_ids), **arguments)
-    rows = start(model, inputs, args, streaming or StreamingConfig())
+    rows = start(model, inputs, args, streaming or UNWATCHED)
 
     def events() -> Iterator[Event]:
         while rows.running():

@@ -42,4 +42,5 @@ class StreamingConfig:
         return self.chunk_frames[min(index, len(self.chunk_frames) - 1)]
 
 
+UNWATCHED = StreamingConfig(silence_s=None, loop_frames=None)  # of `stream`, which equals `generate` at any length
 OFFLINE = StreamingConfig(chunk_frames=(64,), silence_s=None, loop_frames=None)
