@@ -74,7 +74,7 @@ def test_video_times_are_never_rounded() -> None:
 
 @given(st.lists(st.floats(0, 20, allow_nan=False), min_size=1, max_size=6), st.sampled_from([1, 2]))
 def test_equal_seconds_are_equal_positions_at_any_frame_rate(times: list[float], size: int) -> None:
-    """R8: the same instants, sampled more or less densely, keep their temporal positions."""
+    """The same instants, sampled more or less densely, keep their temporal positions."""
     dense = sorted({*times, *(t + 0.5 for t in times)})
     sparse = sorted(set(times))
     p_dense = prompt_positions([Video(tuple(dense), size, size)], 13)[0][0].view(-1, size * size)[:, 0]

@@ -78,7 +78,7 @@ def test_talker(cuts: list[int], seed: int) -> None:
 
 
 def test_the_talker_reads_a_piece_before_the_thinker_reads_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """R26: Talker prefill of piece k begins before Thinker prefill of piece k + 1 ends; the result is unchanged."""
+    """Talker prefill of piece k begins before Thinker prefill of piece k + 1 ends; the result is unchanged."""
     torch.manual_seed(0)
     model = OmniModel(CONFIG)
     model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "demo_data")

@@ -128,7 +128,7 @@ def test_a_rotary_scheme_of_ones_own() -> None:
 
 
 def test_long_context_keeps_its_accuracy() -> None:
-    """R11: a query at position 4095 attends as it does at 0, and the cache takes what the formula says."""
+    """A query at position 4095 attends as it does at 0, and the cache takes what the formula says."""
     torch.manual_seed(0)
     model = Thinker(CONFIG).eval()
     initialise(model, lambda _: 0.2)
