@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from omni.code2wav.code2wav import Code2Wav
@@ -136,6 +138,16 @@ def test_streamed_equals_offline(changes: dict[str, Any], hop: int, lookahead: i
         pieces = [decoder.step(piece, state) for piece in codes.split(sizes, dim=2)]
         assert pieces[0].shape[1] == max(0, hop * sizes[0] - decoder.lookahead)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 22), max_size=22, unique=True).map(sorted))
+@torch.no_grad()
+def test_streamed_equals_offline_for_any_cuts(cuts: list[int]) -> None:
+    decoder, codes = make_decoder(), draw(23)
+    state, ends = decoder.init_state(2), [*cuts, 23]
+    pieces = [decoder.step(codes[:, :, a:b], state) for a, b in zip([0, *ends], ends)]
+    torch.testing.assert_close(torch.cat(pieces, 1), decoder(codes), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

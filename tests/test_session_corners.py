@@ -198,3 +198,25 @@ def test_turns_survive_saving(model: OmniModel, tmp_path: Any) -> None:
     session.save(tmp_path)
     loaded = OmniSession.load(tmp_path, model)
     assert loaded.drop_oldest_turns() == session.drop_oldest_turns() and loaded.ids == session.ids
+
+
+def test_a_reply_that_fills_the_session_to_its_last_position(model: OmniModel) -> None:
+    session = OmniSession(model)
+    limit = model.config.thinker_config.text_config.max_position_embeddings
+    session.push_text("one")
+    list(session.respond(**PLAIN))
+    session.push_text("k" * 50)
+    list(session.respond(**{**PLAIN, "return_audio": False}))
+    room = limit - len(session.ids) - 20
+    session._conversation.write_text([75] * room)  # as a long history would
+    session.push_text("two")
+    end = list(session.respond(max_new_tokens=1024, return_audio=False))[-1]
+    assert end.reason == "max_new_tokens"
+    before = session.ids
+    with pytest.raises(ValueError, match="session is full"):
+        session.push_text("three")
+    assert session.ids == before
+    freed = session.drop_oldest_turns()
+    assert freed > 0 and len(session.ids) == len(before) - freed and session.ids[-20:] == before[-20:]
+    session.push_text("four")
+    assert len(session.ids) <= limit

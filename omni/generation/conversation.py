@@ -226,8 +226,8 @@ class Conversation:
 
     def pay(self) -> None:
         """Read what is owed of the last reply."""
-        owed, self.owed = self.owed, []
-        self.write_text(owed)
+        self.write_text(self.owed)
+        self.owed = []
 
     def drop_turns(self, count: int) -> int:
         """Forget the oldest `count` user turns with their replies and read the rest again; returns the ids freed.

@@ -213,8 +213,8 @@ class OmniSession:
         if self.responding:
             raise ValueError("the session is responding; take all its events, or interrupt it, before pushing input")
         if not self._conversation.in_user:
-            self._prompt = None
             self._conversation.pay()
+            self._prompt = None
             self._conversation.open_user_turn()
             self._header("user")
 
@@ -387,9 +387,9 @@ class OmniSession:
         """
         if self.responding:
             raise ValueError("the session is responding; take all its events before dropping turns")
+        freed = self._conversation.drop_turns(count)  # what is owed of the last reply stays owed: there may be no room
         self._prompt = None
-        self._conversation.pay()
-        return self._conversation.drop_turns(count)
+        return freed
 
     # copies
 
