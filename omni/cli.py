@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from omni.bench.command import add_arguments as add_bench_arguments
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -30,6 +32,7 @@ examples:
   omni chat --model ./checkpoint --realtime --audio question.wav --play
   omni speak --model ./checkpoint --speaker Ethan --out hello.wav "Hello there."
   omni info ./checkpoint
+  omni bench p2
 """
 _MODEL_HELP = "checkpoint folder or Hub id"
 
@@ -94,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     speak.add_argument("text", help="what to say")
     speak.add_argument("--model", metavar="DIR", help=_MODEL_HELP)
     _add_speech_arguments(speak, None)
-    speak.set_defaults(run=_run_speak)
+    speak.set_defaults(run=_run_speak, misuse=speak.error)
 
     info = commands.add_parser(
         "info",
@@ -104,6 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     info.add_argument("folder", type=Path, help="checkpoint folder, or a config.json")
     info.set_defaults(run=_run_info)
+
+    bench = commands.add_parser("bench", help="measure speed and memory beside transformers")
+    add_bench_arguments(bench)
     return parser
 
 
@@ -114,6 +120,7 @@ def _add_speech_arguments(parser: argparse.ArgumentParser, default_out: str | No
     parser.add_argument("--max-frames", type=_count, metavar="N", help="frames of speech at most, 80 ms each")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
     parser.add_argument("--device", metavar="D", help="cpu, cuda:1, or auto for all (default: cuda, else cpu)")
+    parser.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="keep decoder weights at low precision")
 
 
 def _count(text: str) -> int:
@@ -207,9 +214,11 @@ def _load(args: argparse.Namespace, console: Console, parts: Sequence[str]) -> O
     """The model that --model and --device name."""
     from omni.model import OmniModel
 
+    if args.quantize and args.device == "auto":
+        args.misuse("--quantize packs a model on one device; leave --device auto out")
     placement = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
     with console.status(f"loading {args.model} ..."):
-        return OmniModel.from_pretrained(args.model, parts=parts, **placement)
+        return OmniModel.from_pretrained(args.model, parts=parts, quantize=args.quantize, **placement)
 
 
 def _run_demo(args: argparse.Namespace) -> None:
@@ -352,6 +361,8 @@ def _run_speak(args: argparse.Namespace) -> None:
     if args.model is None:
         progress.print(RANDOM_WEIGHTS, style="yellow")
         model = demo_model()
+        if args.quantize:
+            model.quantize(args.quantize)
     else:
         model = _load(args, progress, ("thinker", "talker", "code2wav"))
     max_frames = args.max_frames or (MAX_FRAMES if args.model is None else 4095)

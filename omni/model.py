@@ -20,12 +20,17 @@ from omni.config_reading import read_json
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.vision import VisionEncoder
 from omni.generation import generate as generation
+from omni.generation.compilation import compile_steps
 from omni.generation.events import Event
+from omni.generation.graphs import GraphPool
 from omni.generation.output import OmniOutput
 from omni.generation.prompt import encode_prompt
+from omni.generation.steps import Steps
 from omni.generation.streaming_config import StreamingConfig
 from omni.keywords import names_keywords
 from omni.layers.init import MetaBuild, initialise
+from omni.layers.quantized import DEFAULT_PARTS
+from omni.layers.quantized import quantize as pack_weights
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.talker.talker import Talker
@@ -56,6 +61,8 @@ class OmniModel(nn.Module):
     talker: Any
     code2wav: Any
     load_report: LoadReport | None = None
+    steps: Steps = Steps()  # how decoding steps are run; `compile` changes it
+    graphs: GraphPool | None = None  # captured steps, if any
 
     def __init__(
         self,
@@ -251,6 +258,27 @@ class OmniModel(nn.Module):
         )
         return waves[0] if isinstance(text, str) else waves
 
+    @names_keywords
+    def compile(self, mode: str | None = None, batch_sizes: int | Sequence[int] = 1) -> None:  # type: ignore[override]
+        """Make decoding faster: the Thinker's step and the speech frame; ids and codes stay the same.
+
+        mode: "inductor" compiles the steps with torch.compile (on a CPU the default); "graphs" captures them as CUDA
+        graphs, a whole speech frame at once (on a GPU the default); "eager" goes back to running them as written.
+        batch_sizes: numbers of rows to prepare now, with a progress bar; others are prepared when they first occur.
+        torch keeps compiled kernels on disk, so the next process is quicker. Prompts are read as before. Compile again
+        after moving the model or replacing a part. Raises ValueError for an unknown mode, or graphs without a GPU.
+        """
+        compile_steps(self, mode, [batch_sizes] if isinstance(batch_sizes, int) else batch_sizes)
+
+    @names_keywords
+    def quantize(self, kind: str, parts: Sequence[str] = DEFAULT_PARTS) -> None:
+        """Round decoder weights to "int8", "int4" or "fp8" in place, for decoding only (no training, no saving).
+
+        parts: some of "thinker", "talker", "mtp". Embeddings, norms, routers and heads stay as they are. Raises
+        ValueError for an unknown kind or part.
+        """
+        pack_weights(self, kind, parts)
+
     @classmethod
     @names_keywords
     def from_pretrained(
@@ -267,14 +295,16 @@ class OmniModel(nn.Module):
         adapter: str | Path | None = None,
         strict: bool = True,
         offload_folder: str | Path | None = None,
+        quantize: str | None = None,
     ) -> OmniModel:
         """Load a checkpoint in the Hub's layout from a folder or a Hub id.
 
         dtype: "auto" (as saved) or a torch dtype or its name; device: None is CUDA if present, else the CPU;
         device_map: placement by accelerate, instead of device (offload_folder takes what it puts on disk); parts:
         load less and read less; adapter: a PEFT LoRA folder, merged while loading; strict=False accepts missing tensors
-        (drawn at random) and unexpected ones, and leaves the account in `load_report`. Raises FileNotFoundError,
-        OSError or ValueError, each with the remedy.
+        (drawn at random) and unexpected ones, and leaves the account in `load_report`; quantize: "int8", "int4" or
+        "fp8", see `quantize` (it takes no device_map). Raises FileNotFoundError, OSError or ValueError, each with the
+        remedy.
         """
         parts = _check_parts(parts)
         folder = resolve_folder(
@@ -289,7 +319,7 @@ class OmniModel(nn.Module):
             model = cls(config, parts)
         model.load_report = load_weights(
             model, folder, dtype=dtype, device=device, device_map=device_map, strict=strict, adapter=adapter,
-            offload_folder=offload_folder,
+            offload_folder=offload_folder, quantize=quantize,
             initialise=model._initialise_only, config_dtype=config.dtype,
         )  # fmt: skip
         path = folder / "generation_config.json"

@@ -68,7 +68,7 @@ def read_video(processor: OmniProcessor, source: str, *, want_sound: bool) -> li
 
     Frames are kept at the size that the model sees.
     """
-    clip = load_video(source, Sampling(), processor.vision.frame, None, want_sound)
+    clip = load_video(source, Sampling(), lambda frame, _: processor.vision.frame(frame), None, want_sound)
     if want_sound and clip.sound is None:
         raise ValueError(f"video {describe(source)} has no sound; leave --use-audio-in-video out")
     pieces = [Piece(time_s, frame=frame) for time_s, frame in zip(clip.times_s, clip.frames)]

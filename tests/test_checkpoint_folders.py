@@ -93,7 +93,7 @@ def test_saving_through_a_link_and_into_the_working_folder(tmp_path, monkeypatch
 
 def test_resolving_folders(tmp_path, monkeypatch):
     assert resolve_folder(tmp_path) == resolve_folder(str(tmp_path)) == tmp_path
-    monkeypatch.setattr("omni.checkpoint.hub.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     for missing in ("./none", "/none/here", "~/none-such", "a/b/c", "", tmp_path / "none", "C:\\models", "a b/c"):
         with pytest.raises(FileNotFoundError, match="does not exist; pass a checkpoint folder or a Hub id"):
             resolve_folder(missing)
@@ -111,7 +111,7 @@ def test_resolving_hub_ids(tmp_path, monkeypatch):
             raise answer
         return str(answer)
 
-    monkeypatch.setattr("omni.checkpoint.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     answer = tmp_path
     assert resolve_folder("org/name", revision="v1", token="t", cache_dir="c", local_files_only=True) == tmp_path
     assert asked["name"] == "org/name" and asked["revision"] == "v1" and asked["local_files_only"]

@@ -174,6 +174,89 @@ def test_two_streams_and_a_copied_state_are_independent() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 3])
+def test_rows_out_of_step_share_a_batch(frames: int) -> None:
+    """Rows begin alone, join a batch at different frame counts, stand still while others go on, and leave again."""
+    decoder = make_decoder()
+    codes = [draw(36, rows=1), draw(37, rows=1), draw(38, rows=1)]
+    heard: list[list[Tensor]] = [[], [], []]
+    done = [0, 0, 0]
+
+    def take(row: int) -> Tensor:
+        done[row] += frames
+        return codes[row][:, :, done[row] - frames : done[row]]
+
+    batch = decoder.init_state(3)
+    for row, before in enumerate((1, 4, 7)):
+        alone = decoder.init_state(1)
+        for _ in range(before):
+            heard[row].append(decoder.step(take(row), alone))
+        batch.write_row(row, alone)
+    for active in ([True, False, True], [False, False, True], [True, True, True], [False, True, False]):
+        pieces = [take(row) if moves else draw(frames, rows=1) for row, moves in enumerate(active)]
+        samples = decoder.step(torch.cat(pieces), batch, torch.tensor(active))
+        for row, moves in enumerate(active):
+            if moves:
+                heard[row].append(samples[row : row + 1])
+    assert batch.transformer.frames.tolist() == [frames * n for n in (3, 6, 10)] == done
+    for row in range(3):
+        alone = batch.read_row(row)
+        heard[row].append(decoder.step(take(row), alone))
+        expected = decoder(codes[row][:, :, : done[row]])
+        torch.testing.assert_close(torch.cat(heard[row], 1), expected, atol=1e-5, rtol=0)
+
+
+def test_a_state_counts_as_started_once_nothing_is_left_to_drop() -> None:
+    decoder = make_decoder()
+    one, batch = decoder.init_state(1), decoder.init_state(2)
+    assert not one.started and make_decoder(strict_causal=True).init_state(1).started
+    with pytest.raises(AssertionError, match="after its first frame"):
+        batch.write_row(0, one)
+    with pytest.raises(AssertionError, match="stand still"):
+        decoder.step(draw(1), batch, torch.tensor([True, False]))
+    decoder.step(draw(1, rows=1), one)
+    batch.write_row(0, one)
+    assert one.started and batch.started
+
+
+def tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, list):
+        return [t for item in state for t in tensors(item)]
+    return [t for value in vars(state).values() for t in tensors(value)] if hasattr(state, "clone") else []
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_a_step_keeps_its_tensors_in_place_and_reads_nothing_back(frames: int) -> None:
+    decoder, codes = make_decoder(), draw(frames)
+    state = decoder.init_state(2)
+    decoder.step(codes, state)
+    places = [t.data_ptr() for t in tensors(state)]
+    decoder.step(codes, state, torch.tensor([True, False]))
+    assert [t.data_ptr() for t in tensors(state)] == places and len(places) == 15
+    decoder.to("meta")  # without values: a step that needed one on the host would fail
+    samples = decoder.step(codes.to("meta"), state.to("meta"), torch.ones(2, dtype=torch.bool, device="meta"))
+    assert samples.shape == (2, 24 * frames)
+
+
+def test_a_step_is_one_graph() -> None:
+    decoder, codes = make_decoder(num_hidden_layers=1, upsample_rates=(3,)), draw(7)
+    step = torch.compile(decoder.step, fullgraph=True, backend="aot_eager")
+    eager, traced = decoder.init_state(2), decoder.init_state(2)
+    active = torch.tensor([True, False])
+    for state in (eager, traced):
+        decoder.step(codes[..., :1], state)
+    for t in range(1, 7):
+        expected, samples = (
+            decoder.step(codes[..., t : t + 1], eager, active),
+            step(codes[..., t : t + 1], traced, active),
+        )
+        torch.testing.assert_close(samples, expected, atol=1e-6, rtol=0)
+    assert traced.transformer.frames.tolist() == [7, 1]
+
+
+@torch.no_grad()
 def test_a_long_signal_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder()
     codes = draw(30)
@@ -189,18 +272,27 @@ def test_a_long_signal_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
         assert decoder(codes).requires_grad and len(calls) == 5
 
 
-@pytest.mark.parametrize(("window", "past", "queries"), [(5, 0, 40), (5, 4, 40), (1, 0, 9), (72, 71, 1), (64, 0, 20)])
-def test_windowed_attention_equals_a_dense_mask(
-    window: int, past: int, queries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("omni.code2wav.window_transformer._QUERIES_AT_ONCE", 7)
-    q = torch.randn(2, 4, queries, 8)
-    k, v = torch.randn(2, 2, past + queries, 8), torch.randn(2, 2, past + queries, 8)
-    valid = torch.arange(-past, queries) >= -torch.tensor([[0], [past // 2]])
-    age = torch.arange(past, past + queries)[:, None] - torch.arange(past + queries)
-    mask = ((age >= 0) & (age < window)) & valid[:, None, None, :]
-    expected = attention(q, k, v, mask, backend="plain")
-    torch.testing.assert_close(windowed_attention(q, k, v, window, valid), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize(("window", "frames"), [(5, 40), (1, 9), (72, 20), (3, 7)])
+def test_windowed_attention_equals_a_dense_mask(window: int, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.code2wav.window_transformer._FRAMES_AT_ONCE", 7)
+    q, k, v = torch.randn(2, 4, frames, 8), torch.randn(2, 2, frames, 8), torch.randn(2, 2, frames, 8)
+    age = torch.arange(frames)[:, None] - torch.arange(frames)
+    expected = attention(q, k, v, (age >= 0) & (age < window), backend="plain")
+    torch.testing.assert_close(windowed_attention(q, k, v, window), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[1] * 40, [6, 1, 20, 13], [40]])
+@pytest.mark.parametrize("window", [1, 5, 64])
+def test_the_ring_equals_windowed_attention(window: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces shorter and longer than the ring and than a block."""
+    monkeypatch.setattr("omni.code2wav.window_transformer._FRAMES_AT_ONCE", 8)
+    transformer = make_decoder(sliding_window=window).pre_transformer
+    x = torch.randn(2, 40, 16)
+    state = transformer.init_state(2)
+    streamed = torch.cat([transformer.step(piece, state) for piece in x.split(sizes, dim=1)], 1)
+    torch.testing.assert_close(streamed, transformer(x), atol=1e-5, rtol=0)
+    assert state.keys.shape[3] == window and state.frames.tolist() == [40, 40]
 
 
 LAYERS: list[StreamingLayer] = [
@@ -234,6 +326,24 @@ def test_each_layer_streams_and_is_causal(layer: StreamingLayer) -> None:
     prefix = layer(x[..., :20])
     assert abs(prefix.shape[2] - 20 * rate) <= 5  # what the start is trimmed by
     torch.testing.assert_close(prefix, whole[..., : prefix.shape[2]], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("few_columns", [0, 10**9])
+def test_matrix_products_equal_convolutions(
+    layer: StreamingLayer, few_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients, in both orientations of the product."""
+    randomise(layer)
+    results = []
+    for small, few in ((0, 0), (10**9, few_columns)):
+        monkeypatch.setattr("omni.code2wav.conv._SMALL_SIGNAL", small)
+        monkeypatch.setattr("omni.code2wav.conv._FEW_COLUMNS", few)
+        x = torch.randn(2, 4, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
 
 
 def test_snake_beta_formula() -> None:

@@ -34,6 +34,7 @@ GROUP = {
     "config_decoder": "config",
     "config_reading": "config",
     "keywords": "config",
+    "bench": "cli",
     "demo": "cli",
     "info": "cli",
     "plot": "cli",

@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 import wave
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -71,7 +72,7 @@ def write_video(
 
 
 def read_video(value: Any, frame_rate: float | None = None, want_sound: bool = False, **sampling: Any) -> VideoClip:
-    return load_video(value, Sampling(**sampling), lambda frame: frame, frame_rate, want_sound)
+    return load_video(value, Sampling(**sampling), lambda frame, frames: frame, frame_rate, want_sound)
 
 
 def quickly(error: type[Exception] | tuple[type[Exception], ...], match: str, call: Callable[[], Any]) -> None:
@@ -385,13 +386,29 @@ def test_only_small_frames_are_kept(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", size=(640, 480))
     seen: list[int] = []
 
-    def resize(frame: torch.Tensor) -> torch.Tensor:
+    def resize(frame: torch.Tensor, frames: int) -> torch.Tensor:
         seen.append(frame.numel())
         return frame[:, ::10, ::10].clone()
 
     clip = load_video(path, Sampling(fps=5.0), resize, None, False)
     assert len(seen) == len(clip.frames) == 10  # frames that are not chosen are not even converted
     assert clip.frames.shape[2:] == (48, 64)
+
+
+def test_one_full_size_frame_is_alive_at_a_time(tmp_path: Path) -> None:
+    alive: list[int] = []
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def resize(frame: torch.Tensor, frames: int) -> torch.Tensor:
+        assert frames == 10
+        alive.append(sum(earlier() is not None for earlier in seen))
+        seen.append(weakref.ref(frame))
+        return frame[:, ::10, ::10].clone()
+
+    for value in (write_video(tmp_path / "a.mp4", size=(640, 480)), np.zeros((10, 480, 640, 3), np.uint8)):
+        seen.clear()
+        load_video(value, Sampling(fps=5.0), resize, None, False)
+    assert alive == [0] * 20
 
 
 def test_bad_videos(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ TOKENS = MediaTokens(audio=1, image=2, video=3, audio_start=4, vision_start=5)
 def test_released_frequencies_interleave_time_height_width() -> None:
     axis = TMRope(128, 1e6, (24, 20, 20)).axis
     assert [axis.count(a) for a in range(3)] == [24, 20, 20]
-    assert axis[:60] == [0, 1, 2] * 20 and axis[60:] == [0] * 4
+    assert axis[:60] == (0, 1, 2) * 20 and axis[60:] == (0,) * 4
 
 
 def test_equal_axes_are_ordinary_rotary_embedding() -> None:

@@ -11,7 +11,7 @@ GREEDY = SamplingConfig(temperature=0)
 
 
 def rows(configs: list[SamplingConfig], seeds: list[int], stream: int = TEXT_STREAM) -> RowSampling:
-    return RowSampling(configs, torch.tensor(seeds), stream)
+    return RowSampling.of(configs, torch.tensor(seeds), stream)
 
 
 def draws(config: SamplingConfig, logits: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:

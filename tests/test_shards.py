@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from omni.checkpoint import reading
 from omni.checkpoint.shards import INDEX, WEIGHTS, read_headers, tensor_files
 
 
@@ -163,3 +164,24 @@ def test_a_header_length_that_begins_like_a_pickle_or_a_zip(tmp_path, length):
     raw(tmp_path / WEIGHTS, text, b"\0" * 8)
     assert (tmp_path / WEIGHTS).read_bytes()[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5", b"PK")
     assert read_headers(tmp_path)["a"].shape == (2,)
+
+
+def test_reading_in_place_and_through_the_staging_buffer(tmp_path, monkeypatch):
+    """The same values whether read in place or converted piece by piece, from whatever place in the file."""
+    monkeypatch.setattr(reading, "_STAGING_BYTES", 64)
+    tensors = {"a": torch.randn(3, 40), "b": torch.tensor(7), "c": torch.randn(33).bfloat16(), "d": torch.zeros(0)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    headers = read_headers(tmp_path)
+    with reading.ShardReader(tmp_path / WEIGHTS) as file:
+        for key, expected in tensors.items():
+            for dtype in (expected.dtype, torch.float64):
+                target = torch.empty(expected.shape, dtype=dtype)
+                file.read(headers[key], target)
+                assert torch.equal(target, expected.to(dtype)), (key, dtype)
+
+
+def test_a_file_that_shrinks_while_it_is_read(sharded):
+    info = read_headers(sharded)["b"]
+    info.shard.write_bytes(info.shard.read_bytes()[:-3])
+    with reading.ShardReader(info.shard) as file, pytest.raises(ValueError, match="ends early"):
+        file.read(info, torch.empty(4, dtype=torch.bfloat16))

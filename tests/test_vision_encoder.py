@@ -40,13 +40,11 @@ def patches(*grids: tuple[int, int, int]) -> torch.Tensor:
 
 
 def test_patches_come_in_merge_blocks() -> None:
-    assert patch_coordinates((1, 2, 4), 2, torch.device("cpu")).tolist() == [
+    assert patch_coordinates(2, 4, 2, torch.device("cpu")).tolist() == [
         [0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3],
     ]  # fmt: skip
-    raster = patch_coordinates((1, 2, 3), 1, torch.device("cpu"))
+    raster = patch_coordinates(2, 3, 1, torch.device("cpu"))
     assert raster.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-    video = patch_coordinates((3, 4, 2), 2, torch.device("cpu"))
-    assert torch.equal(video, video[:8].repeat(3, 1))
 
 
 @pytest.mark.parametrize("merge", [1, 2])
@@ -101,8 +99,8 @@ def test_an_image_is_two_equal_frames() -> None:
 def test_learned_positions_are_resampled_corner_on_corner(grid: tuple[int, int, int]) -> None:
     encoder = make_encoder()
     _, height, width = grid
-    coordinates = patch_coordinates(grid, 2, torch.device("cpu"))
-    ours = encoder._learned_positions(coordinates, grid)
+    coordinates = patch_coordinates(height, width, 2, torch.device("cpu"))
+    ours = encoder._learned_positions(height, width)
     table = encoder.pos_embed.weight.T.reshape(1, 16, 6, 6)
     resampled = F.interpolate(table, size=(height, width), mode="bilinear", align_corners=True)[0]
     torch.testing.assert_close(ours, resampled[:, coordinates[:, 0], coordinates[:, 1]].T, atol=1e-5, rtol=0)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, Slot
 from omni.checkpoint.shards import read_file_header
 from omni.config_reading import read_json
+from omni.layers.quantized import packed_kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -82,6 +83,11 @@ def apply_adapter(model: nn.Module, folder: str | Path, *, table: KeyTable = QWE
     """
     folder = Path(folder)
     config = check_adapter(folder)
+    if (kind := packed_kind(model)) is not None:
+        raise ValueError(
+            f"an adapter cannot be merged into weights at {kind}; pass adapter= and quantize= to from_pretrained "
+            "together, which merges first"
+        )
     targets = dict(model.state_dict(keep_vars=True))
     loaded = {name.partition(".")[0] for name in targets}
     replaced: list[tuple[Tensor, Tensor]] = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 # weights, configs, tokenizer and chat template; never pickles
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -37,6 +35,8 @@ def resolve_folder(
         raise FileNotFoundError(
             f"folder {name!r} does not exist; pass a checkpoint folder or a Hub id such as org/name"
         )
+    from huggingface_hub import snapshot_download  # imports for a second, which a folder need not wait for
+
     try:
         folder = snapshot_download(
             name,

@@ -1,7 +1,7 @@
 """From a checkpoint folder into a model that was built on the meta device.
 
-Only tensors that the model has are read, memory-mapped, file by file in the order of the bytes, straight into their
-final place, dtype and device; experts are stacked on the way. So the peak of memory is the model itself.
+Only tensors that the model has are read, in the order of the bytes, by several threads, straight into their final
+place, dtype and device; experts are stacked on the way. So the peak of memory is the model itself.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from omni.checkpoint.adapters import apply_adapter, check_adapter
 from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, Slot, is_stacked
 from omni.checkpoint.placement import Device, DeviceMap, DiskOffload, check_device, device_of, dispatch, plan_devices
-from omni.checkpoint.shards import TensorInfo, read_headers, tensor_files
+from omni.checkpoint.reading import DTYPES, FLOATS, ShardReader
+from omni.checkpoint.shards import TensorInfo, read_contents
+from omni.layers.quantized import DEFAULT_PARTS, Quantizer
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_RUN_BYTES = 64 << 20  # what a thread reads before it takes the next piece of work
+_THREADS = 8  # at most; beyond, neither page cache nor disk gets faster
 Initialise = Callable[[set[str]], None]
 
 
@@ -61,11 +66,23 @@ class LoadReport:
 
 @dataclass
 class _Plan:
-    """Which tensor of which file goes where; `incomplete` are our names that the files cannot fill."""
+    """Which tensor of the files goes where; `incomplete` are our names that the files cannot fill."""
 
-    reads: dict[Path, list[tuple[TensorInfo, str, Slot]]] = field(default_factory=lambda: defaultdict(list))
+    reads: list[tuple[TensorInfo, Slot]] = field(default_factory=list)
     incomplete: set[str] = field(default_factory=set)
     report: LoadReport = LoadReport()
+
+    def runs(self) -> list[list[tuple[TensorInfo, Slot]]]:
+        """The reads in the order of the bytes, cut into pieces of work, each from one file."""
+        runs: list[list[tuple[TensorInfo, Slot]]] = []
+        size = 0
+        for info, slot in sorted(self.reads, key=lambda read: (read[0].shard, read[0].start)):
+            if not runs or size >= _RUN_BYTES or runs[-1][-1][0].shard != info.shard:
+                runs.append([])
+                size = 0
+            runs[-1].append((info, slot))
+            size += info.bytes
+        return runs
 
 
 def load_weights(
@@ -79,6 +96,8 @@ def load_weights(
     device_map: str | Device | DeviceMap | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     adapter: str | Path | None = None,
+    quantize: str | None = None,
+    quantize_parts: Sequence[str] = DEFAULT_PARTS,
     strict: bool = True,
     initialise: Initialise | None = None,
     progress: bool | None = None,
@@ -87,23 +106,32 @@ def load_weights(
 
     dtype: of all floating tensors; "auto" is `config_dtype`, else that of the files' first one. device: None is CUDA if
     present, else the CPU. device_map: accelerate's, instead of `device`; weights it puts on "disk" go to
-    `offload_folder`. adapter: a PEFT folder, merged at the end. strict=False takes what fits; `initialise(names)` then
-    fills the rest, given our names. progress: a bar over shards; None shows it when loading takes over two seconds.
+    `offload_folder`. adapter: a PEFT folder, merged at the end. quantize: the low precision of `quantize_parts` (see
+    `Quantizer`), each tensor rounded as soon as it is complete, or at the end where an adapter is merged first.
+    strict=False takes what fits; `initialise(names)` then fills the rest, given our names. progress: a bar over bytes;
+    None shows it when loading takes over two seconds.
     Raises ValueError or FileNotFoundError for a folder that cannot be read or does not fit; nothing is assigned then.
     """
     folder = Path(folder)
     if adapter is not None:
         check_adapter(adapter)  # before the long work
+    if quantize is not None and device_map is not None:
+        raise ValueError("quantize= and device_map= do not go together; pass device=, a packed model is small")
+    quantizer = None if quantize is None else Quantizer(model, quantize, quantize_parts)
     targets = model.state_dict(keep_vars=True)  # tied tensors under each of their names
-    files = tensor_files(folder)
-    wanted = [key for key in files if (slot := table.slot(key)) is not None and slot.name in targets]
-    headers = read_headers(folder, wanted)
-    plan = _plan_reads(targets, files, {key: headers[key] for key in wanted}, table)
+    slot_of = cache(table.slot)
+
+    def wanted(key: str) -> bool:
+        slot = slot_of(key)
+        return slot is not None and slot.name in targets
+
+    files, headers = read_contents(folder, wanted)
+    plan = _plan_reads(targets, {key: slot_of(key) for key in files}, headers, table)
     if strict:
         plan.report.raise_if_any(folder)
     elif plan.incomplete and initialise is None:
         raise ValueError(f"{_few(sorted(plan.incomplete))} cannot be read from {folder}; pass initialise= to fill them")
-    target_dtype = resolve_dtype(dtype, config_dtype, (headers[key] for key in wanted))
+    target_dtype = resolve_dtype(dtype, config_dtype, (headers[key] for key in files if wanted(key)))
     if device_map is None:
         device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
         places: dict[str, Any] = {"": check_device(device)}
@@ -112,7 +140,7 @@ def load_weights(
     if plan.incomplete and "disk" in places.values():
         raise ValueError(f"{folder} lacks {len(plan.incomplete)} tensors, which disk offload cannot fill; use 'cpu'")
     offload = DiskOffload(offload_folder, places)
-    filler = _Filler(model, targets, target_dtype, places, offload)
+    filler = _Filler(model, targets, target_dtype, places, offload, quantizer if adapter is None else None)
     filler.read(plan, progress)
     if plan.incomplete:
         assert initialise is not None
@@ -122,6 +150,8 @@ def load_weights(
     assert not left, f"{left[0]} has no value: it is neither a parameter nor a persistent buffer"
     if adapter is not None:
         apply_adapter(model, adapter, table=table)
+    if quantizer is not None:
+        quantizer.finish()
     dispatch(model, places, offload)
     return plan.report
 
@@ -141,15 +171,14 @@ def resolve_dtype(
 
 
 def _plan_reads(
-    targets: Mapping[str, Tensor], files: Mapping[str, Path], headers: Mapping[str, TensorInfo], table: KeyTable
+    targets: Mapping[str, Tensor], slots: Mapping[str, Slot | None], headers: Mapping[str, TensorInfo], table: KeyTable
 ) -> _Plan:
-    """Match the files' keys with the model's tensors, by header alone."""
+    """Match the files' keys, each with its slot, with the model's tensors, by header alone."""
     plan = _Plan()
     source: dict[Slot, str] = {}
     unexpected, mismatched = [], []
     loaded = {name.partition(".")[0] for name in targets}
-    for key in files:
-        slot = table.slot(key)
+    for key, slot in slots.items():
         if slot is None or slot.name not in targets:
             of_loaded_part = slot is None or slot.name.partition(".")[0] in loaded
             if of_loaded_part and not table.is_derived(key):
@@ -161,10 +190,11 @@ def _plan_reads(
             continue
         if slot in source:
             raise ValueError(f"{info.shard.parent} stores {source[slot]!r} a second time as {key!r}; delete one")
-        if target.is_floating_point() and info.dtype not in FLOATS:
+        if info.dtype not in (FLOATS if target.is_floating_point() else DTYPES):
+            kind = "a float" if target.is_floating_point() else "a whole number"
             raise ValueError(
-                f"{key} in {info.shard} has dtype {info.dtype} where a float belongs; quantised weights are not read, "
-                "load the unquantised checkpoint"
+                f"{key} in {info.shard} has dtype {info.dtype} where {kind} belongs; quantised weights are not read, "
+                "load the unquantised checkpoint (quantize= makes a model small while loading)"
             )
         source[slot] = key
         expected = tuple(slot.of(target).shape)
@@ -172,7 +202,7 @@ def _plan_reads(
             mismatched.append(Mismatch(key, info.shape, expected))
             plan.incomplete.add(slot.name)
         else:
-            plan.reads[info.shard].append((info, key, slot))
+            plan.reads.append((info, slot))
     missing = _find_missing(targets, source, plan, table)
     plan.report = LoadReport(tuple(missing), tuple(unexpected), tuple(mismatched))
     return plan
@@ -210,43 +240,61 @@ class _Filler:
         dtype: torch.dtype,
         places: Mapping[str, Any],
         offload: DiskOffload,
+        quantizer: Quantizer | None,
     ) -> None:
+        self.quantizer = quantizer
         self.model, self.targets, self.dtype, self.places, self.offload = model, targets, dtype, places, offload
         self.names: dict[int, list[str]] = defaultdict(list)  # tied tensors are one object under several names
         for name, target in targets.items():
             self.names[id(target)].append(name)
         self.open: dict[str, Tensor] = {}  # tensors that wait for more pieces
         self.waiting: dict[str, int] = {}
+        self.lock = Lock()  # of the two dicts above
 
     def read(self, plan: _Plan, progress: bool | None) -> None:
         """Carry out the plan."""
-        for reads in plan.reads.values():
-            for _, _, slot in reads:
-                self.waiting[slot.name] = self.waiting.get(slot.name, 0) + 1
-        shards = sorted(plan.reads.items())
-        bar = tqdm(shards, "loading", unit="shard", delay=0 if progress else 2, disable=progress is False)
-        for shard, reads in bar:
+        for _, slot in plan.reads:
+            self.waiting[slot.name] = self.waiting.get(slot.name, 0) + 1
+        total = sum(info.bytes for info, _ in plan.reads)
+        quiet = {"delay": 0 if progress else 2, "disable": progress is False}
+        bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, **quiet)
+        # packing one weight while others are read would keep several at full precision
+        threads = 1 if self.quantizer is not None else max(2, min(_THREADS, os.cpu_count() or 1))
+        with bar, ThreadPoolExecutor(threads) as pool:
             try:
-                with safe_open(shard, framework="pt") as file:
-                    for _, key, slot in sorted(reads, key=lambda read: read[0].start):
-                        self._fill(slot, file.get_tensor(key))
-            except SafetensorError as error:
-                raise ValueError(f"{shard} cannot be read: {error}; download or save it again") from error
+                for done in as_completed([pool.submit(self._read_run, run) for run in plan.runs()]):
+                    bar.update(done.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _read_run(self, run: list[tuple[TensorInfo, Slot]]) -> int:
+        """Read tensors of one file, in their order there; returns their bytes."""
+        with ShardReader(run[0][0].shard) as file:
+            for info, slot in run:
+                self._fill(slot, info, file)
+        return sum(info.bytes for info, _ in run)
 
     def make_room(self, names: Iterable[str]) -> None:
         """Empty tensors for those that no file filled completely."""
         for name in names:
             self.open.pop(name, None)
-            self._finish(name, self._allocate(name))
+            self._place(name, self._allocate(name))
 
-    def _fill(self, slot: Slot, value: Tensor) -> None:
+    def _fill(self, slot: Slot, info: TensorInfo, file: ShardReader) -> None:
         name = slot.name
-        if name not in self.open:
-            self.open[name] = self._allocate(name)
-        slot.of(self.open[name]).copy_(value)
-        self.waiting[name] -= 1
-        if not self.waiting[name]:
-            self._finish(name, self.open.pop(name))
+        with self.lock:
+            if name not in self.open:
+                self.open[name] = self._allocate(name)
+            whole = self.open[name]
+        file.read(info, slot.of(whole))
+        with self.lock:
+            self.waiting[name] -= 1
+            complete = not self.waiting[name]
+            if complete:
+                del self.open[name]
+        if complete:
+            self._finish(name, whole)
 
     def _allocate(self, name: str) -> Tensor:
         target = self.targets[name]
@@ -262,7 +310,12 @@ class _Filler:
             ) from error
 
     def _finish(self, name: str, value: Tensor) -> None:
-        """Put a complete tensor under every name it has."""
+        """Put a complete tensor into the model, packed where that was asked for."""
+        if self.quantizer is None or not self.quantizer.take(name, value):
+            self._place(name, value)
+
+    def _place(self, name: str, value: Tensor) -> None:
+        """Put a tensor under every name it has."""
         target = self.targets[name]
         final = nn.Parameter(value) if isinstance(target, nn.Parameter) else value
         for alias in self.names[id(target)]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, is_stacked
 from omni.checkpoint.shards import INDEX, WEIGHTS
+from omni.layers.quantized import packed_kind
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Entry = tuple[str, Tensor]
@@ -33,11 +34,16 @@ def save_weights(
 
     One `model.safetensors` if it fits into `max_shard_size`, else numbered shards and an index. experts: one matrix an
     expert as the release has it, or "fused" stacked ones. Memory beyond the model: at most one shard, and none for
-    weights on the CPU. Raises ValueError for bad arguments or offloaded weights, OSError when writing fails.
+    weights on the CPU. Raises ValueError for bad arguments, offloaded or quantised weights, OSError when writing fails.
     """
     limit = parse_size(max_shard_size)
     if experts not in ("separate", "fused"):
         raise ValueError(f"experts {experts!r} is neither 'separate' nor 'fused'")
+    if (kind := packed_kind(model)) is not None:
+        raise ValueError(
+            f"the model's weights were rounded to {kind}, which the Hub's layout has no place for; load the checkpoint "
+            "without quantize= and save that"
+        )
     shards = _pack(list(_entries(model, table, experts)), limit)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:

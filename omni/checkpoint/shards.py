@@ -1,4 +1,4 @@
-"""Reading what a checkpoint folder holds, from the index and the safetensors headers alone, trusting neither.
+"""What a checkpoint folder holds, from the index and the safetensors headers alone, trusting neither.
 
 A safetensors file is eight bytes of header length, a JSON header `{key: {dtype, shape, data_offsets}}`, and the data.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ _AGAIN = "download or save the checkpoint again"
 
 
 class TensorInfo(NamedTuple):
-    """One tensor as its file's header describes it; `dtype` in safetensors' spelling, `start` its first data byte."""
+    """One tensor as its file's header describes it; `dtype` in the format's spelling, `start` its first byte."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -39,41 +39,37 @@ class TensorInfo(NamedTuple):
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """Which file of a checkpoint folder holds each key: from the index, else from the header of the only file.
-
-    Raises FileNotFoundError when there are no safetensors weights, ValueError for a broken index or pickled weights.
-    Shards are not opened, so one that nobody needs may be absent.
-    """
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return dict.fromkeys(read_file_header(folder / WEIGHTS), folder / WEIGHTS)
-    if (folder / INDEX).is_file():
-        return _read_index(folder / INDEX)
-    loose = sorted(path.name for path in folder.glob("*.safetensors"))
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if loose:
-        raise FileNotFoundError(f"{folder} holds {loose[0]} but no {INDEX} that says what is where; {_AGAIN}")
-    if pickles:
-        raise ValueError(
-            f"{folder / pickles[0]} is a pickle, which can run code when opened and is never loaded; "
-            f"convert the checkpoint to {WEIGHTS} first"
-        )
-    raise FileNotFoundError(f"{folder} holds no weights; a checkpoint folder needs {WEIGHTS} or {INDEX}")
+    """Which file of a checkpoint folder holds each key; shards are not opened. Raises as `read_contents` does."""
+    return read_contents(folder, lambda key: False)[0]
 
 
 def read_headers(folder: str | Path, keys: Iterable[str] | None = None) -> dict[str, TensorInfo]:
-    """Shape, dtype and file of every tensor, without reading data.
+    """Shape, dtype and place of every tensor, without reading data. Raises as `read_contents` does.
 
     With `keys`, only the files that hold one of them are opened, and everything in those files is returned.
-    Raises FileNotFoundError for a missing shard, ValueError for one that is truncated or contradicts the index.
     """
-    files = tensor_files(folder)
+    return read_contents(folder, (lambda key: True) if keys is None else set(keys).__contains__)[1]
+
+
+def read_contents(folder: str | Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Path], dict[str, TensorInfo]]:
+    """(the file of every key, the headers of all tensors in those files that hold a wanted key).
+
+    Keys come from the index, else from the header of the only file. Shards that hold nothing wanted may be absent.
+    Raises FileNotFoundError when there are no safetensors weights or a shard is missing, ValueError for a broken index,
+    a shard that is truncated or contradicts the index, or pickled weights.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        headers = read_file_header(folder / WEIGHTS)
+        return dict.fromkeys(headers, folder / WEIGHTS), headers
+    if not (folder / INDEX).is_file():
+        raise _no_weights(folder)
+    files = _read_index(folder / INDEX)
     named: dict[Path, set[str]] = defaultdict(set)
     for key, shard in files.items():
         named[shard].add(key)
-    wanted = set(named) if keys is None else {files[key] for key in keys}
-    headers: dict[str, TensorInfo] = {}
-    for shard in sorted(wanted):
+    headers = {}
+    for shard in sorted({shard for key, shard in files.items() if wanted(key)}):
         if not shard.is_file():
             raise FileNotFoundError(f"{shard} is missing though the index names it; {_AGAIN}")
         found = read_file_header(shard)
@@ -84,7 +80,21 @@ def read_headers(folder: str | Path, keys: Iterable[str] | None = None) -> dict[
             where = f"places it in {files[key].name}" if key in files else "does not name it"
             raise ValueError(f"{shard} holds tensor {key!r} but the index {where}; {_AGAIN}")
         headers.update(found)
-    return headers
+    return files, headers
+
+
+def _no_weights(folder: Path) -> Exception:
+    """Why a folder without the usual files cannot be read."""
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if loose:
+        return FileNotFoundError(f"{folder} holds {loose[0]} but no {INDEX} that says what is where; {_AGAIN}")
+    if pickles:
+        return ValueError(
+            f"{folder / pickles[0]} is a pickle, which can run code when opened and is never loaded; "
+            f"convert the checkpoint to {WEIGHTS} first"
+        )
+    return FileNotFoundError(f"{folder} holds no weights; a checkpoint folder needs {WEIGHTS} or {INDEX}")
 
 
 def _read_index(path: Path) -> dict[str, Path]:
@@ -115,14 +125,14 @@ def read_file_header(path: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"{path} is truncated or not a safetensors file ({size} bytes); {_AGAIN}")
         header = _parse(file.read(length), path)
     header.pop("__metadata__", None)
-    tensors = {key: _tensor_info(key, entry, path) for key, entry in header.items()}
-    end = 0
+    end = 8 + length  # where the data begins
+    tensors = {key: _tensor_info(key, entry, path, end) for key, entry in header.items()}
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if info.start != end:
             raise ValueError(f"{path}: tensor {key!r} starts at byte {info.start} instead of {end}; {_AGAIN}")
         end += info.bytes
-    if 8 + length + end != size:
-        raise ValueError(f"{path} has {size} bytes but its header describes {8 + length + end}; {_AGAIN}")
+    if end != size:
+        raise ValueError(f"{path} has {size} bytes but its header describes {end}; {_AGAIN}")
     return tensors
 
 
@@ -131,7 +141,7 @@ def _is_pickle(start: bytes) -> bool:
     return start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
-def _tensor_info(key: str, entry: Any, path: Path) -> TensorInfo:
+def _tensor_info(key: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     """One entry of a header, checked against itself."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -141,7 +151,7 @@ def _tensor_info(key: str, entry: Any, path: Path) -> TensorInfo:
         sound = False
     if not sound:
         raise ValueError(f"{path}: the header entry of tensor {key!r} contradicts itself; {_AGAIN}")
-    return TensorInfo(shape, dtype, path, start)
+    return TensorInfo(shape, dtype, path, data_start + start)
 
 
 def _parse(data: bytes, path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Shapes: B rows, K codebooks, T frames, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from omni.code2wav.conv import (
     CausalConv1d,
     CausalConvTranspose1d,
+    ChainState,
     ConvNeXtBlock,
+    ConvState,
     DecoderBlock,
     SnakeBeta,
     StreamingChain,
@@ -37,6 +40,37 @@ class Code2WavState(State):
     transformer: WindowState
     upsample: State
     decoder: State
+
+    @property
+    def started(self) -> bool:
+        """Whether the samples that the first call lacks lie behind; known on the host."""
+        return not any(part.skip for part in _parts(self) if isinstance(part, ConvState))
+
+    def write_row(self, row: int, one: Code2WavState) -> None:
+        """Overwrite a row with a started state of one row, in place; the batch counts as started from then on."""
+        assert one.started, "a row joins a batch after its first frame"
+        for mine, new in zip(_parts(self), _parts(one)):
+            for name, value in vars(mine.rows(row, row + 1)).items():  # views of this batch's memory
+                if isinstance(value, Tensor):
+                    value.copy_(getattr(new, name))
+                else:
+                    setattr(mine, name, getattr(new, name))
+
+    def read_row(self, row: int) -> Code2WavState:
+        """A copy of one row."""
+        return self.rows(row, row + 1).clone()
+
+
+def _parts(state: State) -> Iterator[State]:
+    """The states of single layers, in order."""
+    if isinstance(state, ChainState):
+        for layer in state.layers:
+            yield from _parts(layer)
+    elif isinstance(state, Code2WavState):
+        for part in (state.transformer, state.upsample, state.decoder):
+            yield from _parts(part)
+    else:
+        yield state
 
 
 class Code2Wav(nn.Module):
@@ -120,11 +154,14 @@ class Code2Wav(nn.Module):
         )
 
     @torch.no_grad()
-    def step(self, codes: Tensor, state: Code2WavState) -> Tensor:
+    def step(self, codes: Tensor, state: Code2WavState, active: Tensor | None = None) -> Tensor:
         """The next n >= 1 frames, codes int64 [B, K, n] -> [B, hop_length * n] samples; updates `state` in place.
 
-        The first call returns `lookahead` samples less; joined, all calls equal one `forward`. The codes' range is
-        checked on a CPU only: elsewhere the check would wait for the device in every frame.
+        The first call returns `lookahead` samples less; joined, all calls equal one `forward`. Rows that are False in
+        `active` (bool [B], on the device) stand still: their codes, which must be in range, are not heard, their
+        samples mean nothing and their state goes on where it was; this needs a state that has `started`. The codes'
+        range is checked on a CPU only: elsewhere the check would wait for the device in every frame. Once started, a
+        step reads nothing back from the device and keeps the state's tensors where they are: it can be captured.
         """
         self._check(codes)
         if codes.shape[2] == 0 or codes.shape[0] != state.transformer.frames.shape[0]:
@@ -134,8 +171,11 @@ class Code2Wav(nn.Module):
             )
         if codes.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_range(codes)
-        x = self.pre_transformer(self._embed(codes), state.transformer).transpose(1, 2)
-        x = self.decoder.step(self.upsample.step(x, state.upsample), state.decoder)
+        if active is not None:
+            assert state.started, "rows can stand still only once the state has started"
+            active = active[:, None, None]
+        x = self.pre_transformer.step(self._embed(codes), state.transformer, active).transpose(1, 2)
+        x = self.decoder.step(self.upsample.step(x, state.upsample, active), state.decoder, active)
         return x.clamp(-1, 1)[:, 0]
 
     def _embed(self, codes: Tensor) -> Tensor:

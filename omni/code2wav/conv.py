@@ -1,7 +1,11 @@
 """Causal convolutions that run on a whole signal (`forward`) or on consecutive pieces of it (`step`).
 
 A layer's state is the end of its input so far, which is all that its next output needs: `step` puts it in front of the
-new piece where `forward` puts zeros. Hence pieces of any length, joined, equal the whole.
+new piece where `forward` puts zeros. Hence pieces of any length, joined, equal the whole. States are updated in place,
+and rows of a batch may stand still: `active` bool [B, 1, 1] is False where a row's state must not change (None: none).
+
+A piece of one frame is only a few steps long in the wide layers. There the convolutions are written as matrix products
+on the parameters themselves: torch's CPU convolutions of such sizes are up to 10 times slower.
 Sources: Snake (Ziyin et al., 2020) with a separate magnitude (BigVGAN, Lee et al., 2022); ConvNeXt (Liu et al., 2022);
 the dilated residual units of the SoundStream decoder (Zeghidour et al., 2021).
 Shapes: B rows, C channels, T steps in time.
@@ -19,6 +23,9 @@ from torch.nn import functional as F
 
 from omni.layers.state import State
 
+_SMALL_SIGNAL = 32768  # values; from here on torch's convolution is as fast as the matrix product or faster
+_FEW_COLUMNS = 64  # rows * steps; below it the product with the transposed weight, and transposed convolution as one
+
 
 @dataclass
 class ConvState(State):
@@ -27,10 +34,13 @@ class ConvState(State):
     past: Tensor
     skip: int = 0
 
-    def extend(self, x: Tensor) -> Tensor:
+    def extend(self, x: Tensor, active: Tensor | None) -> Tensor:
         """The past followed by x [B, C, T]; remembers its end for the next piece."""
+        if self.past.shape[-1] == 0:
+            return x
         x = torch.cat((self.past, x), dim=-1)
-        self.past.copy_(x[..., x.shape[-1] - self.past.shape[-1] :])
+        end = x[..., x.shape[-1] - self.past.shape[-1] :]
+        self.past.copy_(end if active is None else torch.where(active, end, self.past))
         return x
 
 
@@ -48,7 +58,7 @@ class StreamingLayer(nn.Module):
         """The state before the first piece, in the dtype and on the device of the parameters."""
         return State()
 
-    def step(self, x: Tensor, state: State) -> Tensor:
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
         """The next piece x [B, C, T] of a signal, T >= 0 -> its outputs; updates `state` in place."""
         return self(x)
 
@@ -69,10 +79,10 @@ class StreamingChain(nn.ModuleList):
         """The state before the first piece."""
         return ChainState([cast(StreamingLayer, layer).init_state(batch_size) for layer in self])
 
-    def step(self, x: Tensor, state: State) -> Tensor:
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
         """The next piece x [B, C, T] of a signal -> its outputs; updates `state` in place."""
         for layer, own in zip(self, cast(ChainState, state).layers):
-            x = cast(StreamingLayer, layer).step(x, own)
+            x = cast(StreamingLayer, layer).step(x, own, active)
         return x
 
 
@@ -90,13 +100,28 @@ class CausalConv1d(StreamingLayer):
     def init_state(self, batch_size: int) -> State:
         return ConvState(self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.context))
 
-    def step(self, x: Tensor, state: State) -> Tensor:
-        return self._convolve(cast(ConvState, state).extend(x))
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
+        return self._convolve(cast(ConvState, state).extend(x, active))
 
     def _convolve(self, x: Tensor) -> Tensor:
         if x.shape[-1] <= self.context:  # nothing but context
             return x.new_zeros(x.shape[0], self.conv.out_channels, 0)
-        return self.conv(x)
+        if x.numel() > _SMALL_SIGNAL:
+            return self.conv(x)
+        weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None
+        seen = x.unfold(2, self.context + 1, 1)[
+            ..., :: self.conv.dilation[0]
+        ]  # what each output sees [B, C, T, kernel]
+        if self.conv.groups > 1:  # depthwise
+            return (seen * weight).sum(-1) + bias[:, None]
+        rows, _, steps, _ = seen.shape
+        columns = seen.permute(1, 3, 0, 2).reshape(weight[0].numel(), rows * steps)
+        if rows * steps < _FEW_COLUMNS:  # reads a wide weight faster
+            y = torch.addmm(bias, columns.t(), weight.flatten(1).t())
+            return y.view(rows, steps, -1).transpose(1, 2)
+        y = torch.addmm(bias[:, None], weight.flatten(1), columns)
+        return y.view(-1, rows, steps).transpose(0, 1)
 
 
 class CausalConvTranspose1d(StreamingLayer):
@@ -122,18 +147,30 @@ class CausalConvTranspose1d(StreamingLayer):
         past = self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.context)
         return ConvState(past, skip=self.trim)
 
-    def step(self, x: Tensor, state: State) -> Tensor:
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
         state = cast(ConvState, state)
-        y = self._upsample(state.extend(x), self.context)
-        drop = min(state.skip, y.shape[-1])  # nothing after the first piece
+        y = self._upsample(state.extend(x, active), self.context)
+        if state.skip == 0:  # always after the first piece
+            return y
+        drop = min(state.skip, y.shape[-1])
         state.skip -= drop
         return y[..., drop:]
 
     def _upsample(self, x: Tensor, context: int) -> Tensor:
         """Outputs of the inputs x [B, C, context + T] after the first `context`: [B, C, stride * T]."""
-        if x.shape[-1] <= context:
-            return x.new_zeros(x.shape[0], self.conv.out_channels, 0)
-        return self.conv(x)[..., context * self.stride : x.shape[-1] * self.stride]
+        rows, _, steps = x.shape
+        if steps <= context:
+            return x.new_zeros(rows, self.conv.out_channels, 0)
+        pieces, rest = divmod(self.conv.kernel_size[0], self.stride)
+        if rows * steps >= _FEW_COLUMNS or rest or context != pieces - 1:
+            return self.conv(x)[..., context * self.stride : steps * self.stride]
+        weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None
+        spread = (x.transpose(1, 2) @ weight.flatten(1)).view(rows, steps, -1, pieces, self.stride)
+        y = spread[:, context:, :, 0]  # [B, T, C, stride]; piece i of an input lies under the i-th input after it
+        for i in range(1, pieces):
+            y = y + spread[:, context - i : steps - i, :, i]
+        return (y.transpose(1, 2) + bias[:, None, None]).flatten(2)
 
 
 class SnakeBeta(StreamingLayer):
@@ -150,8 +187,9 @@ class SnakeBeta(StreamingLayer):
         nn.init.zeros_(self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.alpha.exp()[:, None], self.beta.exp()[:, None]
-        return x + (x * a).sin().square() / (b + 1e-9)
+        a, scale = self.alpha.exp()[:, None], (self.beta.exp() + 1e-9).reciprocal()[:, None]
+        sine = (x * a).sin_()
+        return torch.addcmul(x, sine, sine * scale)
 
 
 class ConvNeXtBlock(StreamingLayer):
@@ -170,17 +208,18 @@ class ConvNeXtBlock(StreamingLayer):
         nn.init.constant_(self.gamma, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self._pointwise(self.dwconv(x))
+        return self._add(x, self.dwconv(x))
 
     def init_state(self, batch_size: int) -> State:
         return self.dwconv.init_state(batch_size)
 
-    def step(self, x: Tensor, state: State) -> Tensor:
-        return x + self._pointwise(self.dwconv.step(x, state))
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
+        return self._add(x, self.dwconv.step(x, state, active))
 
-    def _pointwise(self, x: Tensor) -> Tensor:
-        y = self.pwconv2(F.gelu(self.pwconv1(self.norm(x.transpose(1, 2)))))
-        return (self.gamma * y).transpose(1, 2)
+    def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x [B, C, T] plus the feed-forward layer of what the depthwise convolution made of it."""
+        y = self.pwconv2(F.gelu(self.pwconv1(self.norm(mixed.transpose(1, 2)))))
+        return torch.addcmul(x, self.gamma[:, None], y.transpose(1, 2))
 
 
 class ResidualUnit(StreamingLayer):
@@ -199,8 +238,8 @@ class ResidualUnit(StreamingLayer):
     def init_state(self, batch_size: int) -> State:
         return self.conv1.init_state(batch_size)
 
-    def step(self, x: Tensor, state: State) -> Tensor:
-        return x + self.conv2(self.act2(self.conv1.step(self.act1(x), state)))
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
+        return x + self.conv2(self.act2(self.conv1.step(self.act1(x), state, active)))
 
 
 class DecoderBlock(StreamingLayer):
@@ -222,5 +261,5 @@ class DecoderBlock(StreamingLayer):
     def init_state(self, batch_size: int) -> State:
         return self.block.init_state(batch_size)
 
-    def step(self, x: Tensor, state: State) -> Tensor:
-        return self.block.step(x, state)
+    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
+        return self.block.step(x, state, active)

@@ -22,10 +22,13 @@ from omni.config import AudioEncoderConfig
 from omni.encoders.checks import check_open
 from omni.encoders.output import EncoderOutput
 from omni.layers.attention_backends import packed_attention
+from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.layers.state import State
 
 FRAMES_HZ = 100  # mel frames a second: 16 kHz, hop of 160 samples (released preprocessor config)
 _CHUNKS_AT_ONCE = 64  # bounds the memory of the convolutions (64 s of audio, released config)
+_CPU_VALUES = 1 << 21  # of the first convolution's output: larger ones leave the cache, and take 2 to 3 times as long
+_TOKENS_AT_ONCE = 8192  # bounds the memory of the layers (10 minutes of audio)
 _MAX_TIMESCALE = 10000.0  # of the sinusoids (Vaswani et al., 2017)
 
 
@@ -65,8 +68,8 @@ class AudioAttention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, blocks: list[int]) -> Tensor:
-        """x [N, D] -> [N, D]; `blocks` are the block lengths, with sum N."""
+    def forward(self, x: Tensor, blocks: PackedBlocks) -> Tensor:
+        """x [N, D] -> [N, D]."""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(packed_attention(q, k, v, blocks).flatten(1))
 
@@ -82,7 +85,7 @@ class AudioLayer(nn.Module):
         self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, blocks: list[int]) -> Tensor:
+    def forward(self, x: Tensor, blocks: PackedBlocks) -> Tensor:
         """x [N, D] -> [N, D]."""
         x = x + self.self_attn(self.self_attn_layer_norm(x), blocks)
         x = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
@@ -229,11 +232,20 @@ class AudioEncoder(nn.Module):
     def _no_embeds(self) -> Tensor:
         return self.proj2.weight.new_zeros(0, self.config.output_dim)
 
-    def _transform(self, x: Tensor, blocks: list[int]) -> Tensor:
-        """Convolved tokens x [N, D] in attention blocks with sum N -> embeds [N, D_out]."""
-        for layer in self.layers:
-            x = layer(x, blocks)
-        return self.proj2(F.gelu(self.proj1(self.ln_post(x))))
+    def _transform(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Convolved tokens [N, D] in attention blocks of these lengths, with sum N -> embeds [N, D_out].
+
+        Without gradients, in passes of bounded memory.
+        """
+        passes = BlockPasses(lengths, None if torch.is_grad_enabled() else _TOKENS_AT_ONCE)
+        parts = []
+        for numbers in passes:
+            blocks = PackedBlocks([lengths[block] for block in numbers], tokens.device)
+            x = torch.cat(passes.runs(tokens, numbers))
+            for layer in self.layers:
+                x = layer(x, blocks)
+            parts.append(self.proj2(F.gelu(self.proj1(self.ln_post(x)))))
+        return passes.join(parts)
 
     def _tokens(self, features: Tensor, frames: list[int]) -> list[Tensor]:
         """Convolved tokens [n, D] of each clip. Clips whose chunks have the same width share the convolutions."""
@@ -251,13 +263,19 @@ class AudioEncoder(nn.Module):
     def _convolve(self, chunks: Tensor) -> Tensor:
         """chunks [c, M, width] -> [c, tokens a chunk, D], positions added."""
         parts = []
-        for part in chunks.split(_CHUNKS_AT_ONCE):
+        for part in chunks.split(self._chunks_at_once(chunks)):
             y = part[:, None]  # [c, 1, M, width]
             for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
                 y = F.gelu(conv(y))
             parts.append(self.conv_out(y.permute(0, 3, 1, 2).flatten(2)))  # channel-major: [c, t, channels * mels]
         y = torch.cat(parts)
         return y + sinusoids(y.shape[1], y.shape[2], y.device).to(y.dtype)
+
+    def _chunks_at_once(self, chunks: Tensor) -> int:
+        if chunks.device.type != "cpu":
+            return _CHUNKS_AT_ONCE
+        values = self.conv2d1.out_channels * chunks[0].numel() // 4  # a quarter of the places, for each channel
+        return min(max(_CPU_VALUES // max(values, 1), 1), _CHUNKS_AT_ONCE)
 
     def _window_tokens(self, window_frames: int | None) -> int:
         chunk = self.config.chunk_frames

@@ -78,8 +78,8 @@ def compress(log_mel: Tensor, level: Tensor) -> Tensor:
 def running_level(log_mel: Tensor, chunk_frames: int) -> Tensor:
     """The loudest value of each frame's chunk and all before it: log_mel [M, F] -> [F]."""
     loudest = log_mel.amax(0)
-    chunks = [chunk.max() for chunk in loudest.split(chunk_frames)]
-    return torch.stack(chunks).cummax(0).values.repeat_interleave(chunk_frames)[: loudest.numel()]
+    whole = F.pad(loudest, (0, -loudest.numel() % chunk_frames), value=-torch.inf).unflatten(0, (-1, chunk_frames))
+    return whole.amax(1).cummax(0).values.repeat_interleave(chunk_frames)[: loudest.numel()]
 
 
 @dataclass
@@ -127,6 +127,7 @@ class LogMel:
         self.edge = n_fft // 2  # samples mirrored at either end
         self.window = torch.hann_window(n_fft)
         self.filters = mel_filter_bank(num_mels, n_fft, sample_rate)
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def num_frames(self, samples: int) -> int:
         """Feature frames of a clip of that many samples."""
@@ -150,11 +151,17 @@ class LogMel:
         """log10 mel powers [num_mels, F] of frames [F, n_fft], before any reference level."""
         if not len(frames):  # FFT libraries refuse an empty batch
             return self.filters.new_zeros(self.num_mels, 0, device=frames.device)
-        window, filters = self.window.to(frames.device), self.filters.to(frames.device)
+        window, filters = self._on(frames.device)
         parts = [
             log_power(filters @ power_spectrum(part, window).T.contiguous()) for part in frames.split(_FRAMES_AT_ONCE)
         ]
         return torch.cat(parts, dim=1)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Window and filters on a device, copied there once."""
+        if device not in self._copies:
+            self._copies[device] = (self.window.to(device), self.filters.to(device))
+        return self._copies[device]
 
     def init_state(self, device: torch.device | str | None = None) -> LogMelState:
         """The state before the first sample of a clip. Raises ValueError for a hop of half a window or more."""

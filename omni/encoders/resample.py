@@ -2,7 +2,8 @@
 
 Output j lies at input position j * source / target. It is a weighted sum of the inputs around it, and the weights
 depend on the fraction of that position alone, of which there are only `target / gcd` different ones: one short filter
-for each. A whole clip is one piece of a stream, so that pieces, joined, equal the whole.
+for each. Many outputs at once are a matrix product: all outputs of a period are the same sums of its inputs. A whole
+clip is one piece of a stream, so that pieces, joined, equal the whole.
 Source: Smith, "Digital Audio Resampling" (2002), with the width, roll-off and Hann window of torchaudio's default; the
 filters are computed in double precision and rounded once.
 """
@@ -23,6 +24,8 @@ MIN_RATE_HZ, MAX_RATE_HZ = 1000, 768_000
 _ZERO_CROSSINGS = 6  # of the sinc on either side
 _ROLLOFF = 0.99  # cut-off, as a share of half the lower rate
 _PRODUCTS_AT_ONCE = 1 << 20  # bounds the memory that a long piece needs
+_LEAST_COLUMNS = 64  # of the matrix of a period: shorter periods are taken together
+_MOST_WEIGHTS = 1 << 19  # of that matrix, mostly zeros: the rates that sound comes in stay below
 
 
 @dataclass
@@ -56,6 +59,12 @@ class StreamingResampler:
         cutoff = min(self.source, self.target) * _ROLLOFF / self.source  # zero crossings per input sample
         self.reach = 0 if self.source == self.target else math.ceil(_ZERO_CROSSINGS / cutoff)
         self.filters = sinc_filters(self.target, self.reach, cutoff)
+        self._copies: dict[tuple[torch.device, bool], Tensor] = {}
+        self.periods = -(-_LEAST_COLUMNS // self.target)
+        weights = self.periods * self.target * (self.periods * self.source + 2 * self.reach)
+        self.matrix: Tensor | None = None
+        if self.reach and weights <= _MOST_WEIGHTS:
+            self.matrix = period_matrix(self.target, self.reach, cutoff, self.source, self.periods)
 
     def num_samples(self, samples: int) -> int:
         """Output samples of that many input samples."""
@@ -103,10 +112,38 @@ class StreamingResampler:
         """Outputs `first` .. `end` - 1; `inputs` starts with the leftmost sample that output `first` needs."""
         if first == end:
             return inputs.new_zeros(0)
-        filters = self.filters.to(inputs.device)
+        origin = first * self.source // self.target
+        columns = self.periods * self.target
+        start, stop = -(-first // columns) * columns, end // columns * columns
+        if self.matrix is None or stop <= start:
+            return self._one_by_one(inputs, origin, first, end)
+        return torch.cat(
+            (
+                self._one_by_one(inputs, origin, first, start),
+                self._by_periods(inputs[start // self.target * self.source - origin :], (stop - start) // columns),
+                self._one_by_one(inputs, origin, stop, end),
+            )
+        )
+
+    def _on(self, device: torch.device, weights: Tensor) -> Tensor:
+        """Filters or matrix on a device, copied there once."""
+        key = (device, weights is self.matrix)
+        if key not in self._copies:
+            self._copies[key] = weights.to(device)
+        return self._copies[key]
+
+    def _by_periods(self, inputs: Tensor, blocks: int) -> Tensor:
+        """`blocks` times as many outputs as the matrix has columns; `inputs` starts where the first block does."""
+        assert self.matrix is not None
+        matrix = self._on(inputs.device, self.matrix)
+        rows = inputs.unfold(0, len(matrix), self.periods * self.source)[:blocks]
+        return torch.cat([part @ matrix for part in rows.split(max(1, _PRODUCTS_AT_ONCE // len(matrix)))]).flatten()
+
+    def _one_by_one(self, inputs: Tensor, origin: int, first: int, end: int) -> Tensor:
+        """Outputs `first` .. `end` - 1; `inputs` starts with input `origin`, counted from the first that is needed."""
+        filters = self._on(inputs.device, self.filters)
         taps = filters.shape[1]
         surroundings = inputs.unfold(0, taps, 1)  # a view [inputs - taps + 1, taps]
-        origin = first * self.source // self.target
         parts = []
         for outputs in torch.arange(first, end, device=inputs.device).split(max(1, _PRODUCTS_AT_ONCE // taps)):
             position = outputs * self.source  # in units of 1 / target input samples
@@ -127,3 +164,17 @@ def sinc_filters(fractions: int, reach: int, cutoff: float) -> Tensor:
     crossings = ((offsets - places) * cutoff).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)
     hann = (crossings * math.pi / (2 * _ZERO_CROSSINGS)).cos().square()
     return (crossings.sinc() * hann * cutoff).float()
+
+
+@functools.lru_cache(maxsize=8)
+def period_matrix(fractions: int, reach: int, cutoff: float, source: int, periods: int) -> Tensor:
+    """What turns the inputs around `periods` periods into their outputs: fp32 [inputs, periods * fractions].
+
+    A period has `source` inputs and `fractions` outputs; output j begins at input j * source // fractions.
+    """
+    position = torch.arange(periods * fractions) * source
+    index = position // fractions + torch.arange(2 * reach)[:, None]  # [taps, outputs]
+    filters = sinc_filters(fractions, reach, cutoff)
+    last = (periods * fractions - 1) * source // fractions + 2 * reach
+    matrix = filters.new_zeros(last, periods * fractions)
+    return matrix.scatter_(0, index, filters[position % fractions].T)

@@ -10,6 +10,8 @@ Shapes: N patches of all items (packed), C width, H heads, hd head width, m merg
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,19 +19,25 @@ from torch.nn import functional as F
 from omni.config import VisionEncoderConfig
 from omni.encoders.output import EncoderOutput
 from omni.layers.attention_backends import packed_attention
+from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.rope.rotary import AxialRotary, apply_rotary
 
 Grid = tuple[int, int, int]
+Tables = tuple[Tensor, Tensor]
+_PATCHES_AT_ONCE = 8192  # bounds the memory of the blocks (8 megapixels of pictures, 16 of video)
 
 
-def patch_coordinates(grid: Grid, merge: int, device: torch.device) -> Tensor:
-    """(row, column) of each patch of an item, int64 [t * h * w, 2], in the processor's order."""
-    steps, height, width = grid
+def merge_order(raster: Tensor, merge: int) -> Tensor:
+    """[h, w, …] in rows and columns -> [h * w, …] in the processor's order."""
+    blocks = raster.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # [h / m, m, w / m, m, …]
+    return blocks.transpose(1, 2).flatten(0, 3)
+
+
+def patch_coordinates(height: int, width: int, merge: int, device: torch.device) -> Tensor:
+    """(row, column) of each patch of a grid step, int64 [h * w, 2], in the processor's order."""
     rows = torch.arange(height, device=device)[:, None].expand(height, width)
     columns = torch.arange(width, device=device).expand(height, width)
-    raster = torch.stack((rows, columns), dim=-1)
-    blocks = raster.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # [h / m, m, w / m, m, 2]
-    return blocks.transpose(1, 2).flatten(0, 3).repeat(steps, 1)
+    return merge_order(torch.stack((rows, columns), dim=-1), merge)
 
 
 class PatchEmbed(nn.Module):
@@ -41,8 +49,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [N, channels * 2 * 16 * 16] -> [N, C]."""
-        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+        """pixels [N, channels * 2 * 16 * 16] -> [N, C], in the dtype and on the device of the weights."""
+        return F.linear(pixels.to(self.proj.weight), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionAttention(nn.Module):
@@ -54,10 +62,11 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], blocks: list[int]) -> Tensor:
-        """x [N, C] -> [N, C]; tables fp32 [N, hd]; `blocks` are the block lengths, with sum N."""
+    def forward(self, x: Tensor, tables: Tables, blocks: PackedBlocks) -> Tensor:
+        """x [N, C] -> [N, C]; tables fp32 [N, hd]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [N, H, hd]
-        q, k = (apply_rotary(y.transpose(0, 1), *tables).transpose(0, 1) for y in (q, k))
+        cos, sin = (table[:, None] for table in tables)
+        q, k = (apply_rotary(y[:, :, None], cos, sin)[:, :, 0] for y in (q, k))  # as N rows of one token: no transposes
         return self.proj(packed_attention(q, k, v, blocks).flatten(1))
 
 
@@ -84,7 +93,7 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], blocks: list[int]) -> Tensor:
+    def forward(self, x: Tensor, tables: Tables, blocks: PackedBlocks) -> Tensor:
         """x [N, C] -> [N, C]."""
         x = x + self.attn(self.norm1(x), tables, blocks)
         return x + self.mlp(self.norm2(x))
@@ -137,35 +146,47 @@ class VisionEncoder(nn.Module):
         if not grids:
             none = self.pos_embed.weight.new_zeros(0, self.config.out_hidden_size)
             return EncoderOutput(none, [], [none for _ in self.merger_list])
-        pixels = pixels.to(self.patch_embed.proj.weight)
-        merge = self.config.spatial_merge_size
-        coordinates = [patch_coordinates(grid, merge, pixels.device) for grid in grids]
-        x = self.patch_embed(pixels)
-        places = [self._learned_positions(c, grid) for c, grid in zip(coordinates, grids)]
-        x = x + torch.cat(places).to(x.dtype)
-        tables = self.rotary(torch.cat(coordinates))
-        blocks = [h * w for t, h, w in grids for _ in range(t)]
+        steps = [(h, w) for t, h, w in grids for _ in range(t)]
+        sizes = [h * w for h, w in steps]
+        passes = BlockPasses(sizes, None if torch.is_grad_enabled() else _PATCHES_AT_ONCE)
+        outs = []
+        for numbers in passes:
+            x = torch.cat([self.patch_embed(run) for run in passes.runs(pixels, numbers)])
+            x = x + self._for_each(steps, numbers, self._learned_positions)
+            cos, sin = self._for_each(steps, numbers, self._rotary_tables).unbind(1)  # each fp32 [N, hd]
+            outs.append(self._transform(x, (cos, sin), PackedBlocks([sizes[i] for i in numbers], x.device)))
+        merged = self.config.spatial_merge_size**2
+        embeds, *taps = (passes.join(parts, merged) for parts in zip(*outs))
+        return EncoderOutput(embeds, lengths, taps)
+
+    def _transform(self, x: Tensor, tables: Tables, blocks: PackedBlocks) -> list[Tensor]:
+        """Embedded patches x [N, C] -> embeds and taps [N / m^2, D_out]."""
         tap_of = {block: i for i, block in enumerate(self.config.deepstack_visual_indexes)}
         taps = []
         for i, block in enumerate(self.blocks):
             x = block(x, tables, blocks)
             if i in tap_of:
                 taps.append(self.merger_list[tap_of[i]](x))
-        return EncoderOutput(self.merger(x), lengths, taps)
+        return [self.merger(x), *taps]
 
-    def _learned_positions(self, coordinates: Tensor, grid: Grid) -> Tensor:
-        """The learned square of positions, resampled bilinearly (corner on corner) to the grid: fp32 [t * h * w, C]."""
+    @staticmethod
+    def _for_each(steps: list[tuple[int, int]], numbers: list[int], make: Callable[[int, int], Tensor]) -> Tensor:
+        """What `make` gives for the size of each of some grid steps [rows, …], made once a size."""
+        made = {size: make(*size) for size in {steps[i] for i in numbers}}
+        return torch.cat([made[steps[i]] for i in numbers])
+
+    def _rotary_tables(self, height: int, width: int) -> Tensor:
+        """(cos, sin) of a grid step: fp32 [h * w, 2, hd]."""
+        coordinates = patch_coordinates(height, width, self.config.spatial_merge_size, self.pos_embed.weight.device)
+        return torch.stack(self.rotary(coordinates), dim=1)
+
+    def _learned_positions(self, height: int, width: int) -> Tensor:
+        """The learned square of positions, resampled bilinearly (corner on corner) to a grid step: [h * w, C]."""
+        weight = self.pos_embed.weight
         side = int(self.config.num_position_embeddings**0.5)
-        sizes = torch.tensor(grid[1:], device=coordinates.device)
-        exact = coordinates.float() * (side - 1) / (sizes - 1).clamp(min=1)  # fp32 [n, 2] within 0 .. side - 1
-        lower = exact.long()
-        upper = (lower + 1).clamp(max=side - 1)
-        share = exact - lower  # of the upper neighbour, along rows and columns
-        out = torch.zeros((), device=coordinates.device)
-        for row, row_share in ((lower[:, 0], 1 - share[:, 0]), (upper[:, 0], share[:, 0])):
-            for column, column_share in ((lower[:, 1], 1 - share[:, 1]), (upper[:, 1], share[:, 1])):
-                out = out + self.pos_embed(row * side + column) * (row_share * column_share)[:, None]
-        return out
+        square = weight.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]  # channels last in memory
+        resampled = F.interpolate(square, size=(height, width), mode="bilinear", align_corners=True)
+        return merge_order(resampled[0].permute(1, 2, 0), self.config.spatial_merge_size).to(weight.dtype)
 
     def _check(self, pixels: Tensor, grid_thw: Tensor) -> list[Grid]:
         """The grids as numbers, after checking them against the pixel rows."""

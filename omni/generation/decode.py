@@ -1,18 +1,19 @@
 """The step functions of a turn: one Thinker token, one speech frame. All that changes lies in the states.
 
-Rows where `active` is False stand still. Shapes: B rows, V text vocabulary, C codec vocabulary, K codebooks, D Talker
-width.
+Rows where `active` bool [B] is False stand still. `span`: slots of the cache that a static step looks at, None for
+exactly those filled. States are updated in place, and the host counts tokens for itself (`KVCache.count`).
+Shapes: B rows, V text vocabulary, C codec vocabulary, K codebooks, D Talker width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from omni.generation.sampling import RowSampling
+from omni.generation.steps import Steps
 from omni.layers.cache import KVCache
 from omni.layers.decoder_state import DecoderState
 from omni.layers.state import State
@@ -70,51 +71,60 @@ class SpeechState(State):
         )
 
 
-def draw_token(state: TextState, sampling: RowSampling, active: Sequence[bool]) -> Tensor:
+def draw_token(steps: Steps, state: TextState, sampling: RowSampling, active: Tensor) -> Tensor:
     """The next token of every row, int64 [B]; the Thinker has not read it yet."""
-    ids = sampling.draw(state.logits, state.steps, state.seen)
-    moves = torch.tensor(active, device=ids.device)
-    state.seen = state.seen.scatter(1, ids[:, None], moves[:, None] | state.seen.gather(1, ids[:, None]))
-    state.steps = state.steps + moves
+    ids = steps.draw(sampling, state.logits, state.steps, state.seen)
+    _mark_seen(state.seen, ids, active)
+    state.steps += active
     return ids
 
 
-def read_token(thinker: Thinker, state: TextState, ids: Tensor, active: Sequence[bool]) -> None:
+def read_token(steps: Steps, thinker: Thinker, state: TextState, ids: Tensor, active: Tensor, span: int | None) -> None:
     """The Thinker reads the tokens int64 [B] that were drawn."""
-    logits = thinker.step(ids, state.decoder, active)
-    state.logits = torch.where(torch.tensor(active, device=ids.device)[:, None], logits, state.logits)
+    logits = steps.thinker(thinker, ids, state.decoder, span)
+    state.logits.copy_(torch.where(active[:, None], logits, state.logits))
+    state.decoder.step(active)
 
 
 def draw_frame(
+    steps: Steps,
     talker: Talker,
     state: SpeechState,
     codes: RowSampling,
     residual: RowSampling,
     banned: Tensor,
-    active: Sequence[bool],
+    active: Tensor,
 ) -> Tensor:
     """The next frame of every row: codes int64 [B, K]; `banned` bool [C] are never drawn.
 
     Where code 0 is the end of speech the row has ended and its residual codes mean nothing.
     """
-    first = codes.draw(state.logits, state.steps, state.seen, banned)
-    moves = torch.tensor(active, device=first.device)
-    state.seen = state.seen.scatter(1, first[:, None], moves[:, None] | state.seen.gather(1, first[:, None]))
+    first = steps.draw(codes, state.logits, state.steps, state.seen, banned)
+    _mark_seen(state.seen, first, active)
     embedding = talker.codec_embedding(first)
     per_frame = len(talker.mtp.lm_head)
 
-    def sample(logits: Tensor, i: int) -> Tensor:
-        return residual.draw(logits, state.steps * per_frame + i)
+    places = (state.steps * per_frame + torch.arange(per_frame, device=first.device)[:, None]).unbind(0)
 
-    rest, total = talker.mtp.generate(state.hidden, embedding, sample, state.mtp)
-    state.frame = torch.where(moves[:, None], embedding + total, state.frame)
-    state.steps = state.steps + moves
+    def sample(logits: Tensor, i: int) -> Tensor:
+        return steps.draw(residual, logits, places[i])
+
+    rest, total = talker.mtp.generate(state.hidden, embedding, sample, state.mtp, step=steps.residual)
+    state.frame.copy_(torch.where(active[:, None], embedding + total, state.frame))
+    state.steps += active
     return torch.cat((first[:, None], rest), dim=1)
 
 
-def read_frame(talker: Talker, state: SpeechState, text: Tensor, active: Sequence[bool]) -> None:
+def read_frame(
+    steps: Steps, talker: Talker, state: SpeechState, text: Tensor, active: Tensor, span: int | None
+) -> None:
     """The Talker reads the frame that waits and the text vectors [B, D] that follow it."""
-    logits, hidden = talker.step(state.frame + text, state.decoder, active)
-    moves = torch.tensor(active, device=text.device)[:, None]
-    state.logits = torch.where(moves, logits, state.logits)
-    state.hidden = torch.where(moves, hidden, state.hidden)
+    logits, hidden = steps.talker(talker, state.frame + text, state.decoder, span)
+    state.logits.copy_(torch.where(active[:, None], logits, state.logits))
+    state.hidden.copy_(torch.where(active[:, None], hidden, state.hidden))
+    state.decoder.step(active)
+
+
+def _mark_seen(seen: Tensor, ids: Tensor, active: Tensor) -> None:
+    """Set seen [B, V] at ids [B] where `active`."""
+    seen.scatter_(1, ids[:, None], active[:, None] | seen.gather(1, ids[:, None]))

@@ -8,20 +8,18 @@ the next one, and the codec decodes the chunks that are due.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from omni.generation.decode import SpeechState, TextState, draw_frame, draw_token, read_frame, read_token
 from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
 from omni.generation.prompt import Prompt
 from omni.generation.reply import ANSWER, REASONING
+from omni.generation.runner import Runner
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
-from omni.generation.turn import GREEDY, SPEECH_RUNS, SPEECH_WAITS, Turn
-from omni.layers.decoder_state import DecoderState
+from omni.generation.turn import GREEDY, IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
 from omni.layers.state import State, join_rows, split_rows
 from omni.talker.conditioning import PREFIX_LENGTH, assistant_prefix
 
@@ -29,30 +27,28 @@ if TYPE_CHECKING:
     from omni.model import OmniModel
 
 
-STEP_STAGES = ("thinker", "talker", "residual_codes", "codec")  # what every frame of a running reply costs
+STEP_STAGES = ("thinker", "talker", "residual_codes", "codec", "frame")  # what every frame of a running reply costs
 
 
 class Rows:
-    """States of B rows and the turns that run in them. `seconds` adds up the time of each stage."""
+    """The turns that run in B rows, and the runner that holds the rows' states and moves them."""
 
     def __init__(self, model: OmniModel, rows: int, capacity: int = 256) -> None:
         model.require("thinker")
         self.model = model
         self.turns: list[Turn | None] = [None] * rows
-        self.text = TextState.create(model.thinker, rows, capacity)
-        self.speech = None if model.talker is None else SpeechState.create(model.talker, rows, capacity)
-        self.banned = None if model.talker is None else model.talker.suppressed()
-        self.seconds: dict[str, float] = {}
+        self.runner = (
+            Runner(model, rows, capacity) if model.graphs is None else model.graphs.take(self, model, rows, capacity)
+        )
+        self.text, self.speech = self.runner.text, self.runner.speech
+        self.project_text = self.runner.project_text
+        self.stage = self.runner.times.stage
         self._samplings: tuple[RowSampling, RowSampling, RowSampling] | None = None
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `seconds[name]`."""
-        start = time.perf_counter()
-        yield
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent in each stage so far."""
+        return self.runner.times.seconds
 
     def begin(self, row: int, turn: Turn) -> None:
         """Start a turn in a row whose prompt has been read."""
@@ -109,16 +105,15 @@ class Rows:
         while any(active := [t is not None and t.wants_token(n) for t, n in zip(self.turns, drawn)]):
             first = any(t is not None and a and not t.reply for t, a in zip(self.turns, active))
             with self.stage("thinker_first_token" if first else "thinker"):
-                ids = draw_token(self.text, self.sampling[0], active)
                 unread = [False] * len(active)
-                for row, token in enumerate(ids.tolist()):
+                for row, token in enumerate(self.runner.draw_token(self.sampling[0], active)):
                     turn = self.turns[row]
                     if turn is not None and active[row]:
                         drawn[row] += 1
                         kind, unread[row] = turn.take_token(token)
                         self._say(row, turn, token, kind, events)
                 if any(unread):
-                    read_token(self.model.thinker, self.text, ids, unread)
+                    self.runner.read_token(unread)
 
     def _say(self, row: int, turn: Turn, token: int, kind: str, events: list[Event]) -> None:
         """The event of a drawn token; its text is empty while a character is incomplete."""
@@ -163,26 +158,23 @@ class Rows:
 
     def _write_frames(self) -> None:
         """Read the frames that wait for their text, then draw the next frame of every row that can."""
-        assert self.speech is not None and self.banned is not None
-        c, talker = self.model.config, self.model.talker
         following = [self._following_text(turn) for turn in self.turns]
-        if any(reads := [text is not None for text in following]):
-            with self.stage("talker"):
-                text = self.project_text([c.tts_pad_token_id if t is None else t for t in following])
-                read_frame(talker, self.speech, text, reads)
-                for turn, read in zip(self.turns, reads):
-                    if turn is not None and read:
-                        turn.frame_waits = False
+        reads = [text is not None for text in following]
+        for turn, read in zip(self.turns, reads):
+            if turn is not None and read:
+                turn.frame_waits = False
         draws = [t is not None and t.wants_frame for t in self.turns]
-        if not any(draws):
+        if not any(reads) and not any(draws):
             return
-        with self.stage("residual_codes"):
-            codes = draw_frame(talker, self.speech, *self.sampling[1:], self.banned, draws)
-            first = codes[:, 0].tolist()
-        end = talker.config.codec_eos_token_id
+        pad, end = self.model.config.tts_pad_token_id, self.model.talker.config.codec_eos_token_id
+        sounds = [draw and t is not None and t.codec is IN_RUNNER for draw, t in zip(draws, self.turns)]
+        texts = [pad if t is None else t for t in following]
+        frame = self.runner.frame(texts, reads, draws, sounds, self.sampling[1:])
         for row, turn in enumerate(self.turns):
-            if turn is not None and draws[row]:
-                turn.take_frame(codes[row], first[row], end)
+            if frame is not None and turn is not None and draws[row]:
+                turn.take_frame(frame.codes[row], frame.first[row], end)
+                if sounds[row] and frame.wave is not None and frame.first[row] != end:
+                    turn.waves.append(frame.wave[row])
 
     def _following_text(self, turn: Turn | None) -> int | None:
         """The token to read after a row's waiting frame, None if no frame waits or the token is not written yet."""
@@ -210,16 +202,26 @@ class Rows:
 
     def _decode(self, rows: list[tuple[int, Turn]], frames: int, events: list[Event]) -> None:
         codec = self.model.code2wav
-        states = [turn.codec if turn.codec is not None else codec.init_state(1) for _, turn in rows]
-        codes = [torch.stack(turn.codes[turn.decoded : turn.decoded + frames], dim=1) for _, turn in rows]
-        if all(isinstance(state, State) for state in states):
+        waiting = [(row, turn) for row, turn in rows if turn.codec is not IN_RUNNER]
+        states = [turn.codec if turn.codec is not None else codec.init_state(1) for _, turn in waiting]
+        codes = [torch.stack(turn.codes[turn.decoded : turn.decoded + frames], dim=1) for _, turn in waiting]
+        if len(states) > 1 and all(isinstance(state, State) for state in states):
             joined = join_rows(states)
-            waves = list(codec.step(torch.stack(codes), joined).float().cpu())
-            states = split_rows(joined, len(rows))
+            waves = list(self.runner.decode(torch.stack(codes), joined).float().cpu())
+            states = split_rows(joined, len(states))
         else:  # a codec of one's own keeps its state to itself
-            waves = [codec.step(c[None], state)[0].float().cpu() for c, state in zip(codes, states)]
-        for (row, turn), state, wave in zip(rows, states, waves):
+            waves = [self.runner.decode(c[None], state)[0].float().cpu() for c, state in zip(codes, states)]
+        decoded = {row: wave for (row, _), wave in zip(waiting, waves)}
+        for (row, turn), state in zip(waiting, states):
             turn.codec = state
+            if self.runner.decodes_sound and state.started and turn.decoded + frames == len(turn.codes):
+                self.runner.adopt_sound(row, state)
+                turn.codec = IN_RUNNER
+        for row, turn in rows:
+            if row in decoded:
+                wave = decoded[row]
+            else:  # decoded as it was drawn
+                wave, turn.waves = torch.cat(turn.waves[:frames]), turn.waves[frames:]
             turn.decoded += frames
             turn.chunks += 1
             events.append(AudioChunk(row, wave.clone(), int(codec.sample_rate), turn.samples))
@@ -250,8 +252,8 @@ class Rows:
         out = self.model.thinker(
             prompt.embeds, prompt.positions, state.decoder, taps=prompt.taps, lengths=prompt.lengths, last_only=True
         )
-        state.decoder.next_position = prompt.next_position
-        state.logits = out.logits[:, 0]
+        state.decoder.next_position.copy_(prompt.next_position)
+        state.logits.copy_(out.logits[:, 0])
         for row in range(len(self.turns)):
             state.seen[row, prompt.ids[row, : prompt.lengths[row]]] = True
         return out.hidden
@@ -268,7 +270,7 @@ class Rows:
         """Read a piece of one row's prompt: embeds [T, D], positions [3, T], taps [n, T, D] -> hidden [T, D]."""
         state, thinker = self.text, self.model.thinker
         state.decoder.cache.reserve(len(ids))
-        view = state.decoder.row(row)
+        view = state.decoder.rows(row, row + 1)
         out = thinker(
             embeds[None], positions[:, None], view, taps=None if taps is None else taps[:, None], last_only=True
         )
@@ -284,15 +286,10 @@ class Rows:
         assert self.speech is not None
         state = self.speech
         state.decoder.cache.reserve(len(embeds))
-        view: DecoderState = state.decoder.row(row)
+        view = state.decoder.rows(row, row + 1)
         out = self.model.talker(embeds[None], positions[:, None], view)
         state.decoder.cache.adopt(row, view.cache)
         state.logits[row], state.hidden[row] = out.logits[0, -1], out.hidden[0, -1]
-
-    def project_text(self, ids: Sequence[int]) -> Tensor:
-        """Token ids -> their vectors on the Talker's text side [n, D]."""
-        embeds = self.model.thinker.embed_tokens(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
-        return self.model.talker.text_projection(embeds)
 
     def clear(self, row: int) -> None:
         """Forget all that a row has read. No turn may be running in it."""
@@ -327,6 +324,6 @@ class Rows:
                 for t in self.turns
             ]
             streams = (TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM)
-            text, codes, residual = (RowSampling(c, seeds, s) for c, s in zip(zip(*columns), streams))
+            text, codes, residual = (RowSampling.of(c, seeds, s) for c, s in zip(zip(*columns), streams))
             self._samplings = (text, codes, residual)
         return self._samplings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni.layers.state import State
+
 TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM = 1, 2, 3
+
+_TIES = 32  # tokens as likely as the k-th that top-k keeps at most
 
 _GOLDEN = 0x9E3779B97F4A7C15  # the constants of splitmix64 (Steele, Lea and Flood, 2014)
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -87,30 +91,77 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def gumbel_noise(seeds: Tensor, stream: int, steps: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise fp32 [B, size] for int64 seeds [B] and steps [B] of one stream."""
-    key = _mix(_mix(seeds + _signed(_GOLDEN * stream)) + steps * _signed(_GOLDEN))
-    index = torch.arange(1, size + 1, device=seeds.device) * _signed(_GOLDEN)
-    bits = _shift_right(_mix(key[:, None] + index), 12)  # 52 bits: exact in float64 with the half that follows
-    uniform = (bits.double() + 0.5) * 2.0**-52
+def gumbel_noise(seeds: Tensor, stream: int, steps: Tensor, tokens: int | Tensor) -> Tensor:
+    """Standard Gumbel noise fp32 [B, n] for int64 seeds [B] and steps [B] of one stream.
+
+    tokens: the first n of the vocabulary, or their ids int64 [B, n]; a token's noise does not depend on the others.
+    """
+    return _noise(_stream_keys(seeds, stream), steps, tokens)
+
+
+def _stream_keys(seeds: Tensor, stream: int) -> Tensor:
+    return _mix(seeds + _signed(_GOLDEN * stream))
+
+
+def _noise(keys: Tensor, steps: Tensor, tokens: int | Tensor) -> Tensor:
+    if isinstance(tokens, int):
+        tokens = torch.arange(tokens, device=keys.device)
+    key = _mix(keys + steps * _signed(_GOLDEN))
+    bits = _shift_right(_mix(key[:, None] + (tokens + 1) * _signed(_GOLDEN)), 12)
+    uniform = (bits.double() + 0.5) * 2.0**-52  # 52 bits: exact in float64 with the half that follows
     return -(-uniform.log()).log().float()
 
 
-class RowSampling:
-    """The settings of a batch as tensors, and the draw. One instance a stream and turn."""
+@dataclass
+class RowSampling(State):
+    """The settings of a batch as tensors, and the draw. One instance a stream and turn.
 
-    def __init__(self, configs: Sequence[SamplingConfig], seeds: Tensor, stream: int) -> None:
-        device = seeds.device
-        self.seeds = seeds
-        self.stream = stream
-        self.any_random = any(c.temperature > 0 for c in configs)
-        self.any_filter = any(c.temperature > 0 and (c.top_k > 0 or c.top_p < 1) for c in configs)
-        self.any_penalty = any(c.repetition_penalty != 1 for c in configs)
-        self.greedy = torch.tensor([c.temperature == 0 for c in configs], device=device)
-        self.temperature = torch.tensor([float(c.temperature) or 1.0 for c in configs], device=device)[:, None]
-        self.top_k = torch.tensor([min(int(c.top_k), 2**31) for c in configs], device=device)[:, None]
-        self.top_p = torch.tensor([float(c.top_p) for c in configs], device=device)[:, None]
-        self.penalty = torch.tensor([float(c.repetition_penalty) for c in configs], device=device)[:, None]
+    Tensors [B] or [B, 1], one entry a row; what `kind` returns is known to the host and decides which code runs.
+    """
+
+    keys: Tensor  # of the random stream
+    greedy: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    penalty: Tensor
+    any_random: bool
+    any_filter: bool
+    any_penalty: bool
+    candidates: int  # tokens a row that can be drawn at most, some more for ties; 0: all
+
+    @classmethod
+    def of(cls, configs: Sequence[SamplingConfig], seeds: Tensor, stream: int) -> RowSampling:
+        """One setting a row, seeds int64 [B]."""
+
+        def column(values: Iterable[float]) -> Tensor:
+            return torch.tensor(list(values), device=seeds.device)[:, None]
+
+        random = [c for c in configs if c.temperature > 0]
+        return cls(
+            keys=_stream_keys(seeds, stream),
+            greedy=torch.tensor([c.temperature == 0 for c in configs], device=seeds.device),
+            temperature=column(max(float(c.temperature), 1e-30) if c.temperature else 1.0 for c in configs),
+            top_k=column(min(int(c.top_k), 2**31) for c in configs),
+            top_p=column(float(c.top_p) for c in configs),
+            penalty=column(float(c.repetition_penalty) for c in configs),
+            any_random=bool(random),
+            any_filter=any(c.top_k > 0 or c.top_p < 1 for c in random),
+            any_penalty=any(c.repetition_penalty != 1 for c in configs),
+            candidates=max(c.top_k for c in random) + _TIES if random and all(c.top_k > 0 for c in random) else 0,
+        )
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool, int]:
+        """All that is not a tensor: batches of one kind run the same code."""
+        return self.any_random, self.any_filter, self.any_penalty, self.candidates
+
+    def copy_from(self, other: RowSampling) -> None:
+        """Take over the values of another batch of the same kind, in place."""
+        assert self.kind == other.kind
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), Tensor):
+                value.copy_(getattr(other, f.name))
 
     def draw(self, logits: Tensor, steps: Tensor, seen: Tensor | None = None, banned: Tensor | None = None) -> Tensor:
         """One token a row, int64 [B].
@@ -126,21 +177,25 @@ class RowSampling:
             scores = scores.masked_fill(banned, -math.inf)
         if not self.any_random:
             return scores.argmax(-1)
-        drawn = (scores - scores.amax(-1, keepdim=True)) / self.temperature.clamp(min=1e-30)
-        if self.any_filter:
-            drawn = _keep_likely(drawn, self.top_k, self.top_p)
-        drawn = drawn + gumbel_noise(self.seeds, self.stream, steps, logits.shape[-1])
-        return torch.where(self.greedy, scores.argmax(-1), drawn.argmax(-1))
+        drawn = (scores - scores.amax(-1, keepdim=True)) / self.temperature
+        if not self.any_filter:
+            choice = (drawn + _noise(self.keys, steps, drawn.shape[-1])).argmax(-1)
+        else:
+            if 0 < self.candidates < drawn.shape[-1]:
+                drawn, tokens = drawn.topk(self.candidates)
+            else:
+                drawn, tokens = drawn.sort(-1, descending=True)
+            kept = _keep_likely(drawn, self.top_k, self.top_p)
+            noise = _noise(self.keys, steps, tokens)
+            choice = tokens.gather(-1, (kept + noise).argmax(-1, keepdim=True))[:, 0]
+        return torch.where(self.greedy, scores.argmax(-1), choice)
 
 
-def _keep_likely(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set to -inf what top-k, then top-p of the rest, leave out; the likeliest token always stays."""
-    vocabulary = scores.shape[-1]
-    ordered, order = scores.sort(-1, descending=True)
-    last = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary) - 1
+def _keep_likely(ordered: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Set to -inf what top-k, then top-p of the rest, leave out of descending scores; the likeliest always stays."""
+    last = torch.where(top_k > 0, top_k, ordered.shape[-1]).clamp(max=ordered.shape[-1]) - 1
     ordered = ordered.masked_fill(ordered < ordered.gather(-1, last), -math.inf)  # ties with the k-th stay
-    probabilities = ordered.softmax(-1)
-    outside = probabilities.cumsum(-1) - probabilities >= top_p
-    outside &= top_p < 1
+    probabilities = ordered.double().softmax(-1)  # in float64 the sum does not depend on how many were left out
+    outside = (probabilities.cumsum(-1) - probabilities >= top_p) & (top_p < 1)
     outside[..., 0] = False
-    return scores.new_full(scores.shape, -math.inf).scatter(-1, order, ordered.masked_fill(outside, -math.inf))
+    return ordered.masked_fill(outside, -math.inf)

@@ -14,6 +14,7 @@ from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import StreamingConfig
 
 GREEDY = SamplingConfig(temperature=0.0)
+IN_RUNNER = object()  # a turn's codec state once the runner decodes its frames as it draws them
 SPEECH_OFF, SPEECH_WAITS, SPEECH_RUNS, SPEECH_OVER = "off", "waits", "runs", "over"
 
 
@@ -57,6 +58,7 @@ class Turn:
     samples: int = 0
     quiet: int = 0
     codec: Any = None
+    waves: list[Tensor] = field(default_factory=list)  # decoded with their frames, not handed out yet
     first_codes: list[int] = field(default_factory=list)
     over: bool = False
     paused: bool = False  # its events are not taken fast enough

@@ -1,4 +1,9 @@
-"""Every way of computing attention behind one function and one table.
+"""Every way of computing attention, behind one function and one table for each kind of call.
+
+Three kinds: `attention` of queries and keys (ATTENTION), `cached_attention` of new queries to a key-value cache
+(CACHED), and `packed_attention` inside the blocks of a packed row (PACKED). Each kind has the entries "plain" (written
+out, the oracle of the others) and "sdpa" (torch's fused kernels, the default); "flash", "flex" and "varlen" are CUDA
+kernels, and what they do not take (other devices and dtypes, masks) is left to "sdpa". `use_attention` forces one.
 
 Shapes: q [B, H, T, D]; k, v [B, Hkv, S, D] with H a multiple of Hkv; `mask` bool, broadcastable to [B, H, T, S], True
 where a query may look; `causal` lets query i of T see the keys up to S - T + i.
@@ -6,11 +11,22 @@ where a query may look; `causal` lets query i of T see the keys up to S - T + i.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from omni.layers import flash_attention, flex_attention
+from omni.layers.packing import PackedBlocks
+
+QUERIES_AT_ONCE = 128  # against a mask: it never holds more than this times S (64 to 256 are equally fast on a CPU)
+_FOLDED_QUERIES = 8  # on a CPU, grouped queries are folded up to here: measured 1.3 to 13 times faster at T = 1
+
+
+# ---- queries and keys ----
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -28,42 +44,217 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """torch's fused kernels."""
-    if causal and (mask is not None or q.shape[-2] != k.shape[-2]):
-        T, S = q.shape[-2], k.shape[-2]
-        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        mask = allowed if mask is None else mask & allowed
-        causal = False
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    """torch's fused kernels. A causal call that they have no kernel for runs in blocks of queries."""
+    T, S = q.shape[2], k.shape[2]
+    if not causal or T == 1 <= S:
+        return _fused(q, k, v, mask)
+    if T == S and mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    assert T <= S, "causal queries are the last of the keys"
+    last = torch.arange(S - T, S, device=q.device)[None]
+    return _in_blocks(q, k, v, last, None if mask is None else mask.expand(*mask.shape[:-2], T, S))
 
 
-ATTENTION: dict[str, Callable[..., Tensor]] = {"plain": plain_attention, "sdpa": sdpa_attention}
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, last: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Query t of a row sees the keys up to `last` int64 [B or 1, T], which rises along T, and only those of `mask`.
+
+    No query sees more than S - T + t, so that a block of queries takes its own part of the keys.
+    """
+    T, S = q.shape[2], k.shape[2]
+    if T == 1 and mask is None:
+        return _fused(q, k, v, torch.arange(S, device=q.device) <= last[:, None, :, None])
+    parts = []
+    for start in range(0, T, QUERIES_AT_ONCE):
+        end = min(start + QUERIES_AT_ONCE, T)
+        seen = S - T + end
+        visible = torch.arange(seen, device=q.device) <= last[:, None, start:end, None]  # [B, 1, block, seen]
+        if mask is not None:
+            visible = visible & mask[..., start:end, :seen]
+        parts.append(_fused(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], visible))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One call of torch's kernels.
+
+    Queries that share a key head are folded into one head of more queries where that reads keys once instead of once a
+    query head (few queries on a CPU), and where no fused kernel takes both a mask and grouped queries (CUDA).
+    """
+    T, kv_heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
+    if groups == 1 or (T > _FOLDED_QUERIES and (mask is None or q.device.type == "cpu")):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+    folded = q.reshape(q.shape[0], kv_heads, groups * T, q.shape[3])  # a view at T = 1
+    if mask is not None and not (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1):
+        mask = _fold_mask(mask, kv_heads, groups, T)
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def _fold_mask(mask: Tensor, kv_heads: int, groups: int, queries: int) -> Tensor:
+    """A mask of q [B, H, T, D] for the folded queries [B, Hkv, groups * T, D]."""
+    mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
+    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, groups))
+    return mask.expand(-1, -1, groups, queries, -1).flatten(2, 3)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    if mask is None and flash_attention.fits(q, k, v):
+        return flash_attention.dense(q, k, v, causal=causal)
+    return sdpa_attention(q, k, v, mask, causal)
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    if q.is_cuda:
+        return flex_attention.dense(q, k, v, mask, causal=causal)
+    return sdpa_attention(q, k, v, mask, causal)
+
+
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "plain": plain_attention,
+    "sdpa": sdpa_attention,
+    "flash": _flash_attention,
+    "flex": _flex_attention,
+}
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, backend: str = "sdpa"
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, backend: str | None = None
 ) -> Tensor:
     """Scaled dot-product attention -> [B, H, T, D]. Raises ValueError for an unknown backend."""
-    if backend not in ATTENTION:
-        raise ValueError(f"attention backend {backend!r} is not one of {sorted(ATTENTION)}")
-    return ATTENTION[backend](q, k, v, mask, causal)
+    return ATTENTION[_choice(ATTENTION, backend)](q, k, v, mask, causal)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, backend: str = "sdpa") -> Tensor:
-    """Attention inside consecutive blocks of one packed row: q, k, v [N, H, D] with sum(lengths) = N -> [N, H, D].
+# ---- new queries and a cache ----
 
-    Blocks of equal length share one call, so there is neither padding nor an N x N mask.
+
+def plain_cached(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """Against one mask of all queries and keys."""
+    visible = torch.arange(keys.shape[2], device=q.device) <= slots[:, None, :, None]
+    return plain_attention(q, keys, values, visible)
+
+
+def _flash_cached(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values))
+    if flash_attention.fits(q, keys, values) and not backward:
+        return flash_attention.cached(q, keys, values, slots)
+    return _in_blocks(q, keys, values, slots)
+
+
+def _flex_cached(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    return (flex_attention.cached if q.is_cuda else _in_blocks)(q, keys, values, slots)
+
+
+CACHED: dict[str, Callable[..., Tensor]] = {
+    "plain": plain_cached,
+    "sdpa": _in_blocks,
+    "flash": _flash_cached,
+    "flex": _flex_cached,
+}
+
+
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, *, backend: str | None = None) -> Tensor:
+    """Attention of new queries to a cache: query t of row b sees the keys 0 .. slots[b, t] -> [B, H, T, D].
+
+    slots int64 [B, T], below S, rising by one along T. Queries run in blocks, so that no mask holds more than
+    `QUERIES_AT_ONCE` x S values; nothing depends on the values of `slots` on the host.
+    Raises ValueError for an unknown backend.
     """
-    assert sum(lengths) == q.shape[0], "block lengths must cover the packed row"
-    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-    out = torch.empty_like(q)
-    for length in sorted(set(lengths)):
-        if length == 0:
-            continue
-        rows = starts[torch.tensor(lengths) == length]
-        index = (rows[:, None] + torch.arange(length)).flatten().to(q.device)
-        blocks = [x[index].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]  # [blocks, H, length, D]
-        done = attention(*blocks, backend=backend)
-        out = out.index_copy(0, index, done.transpose(1, 2).flatten(0, 1))
+    return CACHED[_choice(CACHED, backend)](q, keys, values, slots)
+
+
+# ---- blocks of a packed row ----
+
+
+def _each_run(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Neighbouring blocks of equal length share one call: neither padding nor an N x N mask, nor copies."""
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks) -> Tensor:
+        parts = []
+        for start, length, count in blocks.runs:
+            rows = slice(start, start + length * count)
+            run = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]  # [count, H, length, D]
+            parts.append(attend(*run).transpose(1, 2).flatten(0, 1))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty_like(q)
+
+    return packed
+
+
+@cache
+def _has_varlen() -> bool:
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _varlen_packed(q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks) -> Tensor:
+    """torch's own kernel for blocks of any length."""
+    if not (flash_attention.fits(q, k, v) and _has_varlen()):
+        return PACKED["sdpa"](q, k, v, blocks)
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = blocks.offsets, blocks.longest
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    assert isinstance(out, Tensor)  # a pair only where log-sums are asked for
     return out
+
+
+def _flash_packed(q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks) -> Tensor:
+    return (flash_attention.packed if flash_attention.fits(q, k, v) else PACKED["sdpa"])(q, k, v, blocks)
+
+
+PACKED: dict[str, Callable[..., Tensor]] = {
+    "plain": _each_run(plain_attention),
+    "sdpa": _each_run(sdpa_attention),
+    "varlen": _varlen_packed,
+    "flash": _flash_packed,
+}
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks | Sequence[int], *, backend: str | None = None
+) -> Tensor:
+    """Attention inside consecutive blocks of one packed row: q, k, v [N, H, D] -> [N, H, D].
+
+    `blocks` are the blocks or their lengths, with sum N. By default blocks of equal length share a fused call, and
+    blocks of several lengths go through torch's varlen kernel where it runs: one launch instead of one a length.
+    Raises ValueError for an unknown backend.
+    """
+    if not isinstance(blocks, PackedBlocks):
+        blocks = PackedBlocks(blocks, q.device)
+    assert blocks.total == q.shape[0], "block lengths must cover the packed row"
+    usual = "varlen" if len(blocks.runs) > 1 else "sdpa"
+    return PACKED[_choice(PACKED, backend, usual)](q, k, v, blocks)
+
+
+# ---- the choice ----
+
+_forced: str | None = None
+
+
+def _choice(table: Mapping[str, Callable[..., Tensor]], backend: str | None, usual: str = "sdpa") -> str:
+    """The entry that was asked for, or the one that `use_attention` forces on every table that has it, or the usual."""
+    if backend is None:
+        return usual if _forced is None or _forced not in table else _forced
+    if backend not in table:
+        raise ValueError(f"attention backend {backend!r} is not one of {sorted(table)}")
+    return backend
+
+
+@contextmanager
+def use_attention(backend: str | None) -> Iterator[None]:
+    """Within the block, all attention of the process goes through one backend, wherever it can compute the call.
+
+    `with use_attention("flash"): …`; None is the default choice. Raises ValueError for a name in no table.
+    """
+    global _forced
+    known = {*ATTENTION, *CACHED, *PACKED}
+    if backend is not None and backend not in known:
+        raise ValueError(f"attention backend {backend!r} is not one of {sorted(known)}")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before

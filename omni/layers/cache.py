@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,36 @@ from torch import Tensor
 from omni.layers.state import State
 
 
+class LayerCache(NamedTuple):
+    """What one layer's attention reads and writes in one pass over T new tokens. Tensors only, but for `fresh`.
+
+    keys, values [B, Hkv, S, hd]: views of the cache as far as any row may look; slots int64 [B, T]: where the new
+    tokens of each row lie; visible bool [B, 1, 1, S]: what a single new token may look at (None: all S, or T > 1);
+    fresh: nothing was in the cache before.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    visible: Tensor | None
+    fresh: bool
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Store the new keys and values [B, Hkv, T, hd], without their gradients."""
+        index = self.slots[:, None, :, None].expand_as(k)
+        self.keys.scatter_(2, index, k.detach().to(self.keys.dtype))  # autocast may give another dtype
+        self.values.scatter_(2, index, v.detach().to(self.values.dtype))
+
+
 @dataclass
 class KVCache(State):
     """Keys and values of all layers. A row's tokens lie in slots 0 .. length - 1; what lies beyond is never attended.
 
-    keys, values [L, B, Hkv, S, D]; length int64 [B] on the device, `lengths` the same on the host, so that no step
-    needs to read the device back.
+    keys, values [L, B, Hkv, S, hd]; length int64 [B] on the device, `lengths` the same on the host, so that no step
+    needs to read the device back. All three tensors are updated in place; only `reserve` replaces keys and values.
     """
+
+    row_dims: ClassVar[dict[str, int]] = {"keys": 1, "values": 1}
 
     keys: Tensor
     values: Tensor
@@ -55,22 +79,31 @@ class KVCache(State):
             new[..., : old.shape[3], :] = old
             setattr(self, name, new)
 
-    def slots(self, tokens: int) -> Tensor:
-        """int64 [B, T]: where the next `tokens` tokens of each row will lie."""
-        return self.length[:, None] + torch.arange(tokens, device=self.length.device)
+    def layers(self, tokens: int) -> list[LayerCache]:
+        """Every layer's view for a pass over the next `tokens` tokens of each row, for which there must be room."""
+        slots = self.length[:, None] + torch.arange(tokens, device=self.length.device)
+        even = min(self.lengths) == self.longest
+        visible = None if even or tokens > 1 else self.visible(self.longest + 1)
+        return self.views(self.longest + tokens, slots, visible, fresh=self.longest == 0)
 
-    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, Hkv, T, D] of one layer; returns its keys and values as far as any row may look."""
-        index = slots[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k.to(self.keys.dtype))  # autocast may give another dtype
-        self.values[layer].scatter_(2, index, v.to(self.values.dtype))
-        used = self.longest + slots.shape[1]
-        return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
+    def visible(self, span: int) -> Tensor:
+        """bool [B, 1, 1, span]: what the next token of each row may look at."""
+        return (torch.arange(span, device=self.length.device) <= self.length[:, None])[:, None, None]
+
+    def views(self, span: int, slots: Tensor, visible: Tensor | None, fresh: bool = False) -> list[LayerCache]:
+        """Every layer's view of the first `span` slots; the other arguments are the fields of `LayerCache`."""
+        keys, values = self.keys[:, :, :, :span], self.values[:, :, :, :span]
+        return [LayerCache(keys[i], values[i], slots, visible, fresh) for i in range(len(keys))]
 
     def advance(self, counts: Sequence[int]) -> None:
         """Count the tokens just written, `counts[row]` of each row (what was written beyond was padding)."""
-        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
-        self.length = self.length + torch.tensor(counts, device=self.length.device)
+        self.count(counts)
+        self.length += torch.tensor(counts, device=self.length.device)
+
+    def count(self, counts: Sequence[int]) -> None:
+        """The host's half of `advance`, where a step has already counted on the device; further rows stand still."""
+        for row, count in enumerate(counts):
+            self.lengths[row] += count
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of one row from `length` on."""
@@ -81,14 +114,8 @@ class KVCache(State):
         """Count tokens of one row that were put in place from outside."""
         assert length <= self.capacity
         self.lengths[row] = length
-        self.length = self.length.clone()
         self.length[row] = length
 
-    def row(self, row: int) -> KVCache:
-        """One row as a cache of its own that shares this one's memory; room must have been reserved."""
-        part = slice(row, row + 1)
-        return KVCache(self.keys[:, part], self.values[:, part], self.length[part], [self.lengths[row]])
-
     def adopt(self, row: int, view: KVCache) -> None:
-        """Take over the length that a view made by `row` has reached."""
-        self.grow(row, view.lengths[0])
+        """Take over the length that a view of one row has reached."""
+        self.lengths[row] = view.lengths[0]

@@ -5,12 +5,11 @@ Shapes: B rows, T tokens, D width, H heads, Hkv key-value heads, hd head width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from omni.config_decoder import DecoderConfig
-from omni.layers.attention_backends import attention
-from omni.layers.cache import KVCache
+from omni.layers.attention_backends import attention, cached_attention
+from omni.layers.cache import LayerCache
 from omni.layers.norm import RMSNorm
 from omni.rope.rotary import apply_rotary
 
@@ -46,18 +45,16 @@ class SelfAttention(nn.Module):
         """y [B, H, T, hd] -> [B, T, D]."""
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, tables: Tables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, tables: Tables, cache: LayerCache | None = None) -> Tensor:
         """Causal attention over the new tokens and, with a cache, over what it holds of the row."""
         q, k, v = self.project(x, tables)
-        if cache is None:
+        if cache is not None:
+            cache.write(k, v)
+        if cache is None or cache.fresh:
             return self.output(attention(q, k, v, causal=True))
-        slots = cache.slots(x.shape[1])
-        fresh = cache.longest == 0
-        keys, values = cache.write(layer, k, v, slots)
-        if fresh:
-            return self.output(attention(q, k, v, causal=True))
-        visible = torch.arange(keys.shape[2], device=x.device) <= slots[:, None, :, None]  # [B, 1, T, S]
-        return self.output(attention(q, keys, values, visible))
+        if x.shape[1] == 1:
+            return self.output(attention(q, cache.keys, cache.values, cache.visible))
+        return self.output(cached_attention(q, cache.keys, cache.values, cache.slots))
 
 
 class DecoderLayer(nn.Module):
@@ -74,11 +71,16 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         tables: Tables,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `layer` is this layer's place in the cache."""
-        x = x + self.self_attn(self.input_layernorm(x), tables, cache, layer)
+        """x [B, T, D] -> [B, T, D]; `cache` is this layer's view of the key-value cache."""
+        x = x + self.self_attn(self.input_layernorm(x), tables, cache)
         y = self.post_attention_layernorm(x)
         return x + (self.mlp(y) if router_logits is None else self.mlp(y, router_logits))
+
+
+def run_layer(layer: nn.Module, x: Tensor, tables: Tables, cache: LayerCache) -> Tensor:
+    """One step of one layer; the function that compiled decoding puts in its place runs them all."""
+    y: Tensor = layer(x, tables, cache)
+    return y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +29,11 @@ class DecoderState(State):
         )
         return cls(cache, torch.zeros(batch, device=device))
 
-    def step_positions(self, moves: Sequence[int]) -> Tensor:
-        """fp32 [3, B, 1]: positions of one further token a row, which is text; counts it where `moves` is 1."""
-        positions = self.next_position.view(1, -1, 1).expand(3, -1, -1)
-        self.next_position = self.next_position + torch.tensor(moves, device=self.next_position.device)
-        return positions
+    def step_positions(self) -> Tensor:
+        """fp32 [3, B, 1]: positions of one further token a row, which is text; a view of `next_position`."""
+        return self.next_position.view(1, -1, 1).expand(3, -1, -1)
 
-    def row(self, row: int) -> DecoderState:
-        """One row as a state of its own that shares this one's memory."""
-        return DecoderState(self.cache.row(row), self.next_position[row : row + 1])
+    def step(self, active: Tensor) -> None:
+        """Count on the device one further token of every row where `active` bool [B] is True."""
+        self.cache.length += active
+        self.next_position += active

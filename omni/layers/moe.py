@@ -1,4 +1,4 @@
-"""Mixture of experts: router table, experts backends, load-balancing loss.
+"""Mixture of experts: router table, stacked experts, load-balancing loss.
 
 Shapes: N tokens, D model width, E experts, k experts a token, I expert width.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.config_decoder import MoEConfig
+from omni.layers.experts_backends import EXPERTS, choose_experts
 from omni.layers.swiglu import SwiGLU
 
 
@@ -54,59 +55,42 @@ class Router(nn.Module):
         return Routing(ids, weights.to(x.dtype), logits)
 
 
-def loop_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One expert after the other, only those that were chosen: the oracle of every other entry."""
-    out = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
-        token, choice = torch.where(ids == expert)
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down[expert])
-        out = out.index_add(0, token, y * weights[token, choice, None])
-    return out
-
-
-def grouped_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """All experts in two grouped matrix products over the tokens sorted by expert."""
-    k = ids.shape[1]
-    order = ids.flatten().argsort(stable=True)
-    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0])
-    offsets = counts.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
-    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offsets)
-    y = y * weights.flatten()[order, None]
-    return torch.zeros_like(x).index_add(0, order // k, y)
-
-
-EXPERTS: dict[str, Callable[..., Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
-
-
-def choose_experts(x: Tensor, gate_up: Tensor, down: Tensor) -> str:
-    """The backend for this input: grouped where torch's kernel takes it and there are several tokens, else the loop."""
-    aligned = all(w.shape[-1] * w.element_size() % 16 == 0 for w in (gate_up, down))  # grouped_mm wants 16-byte rows
-    typed = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    if not (aligned and typed):
-        return "loop"
-    return "grouped" if x.shape[0] > 8 or x.is_cuda else "loop"
-
-
 class Experts(nn.Module):
-    """E gated feed-forward experts, stacked: gate_up_proj [E, 2I, D] (gate first), down_proj [E, D, I]."""
+    """E gated feed-forward experts, stacked: gate_up_proj [E, 2I, D] (gate first), down_proj [E, D, I].
+
+    `backend` names an entry of `EXPERTS` to use for every input; None lets `choose_experts` decide for each one.
+    """
 
     def __init__(self, experts: int, dim: int, hidden: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.backend: str | None = None
 
     def initialise(self, std: float) -> None:
         nn.init.normal_(self.gate_up_proj, std=std)
         nn.init.normal_(self.down_proj, std=std)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, backend: str | None = None) -> Tensor:
-        """x [N, D], ids and weights [N, k] -> [N, D]."""
-        backend = backend or choose_experts(x, self.gate_up_proj, self.down_proj)
-        if backend not in EXPERTS:
-            raise ValueError(f"experts backend {backend!r} is not one of {sorted(EXPERTS)}")
-        return EXPERTS[backend](x, ids, weights, self.gate_up_proj, self.down_proj)
+        """x [N, D], ids and weights [N, k] -> [N, D]. `backend` overrides the module's. ValueError if it is unknown."""
+        inputs = (x, ids, weights, self.gate_up_proj, self.down_proj)
+        return EXPERTS[_known(backend or self.backend or choose_experts(*inputs))](*inputs)
+
+
+def _known(backend: str) -> str:
+    if backend not in EXPERTS:
+        raise ValueError(f"experts backend {backend!r} is not one of {sorted(EXPERTS)}")
+    return backend
+
+
+def set_experts_backend(model: nn.Module, backend: str | None) -> None:
+    """Make all experts of a model use one backend whatever the input, or choose by input again (None).
+
+    Raises ValueError for a name that `EXPERTS` does not have.
+    """
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.backend = None if backend is None else _known(backend)
 
 
 class MoE(nn.Module):

@@ -30,6 +30,13 @@ class State:
         """A copy on another device or with floating tensors in another dtype."""
         return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
+    def rows(self: S, start: int, stop: int) -> S:
+        """Rows start .. stop - 1 as a state of their own that shares this one's memory (but not its host lists)."""
+        new = copy.copy(self)
+        for f in dataclasses.fields(self):
+            setattr(new, f.name, _rows(getattr(self, f.name), self.row_dims.get(f.name, 0), start, stop))
+        return new
+
     def _map(self: S, change: Callable[[Tensor], Tensor]) -> S:
         new = copy.copy(self)
         for f in dataclasses.fields(self):
@@ -45,6 +52,16 @@ def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [_apply(item, change) for item in value]  # a new list, so that clones do not share it
     return value
+
+
+def _rows(value: Any, dim: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.narrow(dim, start, stop - start)
+    if isinstance(value, State):
+        return value.rows(start, stop)
+    if isinstance(value, list) and value and isinstance(value[0], (Tensor, State)):  # one item a layer
+        return [_rows(item, dim, start, stop) for item in value]
+    return value[start:stop] if isinstance(value, list) else value  # other lists: one item a row
 
 
 def join_rows(states: Sequence[S]) -> S:

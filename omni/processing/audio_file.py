@@ -21,8 +21,8 @@ _SOUNDFILE_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"FORM
 _FULL_SCALE = {torch.int8: 2**7, torch.int16: 2**15, torch.int32: 2**31}
 
 
-def load_audio(value: Any, sampling_rate: int | None = None) -> Tensor:
-    """One clip as fp32 samples [n] in -1 .. 1 at 16 kHz, channels averaged.
+def load_audio(value: Any, sampling_rate: int | None = None, device: torch.device | None = None) -> Tensor:
+    """One clip as fp32 samples [n] in -1 .. 1 at 16 kHz, channels averaged; resampled on `device` (None: the CPU).
 
     `value` is a path, address, data URI, bytes, an array ([n], [channels, n] or [n, channels]; integers are PCM), an
     `(array, rate_hz)` pair or a dict with `array` and `sampling_rate` (or `path` / `bytes`). `sampling_rate` is the
@@ -40,7 +40,7 @@ def load_audio(value: Any, sampling_rate: int | None = None) -> Tensor:
     else:
         samples, rate = read_array(value), SAMPLE_RATE if sampling_rate is None else sampling_rate
     check_samples(samples, name)
-    return resample(samples, rate, name)
+    return resample(samples.to(device), rate, name)
 
 
 class _TooLongError(ValueError):
@@ -215,8 +215,8 @@ def _reason(error: BaseException) -> str:
 def join_clips(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Features [M, F_i] of clips, padded on the right -> [A, M, F] and mask int64 [A, F]."""
     frames = [clip.shape[1] for clip in features]
-    padded = torch.zeros(len(features), features[0].shape[0], max(frames))
-    mask = torch.zeros(len(features), max(frames), dtype=torch.int64)
+    padded = features[0].new_zeros(len(features), features[0].shape[0], max(frames))
+    mask = torch.zeros(len(features), max(frames), dtype=torch.int64, device=padded.device)
     for row, clip in enumerate(features):
         padded[row, :, : clip.shape[1]] = clip
         mask[row, : clip.shape[1]] = 1

@@ -38,6 +38,7 @@ _OPTIONS = {
         "fps",
         "min_pixels",
         "max_pixels",
+        "total_pixels",
         "min_frames",
         "max_frames",
         "video_start",

@@ -36,15 +36,18 @@ class CallOptions:
     fps: float | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    total_pixels: int | None = None
     max_frames: int | None = None
     mel_level: str = "clip"
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.use_audio_in_video is not None and not isinstance(self.use_audio_in_video, bool):
             raise TypeError(f"use_audio_in_video must be None, True or False, got {self.use_audio_in_video!r}")
 
     def budget(self, options: Mapping[str, Any]) -> PixelBudget:
-        return PixelBudget(options.get("min_pixels", self.min_pixels), options.get("max_pixels", self.max_pixels))
+        names = ("min_pixels", "max_pixels", "total_pixels")
+        return PixelBudget(*(options.get(name, getattr(self, name)) for name in names))
 
 
 @dataclass
@@ -135,8 +138,10 @@ class OmniProcessor:
         fps: float | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        total_pixels: int | None = None,
         max_frames: int | None = None,
         mel_level: str = "clip",
+        device: torch.device | str | None = None,
     ) -> OmniInputs:
         """One conversation -> a batch of 1; a list of conversations -> a left-padded batch.
 
@@ -150,15 +155,20 @@ class OmniProcessor:
             use_audio_in_video: True uses the sound of every video that has one; items may set it for themselves.
             fps: frames taken from each second of a video file (default 2), and the rate of frame lists and arrays.
             min_pixels, max_pixels: size limits for every image and video frame.
+            total_pixels: most pixels of one video, each temporal patch's frames counted once (default: no limit); long
+                videos then get smaller frames. Qwen's own recipe uses 128000 * 32 * 32 * 0.9 = 117964800.
             max_frames: most frames taken from one video (default 768).
             mel_level: the reference level of the log-mel features: "clip" takes each clip's loudest value, "causal" the
                 loudest up to the end of each second, as sessions do.
+            device: where features are computed from decoded sound and pictures, and where the inputs lie (None: CPU).
 
         Raises ValueError, TypeError, FileNotFoundError or OSError naming the message or medium and the remedy.
         """
         if mel_level not in LEVELS:
             raise ValueError(f"unknown mel_level {mel_level!r}; {nearest(str(mel_level), LEVELS)}")
-        options = CallOptions(use_audio_in_video, fps, min_pixels, max_pixels, max_frames, mel_level)
+        options = CallOptions(
+            use_audio_in_video, fps, min_pixels, max_pixels, total_pixels, max_frames, mel_level, _usable(device)
+        )
         template_options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
         if enable_thinking is not None:
             template_options["enable_thinking"] = enable_thinking
@@ -169,7 +179,7 @@ class OmniProcessor:
             rows.append(self._expand(ids, conversation.media, options, batch))
         if use_audio_in_video and batch.silent and not batch.with_sound:
             raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")
-        return self._pack(rows, batch)
+        return self._pack(rows, batch).to(options.device)
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
         """Text of one row of ids; invalid bytes become U+FFFD, control tokens are left out unless asked for."""
@@ -221,7 +231,7 @@ class OmniProcessor:
         merge = self.vision.merge_size
         segment: Segment
         if medium.kind == "audio":
-            samples = load_audio(medium.source, medium.options.get("sampling_rate"))
+            samples = load_audio(medium.source, medium.options.get("sampling_rate"), options.device)
             if samples.numel() < self.log_mel.hop_length:
                 raise ValueError(
                     f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
@@ -229,7 +239,7 @@ class OmniProcessor:
                 )
             segment = self._add_clip(samples, options, batch)
         elif medium.kind == "image":
-            pixels, grid = self.vision.image(medium.source, options.budget(medium.options))
+            pixels, grid = self.vision.image(medium.source, options.budget(medium.options), options.device)
             batch.image_pixels.append(pixels)
             batch.image_grids.append(grid)
             segment = Image(grid[1] // merge, grid[2] // merge)
@@ -239,7 +249,7 @@ class OmniProcessor:
         return [self.tokens.audio_start, *ids, self.audio_end_id] if isinstance(segment, AudioVideo) else ids
 
     def _add_clip(self, samples: Tensor, options: CallOptions, batch: _Batch) -> Audio:
-        mel = self.log_mel(samples, options.mel_level)
+        mel = self.log_mel(samples.to(options.device), options.mel_level)
         batch.mels.append(mel)
         return Audio(self.audio_tokens(mel.shape[1]))
 
@@ -249,7 +259,8 @@ class OmniProcessor:
             raise TypeError(f"use_audio_in_video of a video item must be True or False, got {own!r}")
         want_sound = bool(options.use_audio_in_video) if own is None else own
         settings = {"fps": options.fps, "max_frames": options.max_frames, **medium.options}
-        clip = self.vision.video(medium.source, settings, options.budget(medium.options), want_sound)
+        budget = options.budget(medium.options)
+        clip = self.vision.video(medium.source, settings, budget, want_sound, options.device)
         batch.video_pixels.append(clip.pixels)
         batch.video_grids.append(clip.grid)
         batch.video_times.append(torch.tensor(clip.grid_times_s, dtype=torch.float64))
@@ -289,6 +300,18 @@ class OmniProcessor:
             inputs["video_second_per_grid"] = torch.tensor(batch.video_seconds)
             inputs["video_grid_times"] = batch.video_times
         return OmniInputs(**inputs)
+
+
+def _usable(device: torch.device | str | None) -> torch.device | None:
+    """The device, after one value was put there; ValueError if this machine does not have it."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return found
 
 
 def _join(pixels: Sequence[Tensor]) -> Tensor:

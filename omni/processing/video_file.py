@@ -29,7 +29,8 @@ DEFAULT_FPS = 2.0  # frames taken from each second, as the models were trained
 _SOUND_OFFSET_S = 0.04  # smaller differences between the starts of sound and picture are encoder delay, left alone
 _LATEST_SOUND_S = 60.0  # sound that begins later than this after the last picture has a wrong clock
 
-Resize = Callable[[Tensor], Tensor]  # uint8 [3, height, width] of a frame -> the size that the model sees
+# uint8 [3, height, width] of a frame, and how many are taken -> the frame at the size that the model sees
+Resize = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def load_video(value: Any, sampling: Sampling, resize: Resize, frame_rate: float
     source = open_source(value, "video")
     frames, times, first_s, last_s = _decode(source, sampling, resize, name)
     sound = _read_sound(source, first_s + sampling.start_s, last_s, sampling, name) if want_sound else None
-    return VideoClip(torch.stack(frames), tuple(times), sound)
+    return VideoClip(_stack(frames), tuple(times), sound)
 
 
 def _read_frames(value: Any, sampling: Sampling, resize: Resize, rate: float, name: str) -> VideoClip:
@@ -118,9 +119,9 @@ def _read_frames(value: Any, sampling: Sampling, resize: Resize, rate: float, na
         pictures = _on_one_scale(pictures)
     frames: list[Tensor] = []
     for picture in map(load_image, pictures):
-        frames.append(resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1)))
+        frames.append(resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1), taken))
     _check_one_size(frames, name)
-    return VideoClip(torch.stack(frames), tuple((index - first) / rate for index in chosen), None)
+    return VideoClip(_stack(frames), tuple((index - first) / rate for index in chosen), None)
 
 
 def _on_one_scale(frames: list[Any]) -> list[Any]:
@@ -135,6 +136,14 @@ def _on_one_scale(frames: list[Any]) -> list[Any]:
     if arrays[0].dtype.kind != "f" or not (low >= 0 and 1 < high <= 255):  # also where NaN is among them
         return frames
     return [np.rint(array).astype(np.uint8) for array in arrays]
+
+
+def _stack(frames: list[Tensor]) -> Tensor:
+    """[T, 3, H, W]; empties the list as it goes, so that the frames are not held twice."""
+    stacked = torch.empty(len(frames), *frames[0].shape, dtype=frames[0].dtype)
+    for place in reversed(range(len(frames))):
+        stacked[place] = frames.pop()
+    return stacked
 
 
 def _check_one_size(frames: Sequence[Tensor], name: str) -> None:
@@ -223,7 +232,7 @@ def _take(
         check_size(frame.height, frame.width, "a video frame")
         pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
         turns = round(frame.rotation / 90) % 4  # phones store the picture lying and a turn, counter-clockwise
-        picture = resize(torch.rot90(pixels, turns).permute(2, 0, 1).contiguous())
+        picture = resize(torch.rot90(pixels, turns).permute(2, 0, 1).contiguous(), len(chosen))
         while len(frames) < len(chosen) and chosen[len(frames)] <= stamp:  # a slow video may show one frame twice
             taken.append(chosen[len(frames)])
             frames.append(picture)

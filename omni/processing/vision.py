@@ -21,18 +21,23 @@ from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
 VIDEO_MIN_PIXELS = 128 * 32 * 32
 VIDEO_MAX_PIXELS = 768 * 32 * 32
 LARGEST_MIN_PIXELS = 16384 * 32 * 32  # a picture enlarged to this takes 16384 tokens
-_FRAMES_AT_ONCE = 4  # of a video, while its pixels become patches: the float copies of all would not fit
+_LEAST_ABOVE_MIN = 1.05  # of min_pixels: what a budget for the whole video leaves each frame (Qwen's video recipe)
 
 
 @dataclass(frozen=True)
 class PixelBudget:
-    """Fewest and most pixels of a picture after resizing; None takes the checkpoint's."""
+    """Fewest and most pixels of a picture after resizing; None takes the checkpoint's.
+
+    `total_pixels` bounds a whole video (None: no bound, as in the reference's processor): the pixels of all its frames
+    after resizing, those of one temporal patch counted once.
+    """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    total_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("min_pixels", "max_pixels"):
+        for name in ("min_pixels", "max_pixels", "total_pixels"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -46,6 +51,14 @@ class PixelBudget:
         low = least if self.min_pixels is None else self.min_pixels
         high = most if self.max_pixels is None else self.max_pixels
         return (low, max(low, high)) if self.max_pixels is None else (min(low, high), high)
+
+    def of_frame(self, frames: int, frames_per_patch: int) -> tuple[int, int]:
+        """The limits of each frame of a video of so many frames; the total never shrinks one below the least size."""
+        low, high = self.within(VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+        if self.total_pixels is not None:
+            share = self.total_pixels * frames_per_patch // frames
+            high = min(high, max(share, int(low * _LEAST_ABOVE_MIN)))
+        return low, max(low, high)
 
 
 @dataclass(frozen=True)
@@ -89,18 +102,26 @@ class VisionProcessor:
         self.merge_size: int = self.image_processor.merge_size
         self.temporal_patch_size: int = self.video_processor.temporal_patch_size
 
-    def image(self, value: Any, budget: PixelBudget) -> tuple[Tensor, list[int]]:
-        """One picture: patches and grid."""
+    def image(self, value: Any, budget: PixelBudget, device: torch.device | None = None) -> tuple[Tensor, list[int]]:
+        """One picture: patches and grid, computed on `device` (None: the CPU)."""
         picture = load_image(value)
         low, high = budget.within(*self._image_limits)
-        out = self.image_processor(
-            images=[picture], size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt"
-        )
+        size = {"shortest_edge": low, "longest_edge": high}
+        out = self.image_processor(images=[picture], size=size, return_tensors="pt", device=device)
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
 
-    def video(self, value: Any, settings: Mapping[str, Any], budget: PixelBudget, want_sound: bool) -> VideoPixels:
-        """One video. `settings` may hold fps, min_frames, max_frames, video_start and video_end (None: default)."""
-        low, high = budget.within(VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+    def video(
+        self,
+        value: Any,
+        settings: Mapping[str, Any],
+        budget: PixelBudget,
+        want_sound: bool,
+        device: torch.device | None = None,
+    ) -> VideoPixels:
+        """One video, its patches computed on `device` (None: the CPU).
+
+        `settings` may hold fps, min_frames, max_frames, video_start and video_end (None: default).
+        """
         sampling = Sampling(
             fps=_given(settings, "fps", DEFAULT_FPS),
             min_frames=_given(settings, "min_frames", self.video_processor.min_frames),
@@ -109,25 +130,34 @@ class VisionProcessor:
             start_s=_given(settings, "video_start", 0.0),
             end_s=settings.get("video_end"),
         )
-        clip = load_video(
-            value, sampling, lambda frame: self._resize(frame, low, high), settings.get("fps"), want_sound
-        )
+
+        def resize(frame: Tensor, frames: int) -> Tensor:
+            return self._resize(frame, *budget.of_frame(frames, self.temporal_patch_size))
+
+        clip = load_video(value, sampling, resize, settings.get("fps"), want_sound)
         times = list(clip.times_s[:: self.temporal_patch_size])
-        pixels, grid = self._patches(clip.frames, len(times))
+        pixels, grid = self._patches(clip.frames, device)
         return VideoPixels(describe(value), pixels, grid, times, clip.sound)
 
-    def _patches(self, frames: Tensor, steps: int) -> tuple[Tensor, list[int]]:
-        """Frames uint8 [T, 3, H, W] -> patches and grid [steps, h, w]; an odd last frame counts twice."""
-        pixels, grid, filled = torch.empty(0), [0, 0, 0], 0
-        at_once = max(_FRAMES_AT_ONCE // self.temporal_patch_size, 1) * self.temporal_patch_size
-        for part in frames.split(at_once):
-            out = self.video_processor(videos=[part], do_resize=False, do_sample_frames=False, return_tensors="pt")
-            patches, grid = out["pixel_values_videos"], out["video_grid_thw"][0].tolist()
-            if not filled:
-                pixels = patches.new_empty(steps * grid[1] * grid[2], patches.shape[1])
-            pixels[filled : filled + len(patches)] = patches
-            filled += len(patches)
-        return pixels, [steps, *grid[1:]]
+    def _patches(self, frames: Tensor, device: torch.device | None = None) -> tuple[Tensor, list[int]]:
+        """Frames uint8 [T, 3, H, W] -> patches and grid [t, h, w]; an odd last frame counts twice.
+
+        One grid step at a time, straight to its place: the float copies of all frames would not fit.
+        """
+        values, depth = self.video_processor, self.temporal_patch_size
+        patch, merge = values.patch_size, values.merge_size
+        (count, channels, height, width), steps = frames.shape, -(-len(frames) // depth)
+        h, w = height // patch, width // patch
+        merged = (h // merge, merge, patch, w // merge, merge, patch)
+        shape = (steps, h // merge, w // merge, merge, merge, channels, depth, patch, patch)
+        pixels = torch.empty(shape, device=device)
+        for step in range(steps):
+            part = frames[[min(step * depth + i, count - 1) for i in range(depth)]].to(device)
+            part = values.rescale_and_normalize(
+                part, values.do_rescale, values.rescale_factor, values.do_normalize, values.image_mean, values.image_std
+            )
+            pixels[step] = part.view(depth, channels, *merged).permute(2, 5, 3, 6, 1, 0, 4, 7)
+        return pixels.view(steps * h * w, -1), [steps, h, w]
 
     def frame(self, value: Any) -> Tensor:
         """One frame of a video that is pushed frame by frame: uint8 [3, height, width], resized as in a video."""
@@ -138,10 +168,7 @@ class VisionProcessor:
 
     def grid_step(self, frames: list[Tensor]) -> tuple[Tensor, list[int]]:
         """Patches and grid [1, h, w] of the frames of one temporal patch; a missing last one is shown twice."""
-        out = self.video_processor(
-            videos=[torch.stack(frames)], do_resize=False, do_sample_frames=False, return_tensors="pt"
-        )
-        return out["pixel_values_videos"], out["video_grid_thw"][0].tolist()
+        return self._patches(torch.stack(frames))
 
     def _resize(self, frame: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
         """One frame uint8 [3, height, width] at the size that the model sees."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,18 @@ class TMRope:
     def __init__(self, dim: int, theta: float, sections: tuple[int, ...]) -> None:
         self.dim = dim
         self.theta = theta
-        self.axis = [
+        self.axis = tuple(
             i % 3 if i % 3 and i < 3 * sections[i % 3] else 0  # time takes whatever height and width leave
             for i in range(dim // 2)
-        ]
+        )
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions[..., None].float() * inverse_frequencies(self.dim, self.theta, positions.device)
-        choice = torch.nn.functional.one_hot(torch.tensor(self.axis, device=positions.device), 3).T.float()  # [3, D/2]
-        return double_angles((angles * choice[:, None, None, :]).sum(0))
+        frequencies = axis_frequencies(self.dim, self.theta, self.axis, positions.device)  # [3, D / 2]
+        return double_angles((positions[..., None].float() * frequencies[:, None, None]).sum(0))
+
+
+@lru_cache(maxsize=64)
+def axis_frequencies(dim: int, theta: float, axis: tuple[int, ...], device: torch.device) -> Tensor:
+    """fp32 [3, dim / 2]: the inverse frequency of each rotary pair in the row of its axis, zero in the others."""
+    frequencies = inverse_frequencies(dim, theta, device)
+    return torch.nn.functional.one_hot(torch.tensor(axis, device=device), 3).T * frequencies

@@ -7,13 +7,13 @@ predicts code i + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from omni.config import MTPConfig
-from omni.layers.cache import KVCache
+from omni.layers.cache import KVCache, LayerCache
 from omni.layers.decoder_layer import DecoderLayer, Tables
 from omni.layers.norm import RMSNorm
 from omni.layers.swiglu import SwiGLU
@@ -50,14 +50,10 @@ class MTP(nn.Module):
             weight.device, weight.dtype,
         )  # fmt: skip
 
-    def _tables(self, start: int, tokens: int, device: torch.device) -> Tables:
-        return self.rope(torch.arange(start, start + tokens, device=device)[None])
-
-    def _decode(self, x: Tensor, tables: Tables, cache: KVCache | None = None) -> Tensor:
+    def decode(self, x: Tensor, tables: Tables, caches: Sequence[LayerCache] | None = None) -> Tensor:
+        """All layers and the final norm, x [N, T, D] -> [N, T, D]: a function of tensors alone."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, tables, cache, i)
-        if cache is not None:
-            cache.advance([x.shape[1]] * x.shape[0])
+            x = layer(x, tables, None if caches is None else caches[i])
         return self.norm(x)
 
     def embed_residual(self, codes: Tensor) -> Tensor:
@@ -72,26 +68,48 @@ class MTP(nn.Module):
         """
         residual = self.embed_residual(codes)[:, :-1]
         x = torch.cat((hidden[:, None], first[:, None], residual), dim=1)  # [N, K, D]
-        x = self._decode(x, self._tables(0, x.shape[1], x.device))[:, 1:]
+        x = self.decode(x, self.rope(torch.arange(x.shape[1], device=x.device)[None]))[:, 1:]
         return torch.stack([head(x[:, i]) for i, head in enumerate(self.lm_head)], dim=1)
 
     def generate(
-        self, hidden: Tensor, first: Tensor, sample: Sampler, cache: KVCache | None = None
+        self,
+        hidden: Tensor,
+        first: Tensor,
+        sample: Sampler,
+        cache: KVCache | None = None,
+        *,
+        step: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The residual codes of one frame: K - 1 fixed steps.
 
-        hidden, first [B, D] as in `forward`; `sample(logits [B, V], i)` chooses code i + 1. Returns codes int64
-        [B, K - 1] and the sum of their embeddings [B, D].
+        hidden, first [B, D] as in `forward`; `sample(logits [B, V], i)` chooses code i + 1. Whatever `cache` holds is
+        overwritten. `step` stands in for `MTP.code_logits`; it gets one vector a row at a time, so that one shape is
+        enough. Returns codes int64 [B, K - 1] and the sum of their embeddings [B, D].
         """
         cache = self.init_cache(hidden.shape[0]) if cache is None else cache
-        cache.length, cache.lengths = torch.zeros_like(cache.length), [0] * len(hidden)
-        x = torch.stack((hidden, first), dim=1)
+        slots = torch.arange(self.config.num_code_groups, device=hidden.device)
+        cos, sin = self.rope(slots[None])
+        x, place = torch.stack((hidden, first), dim=1), 0
+        if step is not None:
+            step(self, x[:, :1], slots[:1], (cos[:, :1], sin[:, :1]), cache, self.lm_head[0])
+            x, place = x[:, 1:], 1
+        step = step or MTP.code_logits
         codes, total = [], torch.zeros_like(hidden)
         for i, (head, table) in enumerate(zip(self.lm_head, self.codec_embedding)):
-            y = self._decode(x, self._tables(cache.longest, x.shape[1], x.device), cache)
-            code = sample(head(y[:, -1]), i)
+            new = slice(place, place + x.shape[1])
+            code = sample(step(self, x, slots[new], (cos[:, new], sin[:, new]), cache, head), i)
             codes.append(code)
             embedding = table(code)
             total = total + embedding
-            x = embedding[:, None]
+            x, place = embedding[:, None], new.stop
         return torch.stack(codes, dim=1), total
+
+    def code_logits(self, x: Tensor, slots: Tensor, tables: Tables, cache: KVCache, head: nn.Module) -> Tensor:
+        """Read x [B, T, D] at slots int64 [T] of the frame: logits of the next code [B, V].
+
+        T is 2 at the start of a frame, else 1. A function of tensors alone, as `Thinker.decode`.
+        """
+        span = cache.keys.shape[3]
+        visible = (torch.arange(span, device=x.device) <= slots)[None, None, None] if x.shape[1] == 1 else None
+        views = cache.views(span, slots.expand(x.shape[0], -1), visible, fresh=x.shape[1] > 1)
+        return head(self.decode(x, tables, views)[:, -1])

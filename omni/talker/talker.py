@@ -6,7 +6,7 @@ left-aligned. One frame is 80 ms in the release.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.config import TalkerConfig
-from omni.layers.decoder_layer import DecoderLayer
+from omni.layers.cache import LayerCache
+from omni.layers.decoder_layer import DecoderLayer, run_layer
 from omni.layers.decoder_state import DecoderState
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
@@ -90,10 +91,12 @@ class Talker(nn.Module):
         router_logits: list[Tensor] | None = [] if with_router_logits else None
         tables = self.rope(positions)
         cache = state.cache if state is not None else None
+        views: Sequence[LayerCache | None] = [None] * len(self.layers)
         if cache is not None:
             cache.reserve(x.shape[1])
-        for i, layer in enumerate(self.layers):
-            x = layer(x, tables, cache, i, router_logits)
+            views = cache.layers(x.shape[1])
+        for layer, view in zip(self.layers, views):
+            x = layer(x, tables, view, router_logits)
         if cache is not None:
             cache.advance(lengths or [x.shape[1]] * x.shape[0])
         x = self.norm(x)
@@ -104,6 +107,26 @@ class Talker(nn.Module):
 
         Rows where `active` is False stand still; their outputs mean nothing.
         """
-        moves = [int(a) for a in active] if active is not None else [1] * len(embeds)
-        out = self(embeds[:, None], state.step_positions(moves), state, lengths=moves)
-        return out.logits[:, 0], out.hidden[:, 0]
+        moves = [True] * len(embeds) if active is None else list(active)
+        state.cache.reserve(1)
+        logits, hidden = self.decode(embeds, state.step_positions(), state.cache.layers(1))
+        state.step(torch.tensor(moves, device=embeds.device))
+        state.cache.count(moves)
+        return logits, hidden
+
+    def decode(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        run: Callable[..., Tensor] = run_layer,
+    ) -> tuple[Tensor, Tensor]:
+        """The same as a function of tensors alone: embeds [B, D], positions fp32 [3, B, 1], one view of the cache a
+        layer. The caller counts the frame (`DecoderState.step`, `KVCache.count`); `run` is how a layer is run.
+        """
+        x = embeds[:, None]
+        tables = self.rope(positions)
+        for layer, cache in zip(self.layers, caches):
+            x = run(layer, x, tables, cache)
+        hidden = self.norm(x)[:, 0]
+        return self.codec_head(hidden), hidden

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from omni.config import ThinkerConfig
-from omni.layers.decoder_layer import DecoderLayer, Tables
+from omni.layers.cache import LayerCache
+from omni.layers.decoder_layer import DecoderLayer, Tables, run_layer
 from omni.layers.decoder_state import DecoderState
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
@@ -86,10 +87,12 @@ class Thinker(nn.Module):
         router_logits: list[Tensor] | None = [] if with_router_logits else None
         tables = self.rope(positions)
         cache = state.cache if state is not None else None
+        views: Sequence[LayerCache | None] = [None] * len(self.layers)
         if cache is not None:
             cache.reserve(x.shape[1])
+            views = cache.layers(x.shape[1])
         for i, layer in enumerate(self.layers):
-            x = layer(x, tables, cache, i, router_logits if isinstance(layer.mlp, MoE) else None)
+            x = layer(x, tables, views[i], router_logits if isinstance(layer.mlp, MoE) else None)
             if i + 1 == self.accept_layer:
                 hidden = x
             if taps is not None and i < len(taps):
@@ -109,6 +112,27 @@ class Thinker(nn.Module):
 
         Rows where `active` is False stand still; their logits mean nothing.
         """
-        moves = [int(a) for a in active] if active is not None else [1] * len(ids)
-        embeds = self.embed_tokens(ids)[:, None]
-        return self(embeds, state.step_positions(moves), state, lengths=moves).logits[:, 0]
+        moves = [True] * len(ids) if active is None else list(active)
+        state.cache.reserve(1)
+        logits = self.decode(ids, state.step_positions(), state.cache.layers(1))
+        state.step(torch.tensor(moves, device=ids.device))
+        state.cache.count(moves)
+        return logits
+
+    def decode(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        run: Callable[..., Tensor] = run_layer,
+    ) -> Tensor:
+        """The same as a function of tensors alone: ids [B], positions fp32 [3, B, 1], one view of the cache a layer.
+
+        Nothing is allocated for keeps, nothing read back from the device, nothing decided by values; the caller
+        counts the token (`DecoderState.step`, `KVCache.count`). `run` is how a layer is run.
+        """
+        x = self.embed_tokens(ids)[:, None]
+        tables = self.rope(positions)
+        for layer, cache in zip(self.layers, caches):
+            x = run(layer, x, tables, cache)
+        return self.lm_head(self.norm(x))[:, 0]

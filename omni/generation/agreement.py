@@ -1,0 +1,174 @@
+"""How far a changed model (rounded weights, another dtype or backend) is from its reference, word by word and code by
+code: both read the same prompts, replies and codes, so that one early difference does not hide all that follow.
+
+Shapes: T reply tokens, n frames, K codebooks, V text vocabulary, C codec vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omni.generation.arguments import PerRow, per_row, speaker_id, stop_ids
+from omni.generation.generate import assistant_header
+from omni.generation.prompt import Prompt, encode_prompt
+from omni.generation.reply import ANSWER, ReplyReader, assistant_head
+from omni.generation.speech import user_part
+from omni.processing.inputs import OmniInputs
+from omni.rope.positions import prompt_positions
+from omni.talker.conditioning import PREFIX_LENGTH, assistant_prefix, trailing_text_ids
+
+if TYPE_CHECKING:
+    from omni.model import OmniModel
+
+
+class Speech(NamedTuple):
+    """The spoken side of a turn: codes int64 [K, n], the ids that are said, the assistant's header, the speaker."""
+
+    codes: Tensor
+    spoken: list[int]
+    header: list[int]
+    speaker: int
+
+
+class TeacherForced(NamedTuple):
+    """Logits of a model that reads a given turn: text [T, V], codes one [n, C] a codebook (none without speech)."""
+
+    text: Tensor
+    codes: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Means over all positions. KL is the divergence of the model's next-token distribution from the reference's, in
+    nats; agreement the share of positions where both find the same id likeliest. Codes: one value a codebook.
+    """
+
+    tokens: int
+    frames: int
+    text_kl: float
+    text_agreement: float
+    code_kl: tuple[float, ...]
+    code_agreement: tuple[float, ...]
+
+    def table(self) -> str:
+        """One line for the text and one a codebook, in Markdown."""
+        rows = [("text", self.tokens, self.text_kl, self.text_agreement)]
+        rows += [
+            (f"codebook {k}", self.frames, kl, share)
+            for k, (kl, share) in enumerate(zip(self.code_kl, self.code_agreement))
+        ]
+        lines = ["| | positions | KL, nats | same choice |", "|---|---|---|---|"]
+        return "\n".join([*lines, *(f"| {a} | {n} | {kl:.5f} | {share:.1%} |" for a, n, kl, share in rows)])
+
+
+@torch.no_grad()
+def agreement(
+    model: OmniModel,
+    reference: OmniModel,
+    inputs: OmniInputs,
+    *,
+    max_new_tokens: int = 64,
+    max_frames: int = 64,
+    speaker: PerRow = None,
+    return_audio: bool | None = None,
+    seed: int = 0,
+) -> Agreement:
+    """Compare two models of one config on replies that `reference` gives to `inputs`, the release's way of sampling.
+
+    Deterministic for a seed. Each model's Talker hears its own Thinker, and its residual codes follow its own Talker,
+    so that errors add up as they do in use. Raises ValueError as `OmniModel.generate`.
+    """
+    out = reference.generate(
+        inputs,
+        max_new_tokens=max_new_tokens,
+        max_frames=max_frames,
+        speaker=speaker,
+        return_audio=return_audio,
+        seed=seed,
+    )
+    speakers = per_row(speaker, len(out.replies), "speaker")
+    sides = [(side, encode_prompt(side, inputs)) for side in (model, reference)]
+    totals: dict[str, list[Tensor]] = {}
+    for row, reply in enumerate(out.replies):
+        speech = None
+        if out.codes is not None and out.codes[row].shape[1]:
+            speech = _speech(reference, sides[1][1].row_ids(row), reply, out.codes[row], speakers[row])
+        own, true = (teacher_forced(side, prompt, row, reply, speech) for side, prompt in sides)
+        totals.setdefault("text", []).append(_compare(own.text, true.text))
+        for codebook, logits in enumerate(zip(own.codes, true.codes)):
+            totals.setdefault(str(codebook), []).append(_compare(*logits))
+    means = {name: torch.cat(parts).mean(0).tolist() for name, parts in totals.items()}
+    codebooks = [means[name] for name in sorted(means.keys() - {"text"}, key=int)]
+    return Agreement(
+        tokens=sum(len(part) for part in totals["text"]),
+        frames=sum(len(part) for part in totals.get("0", [])),
+        text_kl=means["text"][0],
+        text_agreement=means["text"][1],
+        code_kl=tuple(kl for kl, _ in codebooks),
+        code_agreement=tuple(share for _, share in codebooks),
+    )
+
+
+def _speech(model: OmniModel, ids: list[int], reply: list[int], codes: Tensor, speaker: str | None) -> Speech:
+    """What a turn said, from the ids of its prompt and reply."""
+    c, processor = model.config, model.processor
+    think, decode = (None, None) if processor is None else (processor.think_token_ids, processor.decode)
+    head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
+    reader, stops = ReplyReader(think, opened=head.opened, decode=decode), stop_ids(model)
+    answer = [token for token in reply if token not in stops and reader.feed(token) == ANSWER]
+    return Speech(codes, [*head.prefill, *answer], assistant_header(model, head.header), speaker_id(model, speaker))
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: OmniModel, prompt: Prompt, row: int, reply: list[int], speech: Speech | None
+) -> TeacherForced:
+    """Logits of the turn in one row: those that chose each of the reply's ids and each of the codes."""
+    device, length = model.device, prompt.lengths[row]
+    embeds = torch.cat(
+        (prompt.embeds[row, :length], model.thinker.embed_tokens(torch.tensor(reply[:-1], device=device)))
+    )
+    following = prompt.next_position[row] + torch.arange(len(reply) - 1, device=device)
+    positions = torch.cat((prompt.positions[:, row, :length], following.expand(3, -1)), dim=1)
+    taps = None if prompt.taps is None else prompt.taps[:, row, :length]
+    if taps is not None:
+        taps = torch.cat((taps, taps.new_zeros(len(taps), len(reply) - 1, taps.shape[2])), dim=1)[:, None]
+    out = model.thinker(embeds[None], positions[:, None], taps=taps)
+    text = out.logits[0, length - 1 :]
+    if speech is None:
+        return TeacherForced(text, [])
+    codes = speech.codes.to(device).T  # [n, K]
+    x, places = _talker_inputs(model, prompt, row, out.hidden[0], speech)
+    heard = model.talker(x[None], places[:, None])
+    hidden = heard.hidden[0, -len(codes) :]
+    residual = model.talker.mtp(hidden, model.talker.codec_embedding(codes[:, 0]), codes[:, 1:])
+    return TeacherForced(text, [heard.logits[0, -len(codes) :], *residual.unbind(1)])
+
+
+def _talker_inputs(model: OmniModel, prompt: Prompt, row: int, hidden: Tensor, speech: Speech) -> tuple[Tensor, Tensor]:
+    """The Talker's prompt and all frames but the last: vectors [m, D] and positions fp32 [3, m]."""
+    c, talker, codes = model.config, model.talker, speech.codes.to(model.device).T
+    following = trailing_text_ids(speech.spoken, len(codes) - 1, c.tts_eos_token_id, c.tts_pad_token_id)
+    special = [c.tts_pad_token_id, c.tts_bos_token_id, speech.spoken[0]]
+    tokens = torch.tensor([*speech.header, *special, *following], device=codes.device)
+    text = talker.text_projection(model.thinker.embed_tokens(tokens))
+    prefix = assistant_prefix(talker, text[:3], text[3], text[4], text[5], speech.speaker)
+    frames = talker.embed_frames(codes[:-1]) + text[6:]
+    user, segments = user_part(model, prompt, hidden, row)
+    positions, start = prompt_positions(segments, talker.config.position_id_per_seconds)
+    highest = max(float(positions.max()) if len(user) else 0.0, start + PREFIX_LENGTH - 1)
+    steps = torch.cat((start + torch.arange(PREFIX_LENGTH), highest + 1 + torch.arange(len(frames))))
+    places = torch.cat((positions, steps.expand(3, -1)), dim=1).to(codes.device, torch.float32)
+    return torch.cat((user, prefix, frames)), places
+
+
+def _compare(own: Tensor, true: Tensor) -> Tensor:
+    """(KL, same choice) of each position: logits [n, V] and [n, V] -> fp64 [n, 2]."""
+    true = true.to(own.device)
+    p, q = true.double().log_softmax(-1), own.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return torch.stack((kl, (own.argmax(-1) == true.argmax(-1)).double()), dim=-1)

@@ -1,0 +1,225 @@
+"""Decoding on a GPU without launching kernels one by one: every step is captured once as a CUDA graph and replayed.
+
+A whole speech frame is one graph: the Talker reads the waiting frame, codebook 0 and the residual codes are drawn, and
+the codec turns them into samples. There is one graph for each number of rows (1, 2, 4, ... up to all), span of the
+cache and kind of sampling; all of them work on the same states. Before a graph runs, its inputs are copied to places
+that it knows; the only wait is for what the host has to see (ids, code 0, samples).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omni.code2wav.code2wav import Code2Wav, Code2WavState
+from omni.generation.decode import draw_frame, draw_token, read_frame, read_token
+from omni.generation.runner import Frame, Runner
+from omni.generation.sampling import RowSampling
+from omni.layers.cache import KVCache
+from omni.layers.state import State
+
+if TYPE_CHECKING:
+    from omni.model import OmniModel
+
+Outputs = tuple[Tensor, ...]
+Replay = Callable[[], Outputs]
+Capture = Callable[[Callable[[], Outputs]], Replay]
+_CAPACITY = 1024  # tokens a row at first: a cache that grows moves, and its graphs are captured again
+
+
+def cuda_graph(step: Callable[[], Outputs]) -> Replay:
+    """Capture a step on the current device. It runs twice first, so that its kernels are loaded and tuned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+class FrameInputs(NamedTuple):
+    """What a frame is told, views of one int64 tensor [4, B]: text ids, rows that read, that draw, that sound."""
+
+    following: Tensor
+    reads: Tensor
+    draws: Tensor
+    sounds: Tensor
+
+
+class GraphRunner(Runner):
+    """A runner whose steps are captured; `capture` makes a replayable step of a function."""
+
+    def __init__(self, model: OmniModel, rows: int, capacity: int, capture: Capture = cuda_graph) -> None:
+        super().__init__(model, rows, max(capacity, _CAPACITY))
+        device = model.device
+        self.capture = capture
+        self._told = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._telling = torch.zeros(4, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._active = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._activating = torch.zeros(rows, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.decodes_sound = isinstance(model.code2wav, Code2Wav) and self.speech is not None
+        self._sound = model.code2wav.init_state(rows) if self.decodes_sound else None
+        self._samplings: dict[Any, RowSampling] = {}
+        self._latest: dict[Any, RowSampling] = {}
+        self._graphs: dict[Any, Replay] = {}
+
+    def reset(self) -> None:
+        """Forget all rows, for the next user of the memory."""
+        for state in (self.text, self.speech):
+            if state is not None:
+                state.decoder.cache.length.zero_()
+                state.decoder.cache.lengths[:] = [0] * len(state.decoder.cache.lengths)
+                state.decoder.next_position.zero_()
+                state.seen.zero_()
+                state.steps.zero_()
+        self.times = type(self.times)(self.model.device)
+
+    def draw_token(self, sampling: RowSampling, active: Sequence[bool]) -> list[int]:
+        width = self.width(active)
+        fixed = self._sampling("text", sampling)
+
+        def step() -> Outputs:
+            mask = self._active[:width]
+            self._ids[:width] = draw_token(self.steps, self.text.rows(0, width), fixed.rows(0, width), mask)
+            return (self._ids[:width],)
+
+        (ids,) = self._replay(("draw", width, fixed.kind), step, active=active)
+        drawn: list[int] = ids.tolist()
+        return drawn
+
+    def read_token(self, active: Sequence[bool]) -> None:
+        width, cache = self.width(active), self.text.decoder.cache
+        span = self.span(cache)
+
+        def step() -> Outputs:
+            state = self.text.rows(0, width)
+            read_token(self.steps, self.model.thinker, state, self._ids[:width], self._active[:width], span)
+            return ()
+
+        self._replay(("read", width, span), step, active=active)
+        cache.count(active)
+
+    def frame(
+        self,
+        following: Sequence[int],
+        reads: Sequence[bool],
+        draws: Sequence[bool],
+        sounds: Sequence[bool],
+        samplings: tuple[RowSampling, RowSampling],
+    ) -> Frame | None:
+        assert self.speech is not None and self.banned is not None
+        speech, banned, cache = self.speech, self.banned, self.speech.decoder.cache
+        width = self.width([r or d for r, d in zip(reads, draws)])
+        span = self.span(cache)
+        codes, residual = self._sampling("codes", samplings[0]), self._sampling("residual", samplings[1])
+        talker, codec, sounding = self.model.talker, self.model.code2wav, any(sounds)
+        end = talker.config.codec_eos_token_id
+
+        def step() -> Outputs:
+            told = FrameInputs(*self._told[:, :width])
+            state = speech.rows(0, width)
+            text = talker.text_projection(self.model.thinker.embed_tokens(told.following))
+            read_frame(self.steps, talker, state, text, told.reads.bool(), span)
+            drawn = draw_frame(
+                self.steps, talker, state, codes.rows(0, width), residual.rows(0, width), banned, told.draws.bool()
+            )
+            if not sounding or self._sound is None:
+                return (drawn,)
+            heard = told.sounds.bool() & told.draws.bool() & (drawn[:, 0] != end)
+            audible = torch.where(heard[:, None], drawn, 0)[:, :, None]
+            return drawn, codec.step(audible, self._sound.rows(0, width), heard)
+
+        with self.times.stage("frame"):
+            key = ("frame", width, span, codes.kind, residual.kind, sounding)
+            drawn, *wave = self._replay(key, step, told=(following, reads, draws, sounds))
+        cache.count(reads)
+        if not any(draws):
+            return None
+        return Frame(drawn.clone(), drawn[:, 0].tolist(), wave[0].float().cpu() if wave else None)
+
+    def adopt_sound(self, row: int, state: State) -> None:
+        assert self._sound is not None and isinstance(state, Code2WavState)
+        self._sound.write_row(row, state)
+
+    def width(self, active: Sequence[bool]) -> int:
+        """The smallest power of two that covers the active rows, or all rows."""
+        needed = max(row for row, is_active in enumerate(active) if is_active) + 1
+        return min(len(active), 1 << (needed - 1).bit_length())
+
+    def span(self, cache: KVCache) -> int:
+        """Make room for one more token of each row; slots that a step looks at: powers of two from 128 on, or all."""
+        keys = cache.keys.data_ptr()
+        cache.reserve(1)
+        if cache.keys.data_ptr() != keys:  # it has moved
+            self._graphs.clear()
+        return min(cache.capacity, max(128, 1 << cache.longest.bit_length()))
+
+    def _sampling(self, stream: str, sampling: RowSampling) -> RowSampling:
+        """The sampling's values in the place that graphs of its kind read."""
+        place = stream, sampling.kind
+        if place not in self._samplings:
+            self._samplings[place] = sampling.clone()
+        elif self._latest.get(place) is not sampling:
+            self._samplings[place].copy_from(sampling)
+        self._latest[place] = sampling
+        return self._samplings[place]
+
+    def _replay(
+        self,
+        key: Any,
+        step: Callable[[], Outputs],
+        active: Sequence[bool] | None = None,
+        told: tuple[Sequence[int], ...] | None = None,
+    ) -> Outputs:
+        """Run a captured step with the given inputs; capture it first if it is new.
+
+        While it is captured no row is active, so that nothing but free places of the caches changes.
+        """
+        if key not in self._graphs:
+            self._active.zero_()
+            self._told.zero_()
+            self._graphs[key] = self.capture(step)
+        if active is not None:
+            self._activating.copy_(torch.tensor(active))
+            self._active.copy_(self._activating, non_blocking=True)
+        if told is not None:
+            self._telling.copy_(torch.tensor(told, dtype=torch.int64))
+            self._told.copy_(self._telling, non_blocking=True)
+        return self._graphs[key]()
+
+
+class GraphPool:
+    """Graph runners that wait for their next user, so that a turn finds its graphs captured."""
+
+    def __init__(self, capture: Capture = cuda_graph) -> None:
+        self.capture = capture
+        self._idle: dict[int, list[GraphRunner]] = {}
+        self._weights: tuple[int, ...] = ()
+
+    def take(self, user: object, model: OmniModel, rows: int, capacity: int) -> GraphRunner:
+        """A runner for `rows` rows; it comes back when `user` is gone."""
+        weights = tuple(p.data_ptr() for p in model.parameters())
+        if weights != self._weights:  # graphs read the weights where they were when captured
+            self._idle, self._weights = {}, weights
+        waiting = self._idle.get(rows)
+        runner = waiting.pop() if waiting else GraphRunner(model, rows, capacity, self.capture)
+        runner.reset()
+        weakref.finalize(user, self._give_back, runner, weights)
+        return runner
+
+    def _give_back(self, runner: GraphRunner, weights: tuple[int, ...]) -> None:
+        if weights == self._weights:
+            self._idle.setdefault(len(runner._ids), []).append(runner)

@@ -1,0 +1,122 @@
+"""The states of B rows on the device and the steps that move them. What a step is for is decided by the host (`Rows`).
+
+Shapes: B rows, b of them in a step, V text vocabulary, K codebooks, D Talker width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omni.generation.decode import SpeechState, TextState, draw_frame, draw_token, read_frame, read_token
+from omni.generation.sampling import RowSampling
+from omni.generation.stage_times import StageTimes
+from omni.generation.steps import codec_step
+from omni.layers.cache import KVCache
+from omni.layers.state import State
+
+if TYPE_CHECKING:
+    from omni.model import OmniModel
+
+
+class Frame(NamedTuple):
+    """One speech frame of b rows: codes int64 [b, K]; code 0 on the host; samples [b, n] where the runner decodes."""
+
+    codes: Tensor
+    first: list[int]
+    wave: Tensor | None = None
+
+
+class Runner:
+    """Runs the model's steps as `model.steps` says, on states that it keeps."""
+
+    decodes_sound = False  # whether `frame` decodes what it draws, for rows that have called `adopt_sound`
+
+    def __init__(self, model: OmniModel, rows: int, capacity: int) -> None:
+        self.model = model
+        self.steps = model.steps
+        self.times = StageTimes(model.device)
+        self.text = TextState.create(model.thinker, rows, capacity)
+        self.speech = None if model.talker is None else SpeechState.create(model.talker, rows, capacity)
+        self.banned = None if model.talker is None else model.talker.suppressed()
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=model.device)  # drawn last
+
+    def draw_token(self, sampling: RowSampling, active: Sequence[bool]) -> list[int]:
+        """The next token of the active rows, one number for each of the first b rows."""
+        width = self.width(active)
+        ids = draw_token(self.steps, self.text.rows(0, width), sampling.rows(0, width), self._mask(active, width))
+        self._ids[:width] = ids
+        drawn: list[int] = ids.tolist()
+        return drawn
+
+    def read_token(self, active: Sequence[bool]) -> None:
+        """The Thinker reads what was drawn."""
+        width, cache = self.width(active), self.text.decoder.cache
+        span = self.span(cache)
+        state, mask = self.text.rows(0, width), self._mask(active, width)
+        read_token(self.steps, self.model.thinker, state, self._ids[:width], mask, span)
+        cache.count(active)
+
+    def frame(
+        self,
+        following: Sequence[int],
+        reads: Sequence[bool],
+        draws: Sequence[bool],
+        sounds: Sequence[bool],
+        samplings: tuple[RowSampling, RowSampling],
+    ) -> Frame | None:
+        """Rows of `reads` read the frame that waits and the text ids `following`; rows of `draws` draw the next one.
+
+        Rows of `sounds` have given their codec state to the runner (`adopt_sound`). None if nothing is drawn.
+        """
+        assert self.speech is not None and self.banned is not None
+        talker = self.model.talker
+        if any(reads):
+            with self.times.stage("talker"):
+                width, cache = self.width(reads), self.speech.decoder.cache
+                span = self.span(cache)
+                state, mask = self.speech.rows(0, width), self._mask(reads, width)
+                read_frame(self.steps, talker, state, self.project_text(following[:width]), mask, span)
+                cache.count(reads)
+        if not any(draws):
+            return None
+        with self.times.stage("residual_codes"):
+            width = self.width(draws)
+            state, mask = self.speech.rows(0, width), self._mask(draws, width)
+            first, residual = (s.rows(0, width) for s in samplings)
+            codes = draw_frame(self.steps, talker, state, first, residual, self.banned, mask)
+            return Frame(codes, codes[:, 0].tolist())
+
+    def decode(self, codes: Tensor, state: State) -> Tensor:
+        """Codes int64 [b, K, n] -> samples [b, m]; updates the codec's state."""
+        codec = self.model.code2wav
+        one_more = codes.shape[2] == 1 and getattr(state, "started", False)  # the shape that steps are compiled for
+        wave: Tensor = (self.steps.codec if one_more else codec_step)(codec, codes, state)
+        return wave
+
+    def project_text(self, ids: Sequence[int]) -> Tensor:
+        """Token ids -> their vectors on the Talker's text side [n, D]."""
+        embeds = self.model.thinker.embed_tokens(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
+        vectors: Tensor = self.model.talker.text_projection(embeds)
+        return vectors
+
+    def adopt_sound(self, row: int, state: State) -> None:
+        """Take over the codec state of one row, after its first chunk."""
+        raise NotImplementedError("this runner leaves codec states to the turns")
+
+    def span(self, cache: KVCache) -> int | None:
+        """Make room for one more token of each row; slots that the step will look at, None for those filled."""
+        cache.reserve(1)
+        return min(cache.capacity, -(-(cache.longest + 1) // 64) * 64) if self.steps.static else None
+
+    def width(self, active: Sequence[bool]) -> int:
+        """Rows to compute: up to the last active one, or all where each number of rows is compiled for itself."""
+        if self.steps.static:
+            return len(active)
+        return max(row for row, is_active in enumerate(active) if is_active) + 1
+
+    def _mask(self, active: Sequence[bool], width: int) -> Tensor:
+        return torch.tensor(active[:width], device=self.model.device)

@@ -1,0 +1,83 @@
+"""How the steps of decoding are run: as written, or compiled by torch.compile.
+
+A step is a function of a module and tensors; whatever it keeps lies in states that it updates in place, and nothing
+depends on a value that is on the device. That is why the same step can be run as written, be compiled, or be captured
+as a CUDA graph, with the same ids and codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni.generation.sampling import RowSampling
+from omni.layers.cache import KVCache, LayerCache
+from omni.layers.decoder_layer import run_layer
+from omni.layers.decoder_state import DecoderState
+from omni.talker.mtp import MTP
+
+
+def codec_step(codec: Any, codes: Tensor, state: Any) -> Tensor:
+    """codes int64 [B, K, n] -> samples [B, m]."""
+    wave: Tensor = codec.step(codes, state)
+    return wave
+
+
+@dataclass
+class Steps:
+    """The pieces that a token and a speech frame are made of.
+
+    layer: one decoder layer of the Thinker or the Talker; residual: the logits of one residual code (None: as `MTP`
+    does it); draw: `RowSampling.draw`; codec: a chunk of sound. static: each shape costs a compilation, so there
+    should be few.
+    """
+
+    layer: Callable[..., Tensor] = run_layer
+    residual: Callable[..., Tensor] | None = None
+    draw: Callable[..., Tensor] = RowSampling.draw
+    codec: Callable[..., Tensor] = codec_step
+    static: bool = False
+
+    def thinker(self, thinker: Any, ids: Tensor, state: DecoderState, span: int | None) -> Tensor:
+        """The Thinker reads ids int64 [B] -> logits of the next token [B, V]."""
+        logits: Tensor = thinker.decode(ids, state.step_positions(), _views(state.cache, span), self.layer)
+        return logits
+
+    def talker(self, talker: Any, embeds: Tensor, state: DecoderState, span: int | None) -> tuple[Tensor, Tensor]:
+        """The Talker reads embeds [B, D] -> (logits of codebook 0 [B, C], hidden [B, D])."""
+        logits, hidden = talker.decode(embeds, state.step_positions(), _views(state.cache, span), self.layer)
+        return logits, hidden
+
+
+def _views(cache: KVCache, span: int | None) -> list[LayerCache]:
+    """The layers' caches for one token a row: exactly what is filled, or the first `span` slots under a mask."""
+    return cache.layers(1) if span is None else cache.views(span, cache.length[:, None], cache.visible(span))
+
+
+def compiled_steps(backend: str = "inductor") -> Steps:
+    """Steps that torch.compile turns into fused kernels when they are first used (for each batch size).
+
+    A decoder is compiled by the layer, so that compiling takes seconds however deep it is.
+    """
+    # Each width, kind of layer and batch size is a variant of its own; torch stops at 8 of them by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+    def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(step, fullgraph=True, backend=backend)
+
+    draw_random = compiled(RowSampling.draw)
+
+    def draw(sampling: RowSampling, *arguments: Any) -> Tensor:
+        return draw_random(sampling, *arguments) if sampling.any_random else sampling.draw(*arguments)
+
+    return Steps(
+        layer=compiled(run_layer),
+        residual=compiled(MTP.code_logits),
+        draw=draw,
+        codec=compiled(codec_step),
+        static=True,
+    )
