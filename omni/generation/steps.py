@@ -58,11 +58,14 @@ def _views(cache: KVCache, span: int | None) -> list[LayerCache]:
     return cache.layers(1) if span is None else cache.views(span, cache.length[:, None], cache.visible(span))
 
 
-def compiled_steps(backend: str = "inductor") -> Steps:
+def compiled_steps(backend: Any = None) -> Steps:
     """Steps that torch.compile turns into fused kernels when they are first used (for each batch size).
 
-    A decoder is compiled by the layer, so that compiling takes seconds however deep it is.
+    backend: of torch.compile (None: inductor, see inductor.py). A decoder is compiled by the layer, so that compiling
+    takes seconds however deep it is.
     """
+    if backend is None:
+        from omni.generation.inductor import one_row_inductor as backend  # imports the compiler
     # Each width, kind of layer and batch size is a variant of its own; torch stops at 8 of them by default.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
