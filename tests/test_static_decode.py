@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from omni import AudioChunk, OmniEngine, OmniModel, OmniSession, SamplingConfig, StreamingConfig
+from omni.demo import demo_model
 from omni.generation import graphs
 from omni.generation.compilation import warm_up
 from omni.generation.graphs import GraphPool, GraphRunner, Outputs, Replay
@@ -202,6 +203,23 @@ def test_traced_steps_equal_steps_as_written(model: OmniModel) -> None:
         same(whole, model.generate(inputs, **arguments))
     finally:
         model.steps = Steps()
+
+
+def test_a_model_changed_after_compiling_is_not_taken_for_what_it_was() -> None:
+    torch.manual_seed(0)
+    model = demo_model()
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "max_frames": 5, **GREEDY}
+    inputs = model.processor(BATCH[0])
+    model.steps = compiled_steps("aot_eager")
+    model.generate(inputs, **arguments)
+    seen: list[int] = []
+    model.talker.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    model.to(torch.bfloat16)
+    changed = model.generate(inputs, **arguments)
+    model.steps = Steps()
+    seen.clear()
+    same(changed, model.generate(inputs, **arguments))
+    assert seen
 
 
 def test_compiled_turns_equal_turns_as_written_and_compile_nothing_more(model: OmniModel) -> None:

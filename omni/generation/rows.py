@@ -54,6 +54,7 @@ class Rows:
         """Start a turn in a row whose prompt has been read."""
         assert self.turns[row] is None, "a turn is running in this row"
         self.turns[row] = turn
+        self.runner.steps.begin_turn()
         self._samplings = None
         self.text.steps[row] = 0
         if self.speech is not None:

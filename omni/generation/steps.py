@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omni.generation.sampling import RowSampling
 from omni.layers.cache import KVCache, LayerCache
@@ -52,10 +53,67 @@ class Steps:
         logits, hidden = talker.decode(embeds, state.step_positions(), _views(state.cache, span), self.layer)
         return logits, hidden
 
+    def begin_turn(self) -> None:
+        """Called before a turn: what has been compiled must fit the modules as they are now."""
+        for step in (self.layer, self.residual):
+            if isinstance(step, CompiledByModule):
+                step.look_again()
+
 
 def _views(cache: KVCache, span: int | None) -> list[LayerCache]:
     """The layers' caches for one token a row: exactly what is filled, or the first `span` slots under a mask."""
     return cache.layers(1) if span is None else cache.views(span, cache.length[:, None], cache.visible(span))
+
+
+class CompiledByModule:
+    """A step `f(module, ...)` compiled once for each kind of module, which is looked at once a turn.
+
+    torch.compile would check every parameter of the module at every call, which takes longer than a narrow layer. Here
+    two modules are of one kind if type, structure, parameters (names, shapes, types, places), plain attributes and
+    hooks agree; each kind has its own compiled function, whose checks of the module are left out.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], backend: Any) -> None:
+        self.step, self.backend = step, backend
+        self._of_kind: dict[Any, Callable[..., Tensor]] = {}
+        self._of_module: dict[int, Callable[..., Tensor]] = {}
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> Tensor:
+        compiled = self._of_module.get(id(module))
+        if compiled is None:
+            kind = _kind(module)
+            if kind not in self._of_kind:
+                self._of_kind[kind] = self._compile()
+            compiled = self._of_module[id(module)] = self._of_kind[kind]
+        return compiled(module, *arguments)
+
+    def look_again(self) -> None:
+        """Take no module for what it was: it may have been moved or changed."""
+        self._of_module.clear()
+
+    def _compile(self) -> Callable[..., Tensor]:
+        code = self.step.__code__.replace()  # torch keeps what it compiles by code object
+        copy = FunctionType(code, self.step.__globals__, self.step.__name__)
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        return torch.compile(copy, fullgraph=True, backend=self.backend, options=options)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What decides how a module computes, but for the values of its parameters."""
+    plain = (bool, int, float, str, type(None))
+    parts = [
+        (
+            name,
+            type(part),
+            len(part._forward_hooks) + len(part._forward_pre_hooks),
+            tuple((k, v) for k, v in vars(part).items() if isinstance(v, plain)),
+        )
+        for name, part in module.named_modules()
+    ]
+    tensors = [
+        (n, t.shape, t.stride(), t.dtype, t.device) for n, t in (*module.named_parameters(), *module.named_buffers())
+    ]
+    return (*parts, *tensors)
 
 
 def compiled_steps(backend: Any = None) -> Steps:
@@ -78,8 +136,8 @@ def compiled_steps(backend: Any = None) -> Steps:
         return draw_random(sampling, *arguments) if sampling.any_random else sampling.draw(*arguments)
 
     return Steps(
-        layer=compiled(run_layer),
-        residual=compiled(MTP.code_logits),
+        layer=CompiledByModule(run_layer, backend),
+        residual=CompiledByModule(MTP.code_logits, backend),
         draw=draw,
         codec=compiled(codec_step),
         static=True,
