@@ -31,7 +31,12 @@ from omni.model import OmniModel as Model
 ROOT = Path(__file__).parents[1]
 TINY, RELEASED = ROOT / "configs" / "tiny.json", ROOT / "configs" / "qwen3_omni_30b_a3b.json"
 CPU = torch.device("cpu")
-IN_PROCESS = [name for name in command.ROWS if name not in ("p9", "p12")]
+LONG = ("p2", "p5", "p6", "p7", "p11", "growth")  # ten seconds or more each
+IN_PROCESS = [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    for name in command.ROWS
+    if name not in ("p9", "p12")  # these start processes of their own
+]
 measured = functools.cache(command.measure)
 
 
@@ -61,6 +66,7 @@ def test_row_runs(bench: Workbench, name: str) -> None:
     show(Console(quiet=True), row)
 
 
+@pytest.mark.slow
 def test_both_sides_are_compared_where_they_should(bench: Workbench) -> None:
     names = {series.name for series in measured(bench, "p2").tables[0].series}
     assert names == {"omni, eager", "transformers, as shipped", "transformers, best setting"}

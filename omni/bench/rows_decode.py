@@ -127,6 +127,7 @@ def thinker_decode(bench: Workbench) -> Row:
         weights = parameter_bytes(ours.thinker) / 1e9
     table.labels["dtype"] = "bfloat16"
     table.title = f"{layers} layers of {wide.hidden_size}, {wide.num_experts} experts, {wide.vocab_size} words"
+    name = EAGER if compiled is None else COMPILED
     row.verdicts.append(Verdict(f"full width, {name}, over transformers' best", table.ratio(name, BEST), ">=", 1.0))
     row.remarks.append(f"Full width: {weights:.1f} GB of weights, {touched / 1e6:.0f} MB of them for a token.")
     return row
