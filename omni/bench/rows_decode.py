@@ -16,6 +16,7 @@ from omni.bench.rows_speech import BEST, COMPILED, EAGER, SHIPPED, agree, agree_
 from omni.bench.sides import Peer, answer
 from omni.bench.timing import enough_calls, seconds_of
 from omni.bench.workbench import Workbench
+from omni.generation.graphs import cuda_graph
 from omni.model import OmniModel
 
 CAPTURED = "omni, CUDA graph"
@@ -81,7 +82,7 @@ def _residual_table(
     if compiled is not None:
         work[COMPILED] = units.residual_codes(compiled, 1, hidden, first)
     if bench.device.type == "cuda":
-        work[CAPTURED] = units.captured(work[COMPILED] if compiled is not None else work[EAGER])
+        work[CAPTURED] = cuda_graph(work[COMPILED] if compiled is not None else work[EAGER])
     work |= {SHIPPED: theirs(), BEST: theirs(cache_implementation="static")}
     try:
         work[BEST]()

@@ -68,20 +68,6 @@ def residual_codes(model: OmniModel, batch: int = 1, hidden: Tensor | None = Non
     return lambda: mtp.generate(hidden, first, draw, cache, step=steps.residual)[0]
 
 
-def captured(step: Step) -> Step:
-    """The same work as a CUDA graph, which is replayed without Python."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def codec_frame(model: OmniModel, batch: int = 1) -> Step:
     """One frame a row to samples, once decoding is steady."""
     codec = model.code2wav
