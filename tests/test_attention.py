@@ -182,17 +182,19 @@ def test_one_new_token_compiles_without_a_graph_break() -> None:
 
 @pytest.mark.parametrize("backend", sorted(PACKED))
 @pytest.mark.parametrize("lengths", [[3, 5, 3, 1, 0, 5], [4, 4, 4], [7], [6, 6, 2, 2, 6], [0]])
-def test_packed_attention_equals_each_block_alone(backend: str, lengths: list[int]) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_equals_each_block_alone(backend: str, lengths: list[int], causal: bool) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(sum(lengths), 2, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2))
     alone = [
-        plain_attention(*(x.transpose(0, 1)[None] for x in block))[0].transpose(0, 1)
+        plain_attention(*(x.transpose(0, 1)[None] for x in block), causal=causal)[0].transpose(0, 1)
         for block in zip(*(x.split(lengths) for x in (q, k, v)))
     ]
-    out = packed_attention(q, k, v, PackedBlocks(lengths, q.device), backend=backend)
+    out = packed_attention(q, k, v, PackedBlocks(lengths, q.device, causal=causal), backend=backend)
     if sum(lengths):
         assert_same(out, torch.cat(alone), [q, k, v])
-    assert torch.equal(packed_attention(q, k, v, lengths, backend=backend), out)
+    if not causal:
+        assert torch.equal(packed_attention(q, k, v, lengths, backend=backend), out)
 
 
 def test_neighbours_of_equal_length_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,12 +251,23 @@ class FlashStandIn:
         return torch.cat(rows)
 
     def flash_attn_varlen_func(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),  # of torch's own kernel
     ) -> Tensor:
         self.calls.append("packed")
         assert cu_q.dtype == cu_k.dtype == torch.int32 and int(cu_q.diff().max()) == max_q == max_k
+        assert window_size in ((-1, -1), (-1, 0))
+        causal = causal or window_size == (-1, 0)
         bounds = list(zip(cu_q.tolist(), cu_q.tolist()[1:]))
-        return torch.cat([self._attend(q[None, a:b], k[None, a:b], v[None, a:b], False)[0] for a, b in bounds])
+        return torch.cat([self._attend(q[None, a:b], k[None, a:b], v[None, a:b], causal)[0] for a, b in bounds])
 
 
 @pytest.fixture
@@ -315,8 +328,14 @@ def test_varlen_gets_offsets_and_the_longest_block(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(varlen, "varlen_attn", FlashStandIn().flash_attn_varlen_func)
     q, k, v = (torch.randn(9, 2, 8) for _ in range(3))
     for lengths in ([4, 3, 2], [9]):
-        expected = packed_attention(q, k, v, lengths, backend="plain")
-        torch.testing.assert_close(packed_attention(q, k, v, lengths), expected)
+        for causal in (False, True):
+            blocks = PackedBlocks(lengths, q.device, causal=causal)
+            expected = packed_attention(q, k, v, blocks, backend="plain")
+            torch.testing.assert_close(packed_attention(q, k, v, blocks), expected)
+            torch.testing.assert_close(
+                packed_attention(q, k[:, :1], v[:, :1], blocks),
+                packed_attention(q, k[:, :1], v[:, :1], blocks, backend="plain"),
+            )
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*torch.compile")

@@ -194,3 +194,38 @@ def test_a_backend_for_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_backend_has_the_same_signature() -> None:
     for backend in EXPERTS.values():
         assert list(inspect.signature(backend).parameters) == ["x", "ids", "weights", "gate_up", "down"]
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 3000])
+def test_autocast_reaches_the_experts(tokens: int) -> None:
+    """bfloat16 in the products whatever backend the number of tokens leads to, float32 gradients for the weights."""
+    torch.manual_seed(0)
+    experts = Experts(4, 16, 8)
+    experts.initialise(0.3)
+    x = torch.randn(tokens, 16)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, ids, weights)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and experts.down_proj.grad is not None
+    assert experts.down_proj.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), experts(x, ids, weights, backend="loop"), atol=0.1, rtol=0.05)
+
+
+@torch.no_grad()
+def test_compiled_large_16_bit_experts_are_one_opaque_call() -> None:
+    torch.manual_seed(0)
+    experts = Experts(4, 512, 512).to(torch.bfloat16)
+    experts.initialise(0.05)
+    x, ids = torch.randn(1, 512, dtype=torch.bfloat16), torch.tensor([[2, 0]])
+    weights = torch.tensor([[0.7, 0.3]], dtype=torch.bfloat16)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(experts, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(x, ids, weights), experts(x, ids, weights, backend="few"))
+    assert len(graphs) == 1 and "few_experts" in graphs[0]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from omni import AudioChunk, OmniEngine, OmniModel, OmniSession, SamplingConfig, StreamingConfig
+from omni import AudioChunk, OmniConfig, OmniEngine, OmniModel, OmniSession, SamplingConfig, StreamingConfig
 from omni.demo import demo_model
 from omni.generation import graphs
 from omni.generation.compilation import warm_up
@@ -203,6 +203,23 @@ def test_traced_steps_equal_steps_as_written(model: OmniModel) -> None:
         same(whole, model.generate(inputs, **arguments))
     finally:
         model.steps = Steps()
+
+
+def test_models_of_other_widths_compile_in_one_process(model: OmniModel) -> None:
+    """What torch has learnt of the sizes of one model is not taken to vary in the next."""
+    inputs, values = model.processor(BATCH[0]), model.config.to_dict()
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "max_frames": 4, **GREEDY}
+    values["code2wav_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64}
+    values["thinker_config"]["text_config"] |= {"num_attention_heads": 8}
+    torch.manual_seed(0)
+    other = OmniModel(OmniConfig.from_dict(values))
+    for each in (model, other):
+        whole = each.generate(inputs, **arguments)
+        each.steps = compiled_steps("aot_eager")
+        try:
+            same(whole, each.generate(inputs, **arguments))
+        finally:
+            each.steps = Steps()
 
 
 def test_a_model_changed_after_compiling_is_not_taken_for_what_it_was() -> None:

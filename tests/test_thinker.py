@@ -59,13 +59,13 @@ def test_ragged_rows_decode_as_if_alone(thinker: Thinker) -> None:
     embeds, positions = prompt(thinker, 2, 9)
     lengths = [9, 4]
     state = thinker.init_state(2)
-    out = thinker(embeds, positions, state, lengths=lengths, last_only=True)
+    out = thinker(embeds, positions, state, lengths=lengths, logits="last")
     state.next_position = torch.tensor(lengths).float()
     ids = torch.tensor([5, 6])
     together = [out.logits[:, 0], thinker.step(ids, state), thinker.step(ids, state)]
     for row, length in enumerate(lengths):
         alone = thinker.init_state(1)
-        first = thinker(embeds[row : row + 1, :length], positions[:, :1, :length], alone, last_only=True)
+        first = thinker(embeds[row : row + 1, :length], positions[:, :1, :length], alone, logits="last")
         alone.next_position = torch.tensor([float(length)])
         one = ids[row : row + 1]
         steps = [first.logits[:, 0], thinker.step(one, alone), thinker.step(one, alone)]
@@ -138,9 +138,9 @@ def test_long_context_keeps_its_accuracy() -> None:
         state = model.init_state(1, 4096)
         for start in range(0, 4096, 1024):
             piece = slice(start, start + 1024)
-            out = model(embeds[:, piece], positions[:, :, piece], state, last_only=True)
-        tail = model(embeds[:, -300:], positions[:, :, :300], last_only=True)
-        far = model(embeds[:, -300:], positions[:, :, -300:], last_only=True)
+            out = model(embeds[:, piece], positions[:, :, piece], state, logits="last")
+        tail = model(embeds[:, -300:], positions[:, :, :300], logits="last")
+        far = model(embeds[:, -300:], positions[:, :, -300:], logits="last")
     assert torch.isfinite(out.logits).all()
     torch.testing.assert_close(tail.logits, far.logits, atol=2e-3, rtol=2e-3)
     text = CONFIG.text_config

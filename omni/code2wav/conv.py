@@ -5,7 +5,8 @@ new piece where `forward` puts zeros. Hence pieces of any length, joined, equal 
 and rows of a batch may stand still: `active` bool [B, 1, 1] is False where a row's state must not change (None: none).
 
 A piece of one frame is only a few steps long in the wide layers. There the convolutions are written as matrix products
-on the parameters themselves: torch's CPU convolutions of such sizes are up to 10 times slower.
+on the parameters themselves: torch's CPU convolutions of such sizes are up to 10 times slower. Transposed convolutions
+are products at every length: as fast or faster there too.
 Sources: Snake (Ziyin et al., 2020) with a separate magnitude (BigVGAN, Lee et al., 2022); ConvNeXt (Liu et al., 2022);
 the dilated residual units of the SoundStream decoder (Zeghidour et al., 2021).
 Shapes: B rows, C channels, T steps in time.
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from omni.layers.state import State
 
 _SMALL_SIGNAL = 32768  # values; from here on torch's convolution is as fast as the matrix product or faster
-_FEW_COLUMNS = 64  # rows * steps; below it the product with the transposed weight, and transposed convolution as one
+_FEW_COLUMNS = 64  # rows * steps; below it the product with the transposed weight
 
 
 @dataclass
@@ -162,7 +163,7 @@ class CausalConvTranspose1d(StreamingLayer):
         if steps <= context:
             return x.new_zeros(rows, self.conv.out_channels, 0)
         pieces, rest = divmod(self.conv.kernel_size[0], self.stride)
-        if rows * steps >= _FEW_COLUMNS or rest or context != pieces - 1:
+        if rest or context != pieces - 1:
             return self.conv(x)[..., context * self.stride : steps * self.stride]
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None

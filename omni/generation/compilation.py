@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,10 @@ def warm_up(model: OmniModel, batch_sizes: Sequence[int]) -> None:
     """Run every step of a turn for each number of rows: greedy, and as a turn samples by default."""
     kinds = [(GREEDY,) * 3, (default_text(model), RELEASED_CODES, RELEASED_RESIDUAL)]
     work = [(rows, kind) for rows in batch_sizes for kind in kinds]
-    for rows, kind in tqdm(work, desc="compiling", unit="variant", delay=2, leave=False):
-        _run_once(model, rows, kind)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lru_cache")  # a table is cached when run as written; that is all
+        for rows, kind in tqdm(work, desc="compiling", unit="variant", delay=2, leave=False):
+            _run_once(model, rows, kind)
 
 
 def _run_once(model: OmniModel, rows: int, kind: Sequence[SamplingConfig]) -> None:

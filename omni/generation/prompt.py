@@ -6,6 +6,7 @@ Shapes: B rows, T tokens of the longest row, D Thinker width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,9 +44,10 @@ class Prompt:
         return self.ids[row, : self.lengths[row]].tolist()
 
 
-def encode_prompt(model: OmniModel, inputs: OmniInputs) -> Prompt:
+def encode_prompt(model: OmniModel, inputs: OmniInputs, *, touch_absent: bool = False) -> Prompt:
     """Encode media and lay out the batch for the Thinker.
 
+    touch_absent: an encoder that the batch has nothing for is called too, with a gradient of zero (training).
     Raises ValueError for media that the model has no encoder for, ids outside the vocabulary, prompts longer than the
     model's positions, or media that do not fit the placeholders.
     """
@@ -57,7 +59,7 @@ def encode_prompt(model: OmniModel, inputs: OmniInputs) -> Prompt:
     ids, lengths, columns = _left_align(inputs)
     valid = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     embeds = model.thinker.embed_tokens(ids) * valid[..., None]
-    embeds, taps, media = _merge_media(model, inputs, ids, embeds, valid)
+    embeds, taps, media = _merge_media(model, inputs, ids, embeds, valid, touch_absent)
     positions = torch.zeros(3, *ids.shape)
     following = []
     for row, row_segments in enumerate(segments):
@@ -99,10 +101,34 @@ def _left_align(inputs: OmniInputs) -> tuple[Tensor, Tensor, Tensor]:
     return ids.gather(1, columns) * valid, lengths, columns
 
 
+def _no_audio(model: OmniModel) -> Tensor | float:
+    """Zero, with a gradient of zero for the audio encoder."""
+    config = model.config.thinker_config.audio_config
+    if model.audio_encoder is None or config is None:
+        return 0.0
+    silence = torch.zeros(1, config.num_mel_bins, 1, device=model.device, dtype=model.dtype)
+    return 0 * model.audio_encoder(silence, torch.ones(1, dtype=torch.int64)).embeds.sum()
+
+
+def _no_vision(model: OmniModel) -> Tensor | float:
+    """Zero, with a gradient of zero for the vision encoder."""
+    config = model.config.thinker_config.vision_config
+    if model.vision_encoder is None or config is None:
+        return 0.0
+    side, values = config.spatial_merge_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
+    black = torch.zeros(side * side, values, device=model.device, dtype=model.dtype)
+    out = model.vision_encoder(black, torch.tensor([[1, side, side]]))
+    return 0 * sum(x.sum() for x in (out.embeds, *out.taps))
+
+
 def _merge_media(
-    model: OmniModel, inputs: OmniInputs, ids: Tensor, embeds: Tensor, valid: Tensor
+    model: OmniModel, inputs: OmniInputs, ids: Tensor, embeds: Tensor, valid: Tensor, touch_absent: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Encode all media of the batch and put them in place -> (embeds, taps, media mask)."""
+    """Encode all media of the batch and put them in place -> (embeds, taps, media mask).
+
+    Audio comes before vision and each encoder is called once at most, with touch_absent exactly once: processes that
+    share their weights then meet in the same calls, whatever they read.
+    """
     config = model.config.thinker_config
     masks = {kind: (ids == getattr(config, f"{kind}_token_id")) & valid for kind in ("audio", "image", "video")}
     if inputs.input_features is not None:
@@ -110,16 +136,24 @@ def _merge_media(
         features = inputs.input_features.to(model.dtype)
         out = model.audio_encoder(features, inputs.feature_attention_mask.sum(1))
         embeds = merge_embeddings(embeds, masks["audio"], out.embeds)
+    elif touch_absent:
+        embeds = embeds + _no_audio(model)
     taps = None
-    for kind, pixels, grid in (
-        ("image", inputs.pixel_values, inputs.image_grid_thw),
-        ("video", inputs.pixel_values_videos, inputs.video_grid_thw),
-    ):
-        if pixels is None:
-            continue
-        out = model.vision_encoder(pixels.to(model.dtype), grid)
-        embeds = merge_embeddings(embeds, masks[kind], out.embeds)
-        if out.taps:
-            laid_out = lay_out_taps(list(out.taps), masks[kind])
-            taps = laid_out if taps is None else taps + laid_out
+    seen = {
+        "image": (inputs.pixel_values, inputs.image_grid_thw),
+        "video": (inputs.pixel_values_videos, inputs.video_grid_thw),
+    }
+    given = {kind: (pixels, grid) for kind, (pixels, grid) in seen.items() if pixels is not None and grid is not None}
+    if given:
+        pixels, grids = (torch.cat(both) for both in zip(*given.values()))
+        out = model.vision_encoder(pixels.to(model.dtype), grids)
+        items = iter(out.lengths)
+        counts = [sum(islice(items, len(grid))) for _, grid in given.values()]
+        for kind, own, *own_taps in zip(given, *(x.split(counts) for x in (out.embeds, *out.taps))):
+            embeds = merge_embeddings(embeds, masks[kind], own)
+            if own_taps:
+                laid_out = lay_out_taps(own_taps, masks[kind])
+                taps = laid_out if taps is None else taps + laid_out
+    elif touch_absent:
+        embeds = embeds + _no_vision(model)
     return embeds, taps, masks["audio"] | masks["image"] | masks["video"]

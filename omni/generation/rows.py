@@ -251,7 +251,7 @@ class Rows:
         """Read the prompts of all rows, which are empty -> hidden states [B, T, D]."""
         state = self.text
         out = self.model.thinker(
-            prompt.embeds, prompt.positions, state.decoder, taps=prompt.taps, lengths=prompt.lengths, last_only=True
+            prompt.embeds, prompt.positions, state.decoder, taps=prompt.taps, lengths=prompt.lengths, logits="last"
         )
         state.decoder.next_position.copy_(prompt.next_position)
         state.logits.copy_(out.logits[:, 0])
@@ -273,7 +273,7 @@ class Rows:
         state.decoder.cache.reserve(len(ids))
         view = state.decoder.rows(row, row + 1)
         out = thinker(
-            embeds[None], positions[:, None], view, taps=None if taps is None else taps[:, None], last_only=True
+            embeds[None], positions[:, None], view, taps=None if taps is None else taps[:, None], logits="last"
         )
         state.decoder.cache.adopt(row, view.cache)
         state.logits[row] = out.logits[0, 0]

@@ -94,7 +94,7 @@ class Runner:
         """Codes int64 [b, K, n] -> samples [b, m]; updates the codec's state."""
         codec = self.model.code2wav
         one_more = codes.shape[2] == 1 and getattr(state, "started", False)  # the shape that steps are compiled for
-        wave: Tensor = (self.steps.codec if one_more else codec_step)(codec, codes, state)
+        wave: Tensor = (self.steps.codec if one_more else codec_step)(codec, codes.contiguous(), state)
         return wave
 
     def project_text(self, ids: Sequence[int]) -> Tensor:

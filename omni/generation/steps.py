@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from types import FunctionType
 from typing import Any
 
@@ -55,7 +56,7 @@ class Steps:
 
     def begin_turn(self) -> None:
         """Called before a turn: what has been compiled must fit the modules as they are now."""
-        for step in (self.layer, self.residual):
+        for step in (self.layer, self.residual, self.codec):
             if isinstance(step, CompiledByModule):
                 step.look_again()
 
@@ -92,10 +93,14 @@ class CompiledByModule:
         self._of_module.clear()
 
     def _compile(self) -> Callable[..., Tensor]:
-        code = self.step.__code__.replace()  # torch keeps what it compiles by code object
-        copy = FunctionType(code, self.step.__globals__, self.step.__name__)
+        # torch keeps what it compiles by code object, and by name which sizes have changed and count as variable since
+        code = self.step.__code__.replace(co_name=f"{self.step.__name__}_{next(_numbers)}")
+        copy = FunctionType(code, self.step.__globals__, code.co_name)
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         return torch.compile(copy, fullgraph=True, backend=self.backend, options=options)
+
+
+_numbers = count()  # of all compiled functions of this process
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
@@ -139,6 +144,6 @@ def compiled_steps(backend: Any = None) -> Steps:
         layer=CompiledByModule(run_layer, backend),
         residual=CompiledByModule(MTP.code_logits, backend),
         draw=draw,
-        codec=compiled(codec_step),
+        codec=CompiledByModule(codec_step, backend),
         static=True,
     )

@@ -82,7 +82,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     T, kv_heads, groups = q.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     if groups == 1 or (T > _FOLDED_QUERIES and (mask is None or q.device.type == "cpu")):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=bool(groups > 1))
     folded = q.reshape(q.shape[0], kv_heads, groups * T, q.shape[3])  # a view at T = 1
     if mask is not None and not (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1):
         mask = _fold_mask(mask, kv_heads, groups, T)
@@ -172,7 +172,7 @@ def _each_run(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for start, length, count in blocks.runs:
             rows = slice(start, start + length * count)
             run = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]  # [count, H, length, D]
-            parts.append(attend(*run).transpose(1, 2).flatten(0, 1))
+            parts.append(attend(*run, causal=blocks.causal).transpose(1, 2).flatten(0, 1))
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty_like(q)
@@ -196,7 +196,9 @@ def _varlen_packed(q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks) -> Ten
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = blocks.offsets, blocks.longest
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # torch 2.11 takes equal heads only
+    window = (-1, 0 if blocks.causal else -1)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
     assert isinstance(out, Tensor)  # a pair only where log-sums are asked for
     return out
 
@@ -216,10 +218,11 @@ PACKED: dict[str, Callable[..., Tensor]] = {
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks | Sequence[int], *, backend: str | None = None
 ) -> Tensor:
-    """Attention inside consecutive blocks of one packed row: q, k, v [N, H, D] -> [N, H, D].
+    """Attention inside consecutive blocks of one packed row: q [N, H, D], k and v [N, Hkv, D] -> [N, H, D].
 
-    `blocks` are the blocks or their lengths, with sum N. By default blocks of equal length share a fused call, and
-    blocks of several lengths go through torch's varlen kernel where it runs: one launch instead of one a length.
+    `blocks` are the blocks, or the lengths of blocks that see all of themselves, with sum N. By default blocks of equal
+    length share a fused call, and blocks of several lengths go through torch's varlen kernel where it runs: one launch
+    instead of one a length.
     Raises ValueError for an unknown backend.
     """
     if not isinstance(blocks, PackedBlocks):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from omni.config_decoder import DecoderConfig
-from omni.layers.attention_backends import attention, cached_attention
+from omni.layers.attention_backends import attention, cached_attention, packed_attention
 from omni.layers.cache import LayerCache
 from omni.layers.norm import RMSNorm
+from omni.layers.packing import PackedBlocks
 from omni.rope.rotary import apply_rotary
 
 Tables = tuple[Tensor, Tensor]
@@ -45,9 +46,15 @@ class SelfAttention(nn.Module):
         """y [B, H, T, hd] -> [B, T, D]."""
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, tables: Tables, cache: LayerCache | None = None) -> Tensor:
-        """Causal attention over the new tokens and, with a cache, over what it holds of the row."""
+    def forward(self, x: Tensor, tables: Tables, cache: LayerCache | PackedBlocks | None = None) -> Tensor:
+        """Causal attention over the new tokens and, with a cache, over what it holds of the row.
+
+        With blocks instead of a cache, the one row x [1, T, D] holds several sequences, and each sees itself alone.
+        """
         q, k, v = self.project(x, tables)
+        if isinstance(cache, PackedBlocks):
+            q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))
+            return self.output(packed_attention(q, k, v, cache).transpose(0, 1)[None])
         if cache is not None:
             cache.write(k, v)
         if cache is None or cache.fresh:
@@ -71,10 +78,10 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         tables: Tables,
-        cache: LayerCache | None = None,
+        cache: LayerCache | PackedBlocks | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `cache` is this layer's view of the key-value cache."""
+        """x [B, T, D] -> [B, T, D]; `cache`: this layer's view of the key-value cache, or a packed row's blocks."""
         x = x + self.self_attn(self.input_layernorm(x), tables, cache)
         y = self.post_attention_layernorm(x)
         return x + (self.mlp(y) if router_logits is None else self.mlp(y, router_logits))

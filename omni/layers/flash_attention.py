@@ -47,6 +47,6 @@ def cached(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks) -> Tensor:
-    """q, k, v [N, H, D] -> [N, H, D]."""
+    """q [N, H, D], k and v [N, Hkv, D] -> [N, H, D]."""
     bounds, longest = blocks.offsets, blocks.longest
-    return _library().flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest)
+    return _library().flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=blocks.causal)

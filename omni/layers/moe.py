@@ -72,8 +72,19 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=std)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, backend: str | None = None) -> Tensor:
-        """x [N, D], ids and weights [N, k] -> [N, D]. `backend` overrides the module's. ValueError if it is unknown."""
-        inputs = (x, ids, weights, self.gate_up_proj, self.down_proj)
+        """x [N, D], ids and weights [N, k] -> [N, D]. `backend` overrides the module's. ValueError if it is unknown.
+
+        Under torch.autocast all of it is in autocast's type: grouped products know nothing of autocast.
+        """
+        device = x.device.type
+        if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            return self._run(backend, x, ids, weights, self.gate_up_proj, self.down_proj)
+        dtype = torch.get_autocast_dtype(device)
+        x, weights, gate_up, down = (t.to(dtype) for t in (x, weights, self.gate_up_proj, self.down_proj))
+        with torch.autocast(device, enabled=False):
+            return self._run(backend, x, ids, weights, gate_up, down)
+
+    def _run(self, backend: str | None, *inputs: Tensor) -> Tensor:
         return EXPERTS[_known(backend or self.backend or choose_experts(*inputs))](*inputs)
 
 

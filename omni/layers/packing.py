@@ -1,7 +1,7 @@
 """Blocks of one packed row: where they lie, which of them run together, and how their order is restored.
 
-A block is what attends to itself alone: an audio window, the patches of one video frame pair. Shapes: N rows of all
-blocks together.
+A block is what attends to itself alone: an audio window, the patches of one video frame pair, one conversation of a
+training batch. Shapes: N rows of all blocks together.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch import Tensor
 class PackedBlocks:
     """Lengths of consecutive blocks with sum N, worked out once for all layers.
 
-    `runs` are (first row, length, blocks) of neighbours with equal length, empty ones left out.
+    `causal`: a row sees those of its block up to itself, not all. `runs` are (first row, length, blocks) of neighbours
+    with equal length, empty ones left out.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, *, causal: bool = False) -> None:
         self.lengths = list(lengths)
         self.device = device
+        self.causal = causal
         self.total = sum(self.lengths)
         self.longest = max(self.lengths, default=0)
         self.runs: list[tuple[int, int, int]] = []

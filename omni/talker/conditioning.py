@@ -48,11 +48,19 @@ def assistant_prefix(
 
     Projected text vectors: header [3, D], tts_pad [D], tts_bos [D], first reply token [D]; `speaker` is a codec id.
     """
-    c = talker.config
     text = torch.cat((header, tts_pad.expand(4, -1), tts_bos[None], first[None]))
-    control = [c.codec_nothink_id, c.codec_think_bos_id, c.codec_think_eos_id, speaker, c.codec_pad_id, c.codec_bos_id]
-    codec = talker.codec_embedding(torch.tensor(control, device=text.device))
-    return text + torch.cat((torch.zeros_like(codec[:3]), codec))
+    return add_control(text, talker.codec_embedding(torch.tensor(control_ids(talker, speaker), device=text.device)))
+
+
+def control_ids(talker: Talker, speaker: int) -> list[int]:
+    """The codec side of the prefix's last six slots."""
+    c = talker.config
+    return [c.codec_nothink_id, c.codec_think_bos_id, c.codec_think_eos_id, speaker, c.codec_pad_id, c.codec_bos_id]
+
+
+def add_control(text: Tensor, control: Tensor) -> Tensor:
+    """The prefix from its text side [9, D] and the embeddings of its control ids [6, D]."""
+    return torch.cat((text[:-6], text[-6:] + control))
 
 
 def trailing_text_ids(reply: Sequence[int], frames: int, tts_eos: int, tts_pad: int) -> list[int]:

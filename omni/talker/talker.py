@@ -19,6 +19,7 @@ from omni.layers.decoder_layer import DecoderLayer, run_layer
 from omni.layers.decoder_state import DecoderState
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
+from omni.layers.packing import PackedBlocks
 from omni.rope.tm_rope import TMRope
 from omni.talker.mtp import MTP
 
@@ -81,17 +82,21 @@ class Talker(nn.Module):
         state: DecoderState | None = None,
         *,
         lengths: Sequence[int] | None = None,
+        blocks: PackedBlocks | None = None,
+        with_logits: bool = True,
         with_router_logits: bool = False,
     ) -> TalkerOutput:
         """Read embeds [B, T, D] at positions fp32 [3, B, T] after what the state holds.
 
-        lengths: inputs of each row, the rest is padding (None: all T).
+        lengths: inputs of each row, the rest is padding (None: all T). blocks: several turns in one row (B = 1), which
+        do not see each other (training; takes no state). Without `with_logits` they are [B, 0, V].
         """
         x = embeds
         router_logits: list[Tensor] | None = [] if with_router_logits else None
         tables = self.rope(positions)
         cache = state.cache if state is not None else None
-        views: Sequence[LayerCache | None] = [None] * len(self.layers)
+        views: Sequence[LayerCache | PackedBlocks | None] = [blocks] * len(self.layers)
+        assert blocks is None or cache is None, "a packed row is read at once"
         if cache is not None:
             cache.reserve(x.shape[1])
             views = cache.layers(x.shape[1])
@@ -100,7 +105,7 @@ class Talker(nn.Module):
         if cache is not None:
             cache.advance(lengths or [x.shape[1]] * x.shape[0])
         x = self.norm(x)
-        return TalkerOutput(self.codec_head(x), x, router_logits)
+        return TalkerOutput(self.codec_head(x if with_logits else x[:, :0]), x, router_logits)
 
     def step(self, embeds: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
         """One further frame a row: embeds [B, D] -> (logits of codebook 0 [B, V], hidden [B, D]).

@@ -6,7 +6,7 @@ Shapes: B rows, T new tokens, D width, V vocabulary. Rows are left-aligned: padd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from omni.layers.decoder_layer import DecoderLayer, Tables, run_layer
 from omni.layers.decoder_state import DecoderState
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
+from omni.layers.packing import PackedBlocks
 from omni.layers.swiglu import SwiGLU
 from omni.rope.tm_rope import TMRope
 
@@ -29,12 +30,13 @@ class ThinkerOutput(NamedTuple):
     logits [B, T, V] (or [B, 1, V] where only the last token of each row was asked for); hidden [B, T, D], the hidden
     states that the Talker reads: the output of decoder layer `accept_hidden_layer` counted from 1, before that
     layer's DeepStack tap is added (without a Talker: the output of the final norm); router_logits, one [B * T, E] a
-    sparse layer, if asked for.
+    sparse layer, if asked for; final [B, T, D], the output of the final norm, which the head reads.
     """
 
     logits: Tensor
     hidden: Tensor
     router_logits: list[Tensor] | None = None
+    final: Tensor | None = None
 
 
 class Thinker(nn.Module):
@@ -73,21 +75,24 @@ class Thinker(nn.Module):
         *,
         taps: Tensor | None = None,
         lengths: Sequence[int] | None = None,
-        last_only: bool = False,
+        blocks: PackedBlocks | None = None,
+        logits: Literal["all", "last", "none"] = "all",
         with_router_logits: bool = False,
     ) -> ThinkerOutput:
         """Read embeds [B, T, D] at positions fp32 [3, B, T] after what the state holds.
 
         taps [n, B, T, D]: added after the first n layers. lengths: tokens of each row, the rest is padding
-        (None: all T). `last_only` computes logits for the last token of each row only. Without a state nothing is
-        remembered (training). The caller sets `state.next_position` after a prefill.
+        (None: all T). blocks: several conversations in one row (B = 1), which do not see each other (training; takes
+        no state). logits: for all tokens, for the last one of each row, or none (then [B, 0, V]; `final` is what the
+        head would read). Without a state nothing is remembered. The caller sets `state.next_position` after a prefill.
         """
         x = embeds
         hidden = embeds if self.accept_layer == 0 else None
         router_logits: list[Tensor] | None = [] if with_router_logits else None
         tables = self.rope(positions)
         cache = state.cache if state is not None else None
-        views: Sequence[LayerCache | None] = [None] * len(self.layers)
+        views: Sequence[LayerCache | PackedBlocks | None] = [blocks] * len(self.layers)
+        assert blocks is None or cache is None, "a packed row is read at once"
         if cache is not None:
             cache.reserve(x.shape[1])
             views = cache.layers(x.shape[1])
@@ -102,10 +107,13 @@ class Thinker(nn.Module):
         x = self.norm(x)
         if hidden is None or self.accept_layer == len(self.layers):
             hidden = x
-        if last_only:
+        read = x
+        if logits == "last":
             last = [(n or 1) - 1 for n in lengths or [x.shape[1]] * x.shape[0]]
-            x = torch.stack([x[row, i] for row, i in enumerate(last)]).unsqueeze(1)
-        return ThinkerOutput(self.lm_head(x), hidden, router_logits)
+            read = torch.stack([x[row, i] for row, i in enumerate(last)]).unsqueeze(1)
+        elif logits == "none":
+            read = x[:, :0]
+        return ThinkerOutput(self.lm_head(read), hidden, router_logits, x)
 
     def step(self, ids: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> Tensor:
         """One further text token a row: ids int64 [B] -> logits of the next one [B, V].
