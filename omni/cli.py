@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omni.bench.command import add_arguments as add_bench_arguments
+from omni.eval_command import add_arguments as add_eval_arguments
+from omni.train_command import add_arguments as add_train_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +35,8 @@ examples:
   omni speak --model ./checkpoint --speaker Ethan --out hello.wav "Hello there."
   omni info ./checkpoint
   omni bench p2
+  omni train configs/train_speaker.toml model.checkpoint=./checkpoint
+  omni eval test.jsonl --model ./checkpoint
 """
 _MODEL_HELP = "checkpoint folder or Hub id"
 
@@ -110,6 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure speed and memory beside transformers")
     add_bench_arguments(bench)
+    train = commands.add_parser("train", help="train a part of a model, as a TOML file says")
+    add_train_arguments(train)
+    score = commands.add_parser("eval", help="score a checkpoint on a manifest")
+    add_eval_arguments(score)
     return parser
 
 

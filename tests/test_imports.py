@@ -27,7 +27,7 @@ LEVELS = (
     ("generation",),
     ("model",),
     ("training",),
-    ("cli",),
+    ("cli",),  # with its commands; `omni.training` knows nothing of them
 )
 LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups}
 GROUP = {
@@ -38,7 +38,9 @@ GROUP = {
     "demo": "cli",
     "info": "cli",
     "plot": "cli",
+    "eval_command": "cli",
     "realtime": "cli",
+    "train_command": "cli",
 }
 
 

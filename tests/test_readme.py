@@ -95,3 +95,20 @@ def test_the_page_on_streaming_is_true() -> None:
     assert end.timing.keys() <= rows, end.timing.keys() - rows
     for knob in fields(StreamingConfig):
         assert knob.name in page, knob.name
+
+
+def test_the_page_on_training_is_true() -> None:
+    """Its commands parse, its stages are the files that exist, and the manifest it writes is read."""
+    from omni.cli import build_parser
+    from omni.training.stages import OBJECTIVES
+
+    page = (ROOT / "docs" / "training.md").read_text()
+    for command in re.findall(r"^omni ((?:.*\\\n)*.*)$", page, re.MULTILINE):
+        words = re.findall(r"'[^']*'|\"[^\"]*\"|\S+", command.replace("\\\n", " "))
+        build_parser().parse_args([word.strip("'\"") for word in words])
+    stages = {path.stem for path in (ROOT / "configs").glob("train_*.toml")}
+    rows = re.findall(r"^\| `(train_\w+)` \|.*?\| `(\w+)` \|[^|]*\|$", page, re.MULTILINE)
+    assert {name for name, _ in rows} == stages
+    assert {objective for _, objective in rows} <= set(OBJECTIVES)
+    for path in re.findall(r"`((?:omni|configs|docs)/[\w./]+\w)`", page):
+        assert (ROOT / path).exists(), path

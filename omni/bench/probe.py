@@ -62,7 +62,9 @@ def _load(side: str, folder: str, dtype: str, device: str, threads: int) -> dict
     return {"seconds": seconds, "peak": memory.peak, "kept": parameter_bytes(model)}
 
 
-def _train(side: str, part: str, folder: str, dtype: str, device: str, threads: int, **sizes: int) -> dict[str, Any]:
+def _train(
+    side: str, part: str, folder: str, dtype: str, device: str, threads: int, lengths: list[int]
+) -> dict[str, Any]:
     """Peak memory of training beyond the parameters: gradients, optimizer state and activations of two steps."""
     from pathlib import Path
 
@@ -82,7 +84,7 @@ def _train(side: str, part: str, folder: str, dtype: str, device: str, threads: 
         peer = Peer.load(Path(folder), OmniConfig.from_pretrained(folder), place, kind)
         peer.use(experts="grouped_mm")
         model = peer.model
-    step = training_step(model, part, **sizes)
+    step = training_step(model, part, lengths)
     with peak_memory(place) as memory:
         step()  # makes the optimizer's state
         step()

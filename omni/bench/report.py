@@ -211,26 +211,43 @@ def plot(path: Path, rows: Sequence[Row]) -> bool:
     panels = -(-len(growths) // 2)
     if not bars and not growths:
         return False
-    heights = [0.28 * len(bars) + 1] + [3.2] * panels
-    figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(1 + panels, 2, height_ratios=heights)
-    axes = figure.add_subplot(grid[0, :])
-    axes.barh(
-        [name for name, _, _ in bars], [value for _, value, _ in bars],
-        color=["#265ca8" if met else "#c0504d" for *_, met in bars],
-    )  # fmt: skip
-    axes.axvline(1, color="#282830", linewidth=1)
-    axes.set(xscale="log", xlabel="measured over the target (right of 1: met)")
-    axes.invert_yaxis()
-    for i, growth in enumerate(growths):
-        axes = figure.add_subplot(grid[1 + i // 2, i % 2])
-        for name, values in growth.curves.items():
-            axes.plot(growth.x, [math.nan if v is None else v for v in values], marker="o", label=name)
-        axes.set(title=growth.title, xlabel=growth.x_name, ylabel=growth.unit, xscale="log", yscale="log")
-        axes.legend(fontsize=7)
+    heights = [0.28 * len(bars) + 1, 3.2 * panels]
+    shown = [i for i, there in enumerate((bars, growths)) if there]
+    figure = pyplot.figure(figsize=(10, sum(heights[i] for i in shown)), layout="constrained")
+    parts = figure.subfigures(len(shown), 1, height_ratios=[heights[i] for i in shown], squeeze=False)[:, 0]
+    for part, i in zip(parts, shown):
+        if i == 0:
+            _draw_bars(part, bars)
+        else:
+            _draw_growths(part, growths)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return True
+
+
+def _draw_bars(figure: Any, bars: Sequence[tuple[str, float, bool]]) -> None:
+    """How far each target is reached."""
+    axes = figure.subplots()
+    colours = ["#265ca8" if met else "#c0504d" for *_, met in bars]
+    axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=colours)
+    axes.axvline(1, color="#282830", linewidth=1)
+    axes.set(xscale="log", xlabel="measured over the target (right of 1: met)", xlim=(0.1, 100))
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+
+
+def _draw_growths(figure: Any, growths: Sequence[Growth]) -> None:
+    """The growth curves, two side by side."""
+    panels = figure.subplots(-(-len(growths) // 2), 2, squeeze=False).flat
+    for axes, growth in zip(panels, growths):
+        for name, values in growth.curves.items():
+            axes.plot(growth.x, [v or math.nan for v in values], marker="o", markersize=4, label=name)
+        axes.set(title=growth.title, xlabel=growth.x_name, ylabel=growth.unit, xscale="log", yscale="log")
+        axes.tick_params(axis="x", which="minor", bottom=False)
+        axes.set_xticks(growth.x[::2], [f"{x:g}" for x in growth.x[::2]])
+        axes.legend(fontsize=7)
+    for axes in panels:  # an odd number leaves one empty
+        axes.set_axis_off()
 
 
 def _reached(verdict: Verdict) -> float:

@@ -117,6 +117,7 @@ class Workbench:
     @contextmanager
     def pair(self, config: OmniConfig, dtype: torch.dtype) -> Iterator[tuple[OmniModel, Peer, Path]]:
         """Both sides of another config, from one folder that is removed afterwards."""
+        gc.collect()  # models of the pair before may lie in cycles
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         try:
             self.say("writing a checkpoint of the full-size part")
