@@ -70,6 +70,7 @@ def test_sharded_steps_equal_one_process_and_resume(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []  # nothing half-written
 
 
+@pytest.mark.slow  # whole runs with split experts and split heads are in test_distributed_run
 def test_split_layers_equal_one_process(folder: Path) -> None:
     run(worker.split_layers, 2, folder)
 

@@ -170,6 +170,27 @@ def test_a_stage_trains_what_it_names_and_nothing_else(make: Make, stage: str) -
     assert len(moved - changed) <= len(moved) // 20, sorted(moved - changed)[:10]
 
 
+def test_every_expert_and_codebook_learns(make: Make) -> None:
+    """In a batch large enough that each is chosen: no stacked expert, embedding table or head is left out."""
+    run = make("talker_mapping", **{"train.accumulate": "4"})
+    reached: dict[str, torch.Tensor] = {}
+
+    def note(name: str, grad: torch.Tensor) -> None:
+        rows = grad.detach().abs().flatten(1).sum(1) > 0
+        reached[name] = reached.get(name, torch.zeros_like(rows)) | rows
+
+    for name, p in run.stage.module.named_parameters():
+        if p.requires_grad and p.dim() > 1:
+            p.register_hook(lambda grad, name=name: note(name, grad))
+    run.trainer.step()
+    experts = {name: rows for name, rows in reached.items() if ".experts." in name}
+    assert len(experts) == 6 and all(bool(rows.all()) for rows in experts.values())
+    books = {name: rows for name, rows in reached.items() if name.startswith(("talker.mtp.codec_", "talker.mtp.lm_"))}
+    assert len(books) == 6 and all(bool(rows.all()) for rows in books.values())
+    first = reached["talker.codec_embedding.weight"]
+    assert bool(first[:CODES].all())
+
+
 @pytest.mark.parametrize(
     "stage", ["codec", "s1_audio_adapter", "s1_vision_encoder", "speaker", "talker_mapping", "thinker_lora"]
 )

@@ -62,7 +62,7 @@ def test_a_run_a_second_one_and_a_dry_one(
         ("model.checkpoint=nowhere", "nowhere"),
         ("optimiser.lr=-1", "must be above 0"),
         ("nonsense", "has no form table.key=value"),
-        ("data.train=[]", "no training data"),
+        ("data.train=[]", "set data.train = "),
     ],
 )
 def test_a_wrong_setting_is_one_line(
@@ -73,6 +73,7 @@ def test_a_wrong_setting_is_one_line(
     assert error.startswith("omni: error: ") and error.count("\n") == 1 and message in error, error
 
 
+@pytest.mark.slow
 def test_two_processes_started_by_torchrun(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "omni.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -188,6 +188,16 @@ def curve(folder: Path) -> list[tuple[Any, ...]]:
     return [(line["step"], line["loss"], line["losses"], line["lr"], line["grad_norm"]) for line in read_log(folder)]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The number of threads decides how sums are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_killed_twice_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     """kill -9 in the middle of a save, then at some moment of the resumed run; then to the end."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
