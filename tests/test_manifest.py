@@ -47,7 +47,7 @@ def test_rows_come_by_line_whatever_lies_between(tmp_path: Path) -> None:
 
 def test_a_large_manifest_keeps_only_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *[{"messages": turn("x" * 5000)} for _ in range(200)])
-    store = vars(Manifest(path)._store)
+    store = vars(Manifest(path).store)
     held = sum(len(value) * value.itemsize for key, value in store.items() if key != "path")
     assert held <= 200 * 16 and set(store) == {"path", "starts", "lines"}
 

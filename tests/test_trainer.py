@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
 import signal
@@ -24,12 +23,12 @@ from torch.nn import functional as F
 from omni import OmniConfig, OmniModel
 from omni.training import checkpoints
 from omni.training.activations import checkpoint_activations
-from omni.training.checkpoints import Checkpoints, pack, rng_state, set_rng_state, unpack
+from omni.training.checkpoints import Checkpoints
 from omni.training.contracts import Ranks
 from omni.training.losses import Loss, cross_entropy, router_balance
 from omni.training.optimiser import lr_factor, trainable
 from omni.training.train_config import EvalTable, LogTable, OptimiserTable, RunTable, SaveTable, TrainConfig
-from omni.training.train_log import FILE, TrainLog, read_log
+from omni.training.train_log import read_log
 from omni.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -226,50 +225,6 @@ def test_resuming_says_what_changed_and_refuses_another_model(tmp_path: Path) ->
         Trainer(toy(), Noisy(), Stream(), other, ranks=ranks).resume()
     with pytest.raises(ValueError, match="holds checkpoints of a run; resume it"):
         Trainer(toy(), Noisy(), Stream(), other).train()
-
-
-def test_broken_checkpoints_are_passed_over_with_a_warning(tmp_path: Path) -> None:
-    store = Checkpoints(tmp_path, keep=5)
-    for step in (1, 2, 3, 4):
-        store.save(step, {"value": torch.tensor(step)})
-    os.truncate(store.path(4) / checkpoints.TENSORS, 20)
-    (store.path(3) / checkpoints.STATE).unlink()
-    with pytest.warns(UserWarning, match="passed over") as warned:
-        found = store.latest()
-    assert found is not None and found[0] == 2 and int(found[1]["value"]) == 2 and len(warned) == 2
-    assert Checkpoints(tmp_path / "absent").latest() is None
-
-
-def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
-    store = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2, 9, 3):  # 9: a broken one, say, of an earlier attempt
-        store.save(step, {})
-    assert store.steps() == [2, 3, 9]
-
-
-def test_nests_of_tensors_come_back_as_they_were() -> None:
-    state = {
-        "a": [1, 2.5, None, True, "x"],
-        "pairs": {0: torch.ones(2), "1": (torch.zeros((), dtype=torch.int64), [])},
-        "array": np.arange(3, dtype=np.uint32),
-        "$tensor": "not a mark",
-        "random": random.getstate(),
-    }
-    tensors: dict[str, Tensor] = {}
-    values = json.loads(json.dumps(pack(state, "", tensors)))
-    assert same(unpack(values, tensors), state)
-    with pytest.raises(TypeError, match="of type set"):
-        pack({"a": {1}}, "", {})
-
-
-def test_random_numbers_go_on_where_they_were() -> None:
-    def draw() -> tuple[float, ...]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    state = rng_state()
-    first = draw()
-    set_rng_state(state)
-    assert draw() == first
 
 
 def gradients(
@@ -479,22 +434,6 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path) 
     result = Trainer(toy(), Interrupted(), Stream(), config(9, tmp_path)).train()
     assert (result.step, result.stopped) == (3, True) and Checkpoints(tmp_path).steps() == [3]
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_the_log_is_one_curve_across_resumes(tmp_path: Path) -> None:
-    log = TrainLog(tmp_path, tensorboard=False)
-    for step in range(1, 6):
-        log.write({"step": step, "loss": float(step)})
-    log.close()
-    with (tmp_path / FILE).open("a") as file:
-        file.write('{"step": 6, "lo')  # killed while it wrote
-    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4, 5]
-    log = TrainLog(tmp_path, after=3, tensorboard=False)
-    log.write({"step": 4, "loss": -4.0})
-    log.close()
-    assert [line["loss"] for line in read_log(tmp_path)] == [1.0, 2.0, 3.0, -4.0]
-    with pytest.raises(FileNotFoundError, match=r"log\.jsonl does not exist"):
-        read_log(tmp_path / "absent")
 
 
 def test_data_that_ends_is_an_error() -> None:

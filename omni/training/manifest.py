@@ -93,23 +93,23 @@ class Manifest:
         suffix = self.path.suffix.lower()
         if suffix not in _STORES:
             raise ValueError(f"manifest {str(path)!r} must be one of {', '.join(_STORES)}, got {suffix!r}")
-        self._store = _STORES[suffix](self.path)
+        self.store = _STORES[suffix](self.path)
         self._warned = False
-        if not len(self._store):
+        if not len(self.store):
             raise ValueError(f"manifest {str(path)!r} holds no rows")
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self.store)
 
     def name(self, index: int) -> str:
         """Where a row is, for messages: its file and the line from 1 ("data.jsonl:17"), or the sample's key."""
-        return f"{self.path}:{self._store.label(index)}"
+        return f"{self.path}:{self.store.label(index)}"
 
     def raw(self, index: int) -> dict[str, Any]:
         """A row as it is written. Raises ValueError where it is no JSON object, IndexError past the end."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.path.name}")
-        row = self._store.read(index)
+        row = self.store.read(index)
         if not isinstance(row, dict):
             raise ValueError(f"a row must be a JSON object, got {type(row).__name__}")
         return {key: value for key, value in row.items() if value is not None}
@@ -124,10 +124,10 @@ class Manifest:
         if unknown and not self._warned:
             self._warned = True
             warnings.warn(f"{self.name(index)}: nothing but filters reads {', '.join(unknown)}", stacklevel=2)
-        return read_row(raw, self._store.locate(index), self.name(index))
+        return read_row(raw, self.store.locate(index), self.name(index))
 
 
-class _Store(ABC):
+class RowStore(ABC):
     """A file of rows: what is in it, and where the media of a row are."""
 
     path: Path
@@ -148,7 +148,7 @@ class _Store(ABC):
         return _beside(self.path.parent)
 
 
-class _Lines(_Store):
+class _Lines(RowStore):
     """JSONL: one row a line; blank lines are passed over."""
 
     def __init__(self, path: Path) -> None:
@@ -178,7 +178,7 @@ class _Lines(_Store):
         return _parse(line)
 
 
-class _Tar(_Store):
+class _Tar(RowStore):
     """WebDataset: members with one name before the first dot form a sample, whose `.json` member is the row."""
 
     def __init__(self, path: Path) -> None:
@@ -225,7 +225,7 @@ class _Tar(_Store):
             return file.read(size)
 
 
-class _Parquet(_Store):
+class _Parquet(RowStore):
     """Parquet through `datasets`, which maps it into memory; media stay as they are stored."""
 
     def __init__(self, path: Path) -> None:
@@ -246,7 +246,7 @@ class _Parquet(_Store):
         return self.table[index : index + 1].to_pylist()[0]
 
 
-_STORES: dict[str, Callable[[Path], _Store]] = {".jsonl": _Lines, ".tar": _Tar, ".parquet": _Parquet}
+_STORES: dict[str, Callable[[Path], RowStore]] = {".jsonl": _Lines, ".tar": _Tar, ".parquet": _Parquet}
 
 
 def _parse(text: bytes, what: str = "the row") -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni.training.conversation_samples import SkipRow
-from omni.training.manifest import Manifest, _Store
+from omni.training.manifest import Manifest, RowStore
 from omni.training.mixture import Draw, Mixture, random_number
 from omni.training.speech_codes import AUDIO_SUFFIXES, read_speech
 
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 Batch = TypeVar("Batch")
 
 
-class _Files(_Store):
+class _Files(RowStore):
     """The audio files in a folder and below, in the order of their paths."""
 
     def __init__(self, path: Path) -> None:
@@ -62,9 +62,9 @@ class SoundFolder(Manifest):
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a folder; pass one with audio files")
-        self._store = _Files(self.path)
+        self.store = _Files(self.path)
         self._warned = False
-        if not len(self._store):
+        if not len(self.store):
             raise FileNotFoundError(f"{self.path} holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
 
 
@@ -93,7 +93,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _whole(draw: Draw, sound: Any) -> Any:
     """A recording with its path made whole, or the bytes that a tar file holds."""
-    locate = draw.manifest._store.locate(draw.row)
+    locate = draw.manifest.store.locate(draw.row)
     if isinstance(sound, str):
         return locate(sound)
     if isinstance(sound, Mapping) and isinstance(sound.get("path"), str):
