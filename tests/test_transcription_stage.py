@@ -12,11 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from omni import OmniConfig, OmniModel
-from omni.demo import demo_processor
+from omni.demo import DEMO_DATA, demo_processor
 from omni.layers.init import initialise
 from omni.training.manifest import Manifest
 from omni.training.mixture import Draw, Mixture
 from omni.training.optimiser import trainable
+from omni.training.stages import build_run
 from omni.training.train_config import LogTable, OptimiserTable, RunTable, SaveTable, TrainConfig
 from omni.training.trainer import Trainer
 from omni.training.transcription_stage import (
@@ -210,3 +211,27 @@ def test_heads_and_weights_that_are_not_there_are_named() -> None:
     half = transcriber(tiny_model().bfloat16())
     features, lengths = torch.zeros(1, 128, 100), [100]
     assert half.transcribe(features, lengths)[0] is not None and half.head.proj.weight.dtype == torch.float32
+
+
+def test_the_stage_spells_characters_or_tokens(manifest: Path) -> None:
+    """objective.labels: a label for each character, or for each id of the model's tokenizer; language "": no rules."""
+
+    def build(**objective: str) -> Any:
+        values = {
+            "model": {"config": str(ROOT / "configs" / "tiny.json"), "parts": ["thinker"], "processor": str(DEMO_DATA)},
+            "train": {"objective": "transcription", "steps": 1, "precision": "fp32", "device": "cpu"},
+            "objective": {"batch_size": 1, "max_s": 5.0, **objective},
+            "data": {"train": [{"manifest": str(manifest)}]},
+            "log": {"progress": False},
+        }
+        return build_run(TrainConfig.from_dict(values))
+
+    processor = demo_processor()
+    assert build().stage.module.head.blank == CharacterLabels().size
+    run = build(labels="tokens", language="")
+    assert run.stage.module.head.blank == len(processor.tokenizer)
+    batch = next(iter(run.stage.data))
+    assert processor.decode(batch.labels[0]) == batch.texts[0]
+    assert run.trainer.step().losses["ctc"] > 0
+    with pytest.raises(ValueError, match="did you mean 'tokens'"):
+        build(labels="token")

@@ -211,14 +211,7 @@ class ResidualQuantiser:
         """
         residual = self._working(latents)
         for book in self.books:
-            centres = draw_rows(residual, len(book), generator)
-            for _ in range(iterations):
-                chosen = nearest_codes(residual, centres)
-                counts = torch.bincount(chosen, minlength=len(book))
-                sums = torch.zeros_like(centres).index_add_(0, chosen, residual)
-                means = sums / counts.clamp(min=1)[:, None]
-                centres = torch.where(counts[:, None] > 0, means, draw_rows(residual, len(book), generator))
-            book.copy_(centres)
+            book.copy_(k_means(residual, len(book), iterations, generator))
             stored = book.to(residual.dtype)
             residual = residual - stored[nearest_codes(residual, stored)]
 
@@ -384,6 +377,18 @@ def code_shares(codes: Tensor, size: int) -> Tensor:
     flat = codes.transpose(0, 1).flatten(1)  # [K, B * T]
     counts = torch.zeros(flat.shape[0], size, device=codes.device)
     return counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=counts.dtype)) / flat.shape[1]
+
+
+def k_means(vectors: Tensor, count: int, iterations: int, generator: torch.Generator | None) -> Tensor:
+    """Centres [count, D] of vectors [N, D]; those that no vector is nearest to are drawn anew in each iteration."""
+    centres = draw_rows(vectors, count, generator)
+    for _ in range(iterations):
+        chosen = nearest_codes(vectors, centres)
+        counts = torch.bincount(chosen, minlength=count)
+        sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
+        means = sums / counts.clamp(min=1)[:, None]
+        centres = torch.where(counts[:, None] > 0, means, draw_rows(vectors, count, generator))
+    return centres
 
 
 def draw_rows(vectors: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

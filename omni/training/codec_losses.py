@@ -2,7 +2,8 @@
 
 Every function returns a `Loss` whose items are rows: total / count is the mean over rows, each row a mean over its
 values. Levels are relative to full scale: a sine of amplitude 1 has magnitude 1 in every spectrum, whatever the window,
-so that one floor (-100 dB) serves all scales; it keeps values and gradients finite at digital silence.
+so that one floor (-100 dB unless told) serves all scales; it keeps values and gradients finite at digital silence. A
+higher one spends less of the gradient on what is hardly heard.
 Shapes: B rows, n samples, F frequencies, M mel bins, S spectrum frames.
 """
 
@@ -25,7 +26,7 @@ _FLOOR = 1e-5  # magnitude; -100 dB
 _QUIET = 1e-3  # magnitude; spectral convergence does not grow further as the reference falls below -60 dB
 
 
-def magnitude_spectrum(wave: Tensor, window: int) -> Tensor:
+def magnitude_spectrum(wave: Tensor, window: int, floor: float = _FLOOR) -> Tensor:
     """Magnitudes [B, F = window / 2 + 1, S] of wave [B, n >= 1]: Hann window, hop of a quarter, silence around.
 
     Computed in fp32 at least, also under autocast.
@@ -36,13 +37,17 @@ def magnitude_spectrum(wave: Tensor, window: int) -> Tensor:
         padded = F.pad(wave, (window // 2, window - window // 2))
         spectrum = torch.stft(padded, window, window // 4, window=weights, center=False, return_complex=True)
         power = torch.view_as_real(spectrum).square().sum(-1) * (2 / weights.sum()) ** 2
-        return (power + _FLOOR**2).sqrt()  # the root alone has no gradient at zero
+        return (power + floor**2).sqrt()  # the root alone has no gradient at zero
 
 
 def multi_scale_mel_loss(
-    wave: Tensor, reference: Tensor, sample_rate: int, scales: Sequence[tuple[int, int]] = MEL_SCALES
+    wave: Tensor,
+    reference: Tensor,
+    sample_rate: int,
+    scales: Sequence[tuple[int, int]] = MEL_SCALES,
+    floor: float = _FLOOR,
 ) -> Loss:
-    """Mean absolute difference of log10 mel magnitudes, averaged over scales of (window, mel bins).
+    """Mean absolute difference of log10 mel magnitudes above `floor`, averaged over scales of (window, mel bins).
 
     wave, reference [B, n]. Source: Kong et al., 2020 (one scale); Kumar et al., 2023 (the scales). Raises ValueError
     for waves of different shapes.
@@ -53,13 +58,15 @@ def multi_scale_mel_loss(
         filters = _mel_means(num_mels, window, sample_rate)
         levels = [
             (filters.to(spectrum) @ spectrum).log10()
-            for spectrum in (magnitude_spectrum(wave, window), magnitude_spectrum(reference, window))
+            for spectrum in (magnitude_spectrum(wave, window, floor), magnitude_spectrum(reference, window, floor))
         ]
         rows = rows + (levels[0] - levels[1]).abs().mean((1, 2)) / len(scales)
     return _over_rows(rows)
 
 
-def multi_scale_stft_loss(wave: Tensor, reference: Tensor, windows: Sequence[int] = STFT_WINDOWS) -> Loss:
+def multi_scale_stft_loss(
+    wave: Tensor, reference: Tensor, windows: Sequence[int] = STFT_WINDOWS, floor: float = _FLOOR
+) -> Loss:
     """Spectral convergence |S_ref - S| / |S_ref| plus mean absolute difference of ln S, averaged over windows.
 
     wave, reference [B, n]; S are magnitudes, |.| is the Frobenius norm over a row's spectrum. Source: Yamamoto et al.,
@@ -68,9 +75,9 @@ def multi_scale_stft_loss(wave: Tensor, reference: Tensor, windows: Sequence[int
     _check(wave, reference)
     rows = torch.zeros(len(wave), device=wave.device)
     for window in windows:
-        ours, theirs = magnitude_spectrum(wave, window), magnitude_spectrum(reference, window)
+        ours, theirs = magnitude_spectrum(wave, window, floor), magnitude_spectrum(reference, window, floor)
         values = ours[0].numel()
-        distance = ((theirs - ours).square().sum((1, 2)) + values * _FLOOR**2).sqrt() - values**0.5 * _FLOOR
+        distance = ((theirs - ours).square().sum((1, 2)) + values * floor**2).sqrt() - values**0.5 * floor
         loudness = (theirs.square().sum((1, 2)) + values * _QUIET**2).sqrt()
         rows = rows + (distance / loudness + (theirs.log() - ours.log()).abs().mean((1, 2))) / len(windows)
     return _over_rows(rows)

@@ -155,6 +155,7 @@ class WaveObjective(ABC):
         adversary: Adversary | None,
         start_adversarial_step: int,
         mel_scales: Sequence[Sequence[int]],
+        floor_db: float,
     ) -> None:
         known = {**SPECTRA, **weights, **(ADVERSARIAL if adversary is not None else {})}
         for name in given or {}:
@@ -166,6 +167,7 @@ class WaveObjective(ABC):
         self.adversary, self.start_adversarial_step = adversary, start_adversarial_step
         self.sample_rate, self.device = code2wav.sample_rate, code2wav.code_embedding.weight.device
         self.mel_scales = [(int(window), int(bins)) for window, bins in mel_scales]
+        self.floor = 10 ** (floor_db / 20)
         self.steps = 0  # that have begun
         self._preparing = False
         if adversary is not None:
@@ -196,9 +198,9 @@ class WaveObjective(ABC):
         wave, recorded, own = self.compare(model, batch)
         losses = dict(own)
         if "mel" in self.weights:
-            losses["mel"] = multi_scale_mel_loss(wave, recorded, self.sample_rate, self.mel_scales)
+            losses["mel"] = multi_scale_mel_loss(wave, recorded, self.sample_rate, self.mel_scales, self.floor)
         if "stft" in self.weights:
-            losses["stft"] = multi_scale_stft_loss(wave, recorded)
+            losses["stft"] = multi_scale_stft_loss(wave, recorded, floor=self.floor)
         if self.adversary is not None and self.judged:
             losses |= self.adversary.losses(wave, recorded)
         elif self.adversary is not None:
@@ -238,9 +240,10 @@ class CodecObjective(WaveObjective):
     """Trains the parameters of a `Codec` that require gradients; the trainer's model is the codec.
 
     given: weights of losses other than the defaults above. adversary: takes part after `start_adversarial_step` steps.
-    mel_scales: (window, mel bins) each. initialise: set the codebooks by k-means on the first batch; False for a codec
-    that is trained already. restart_every: steps between restarts of codes that fell out of use, 0 for none. Where the
-    code table is frozen neither happens. seed: of both; of several processes the first one decides.
+    mel_scales: (window, mel bins) each. floor_db: level, relative to full scale, below which spectra count as silent.
+    initialise: set the codebooks by k-means on the first batch; False for a codec that is trained already.
+    restart_every: steps between restarts of codes that fell out of use, 0 for none. Where the code table is frozen
+    neither happens. seed: of both; of several processes the first one decides.
     It is saved with the run: `Trainer(also={"codec": objective})`.
     """
 
@@ -252,6 +255,7 @@ class CodecObjective(WaveObjective):
         adversary: Adversary | None = None,
         start_adversarial_step: int = 0,
         mel_scales: Sequence[Sequence[int]] = MEL_SCALES,
+        floor_db: float = -100.0,
         initialise: bool = True,
         restart_every: int = 100,
         restart_below: float = 0.05,
@@ -259,7 +263,7 @@ class CodecObjective(WaveObjective):
         seed: int = 0,
     ) -> None:
         """Raises ValueError for a weight of a loss that is not there."""
-        super().__init__(codec.code2wav, QUANTISER, given, adversary, start_adversarial_step, mel_scales)
+        super().__init__(codec.code2wav, QUANTISER, given, adversary, start_adversarial_step, mel_scales, floor_db)
         self.hop_length, self.lookahead = codec.encoder.hop_length, codec.code2wav.lookahead
         self.restart_every, self.restart_below = restart_every, restart_below
         self.usage = CodeUsage.start(codec, usage_decay)
@@ -342,9 +346,10 @@ class DecoderObjective(WaveObjective):
         adversary: Adversary | None = None,
         start_adversarial_step: int = 0,
         mel_scales: Sequence[Sequence[int]] = MEL_SCALES,
+        floor_db: float = -100.0,
     ) -> None:
         """Raises ValueError for a weight of a loss that is not there."""
-        super().__init__(code2wav, {}, given, adversary, start_adversarial_step, mel_scales)
+        super().__init__(code2wav, {}, given, adversary, start_adversarial_step, mel_scales, floor_db)
         self.config = code2wav.config
 
     def prepare(self, model: Any, batch: Crops) -> Crops:

@@ -38,7 +38,8 @@ class SpeechEncoder:
     """A function from samples fp32 [n] at `sample_rate` Hz to codes int64 [num_codebooks, T].
 
     fingerprint: a text that changes whenever its codes may, such as the hash of its weights; it is part of the cache's
-    keys. codebook_size: codes lie in 0 .. codebook_size - 1.
+    keys. codebook_size: codes lie in 0 .. codebook_size - 1. start_table: writes what the codes mean into a new
+    Code2Wav's code table, None where that is not known.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -46,6 +47,7 @@ class SpeechEncoder:
     num_codebooks: int
     codebook_size: int
     fingerprint: str
+    start_table: Callable[[Code2Wav], None] | None = None
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Codes on the CPU. Raises ValueError where the function gives something else than promised."""
@@ -108,9 +110,31 @@ def load_omni(
     return SpeechEncoder(encode, codec.sample_rate, books, size, weights_fingerprint(codec, f"omni-{books}"))
 
 
+def load_mel(
+    path: str | Path | None, code2wav: Code2Wav | None, num_codebooks: int | None, device: torch.device
+) -> SpeechEncoder:
+    """Codebooks over mel spectra, which `MelCodec.save` has written."""
+    from omni.training.mel_codec import MelCodec
+
+    if path is None:
+        raise ValueError(
+            "a codec of kind 'mel' has no default; pass the folder that MelCodec.save has written as path="
+        )
+    codec = MelCodec.load(path).to(device)
+    available, size, _ = codec.books.shape
+    books = _num_codebooks(num_codebooks, code2wav, available, f"the codec in {path}")
+
+    def encode(samples: Tensor) -> Tensor:
+        return codec.encode(samples.to(device))[:books]
+
+    fingerprint = weights_fingerprint(codec, f"mel-{books}")
+    return SpeechEncoder(encode, codec.sample_rate, books, size, fingerprint, codec.start_table)
+
+
 CODEC_ENCODERS: dict[str, Callable[[str | Path | None, Code2Wav | None, int | None, torch.device], SpeechEncoder]] = {
     "mimi": load_mimi,
     "omni": load_omni,
+    "mel": load_mel,
 }
 
 

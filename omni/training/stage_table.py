@@ -18,6 +18,7 @@ from omni.model import OmniModel
 from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
 from omni.training.batches import Batches, collate
+from omni.training.codec import draw_weights
 from omni.training.codec_stage import (
     Adversary,
     CodecObjective,
@@ -37,10 +38,12 @@ from omni.training.objectives import Supervised
 from omni.training.preference_objective import DPO
 from omni.training.recordings import crop_batches, open_sounds
 from omni.training.samples import TrainingBatch
-from omni.training.speech_codes import cached_codes, load_codec_encoder
+from omni.training.speech_codes import SpeechEncoder, cached_codes, load_codec_encoder
 from omni.training.train_config import DataTable, FilterTable, TrainConfig
 from omni.training.transcription_stage import (
     CharacterLabels,
+    Labels,
+    TokenLabels,
     Transcriber,
     TranscriptionObjective,
     clip_batches,
@@ -185,14 +188,21 @@ def _on_fixed_batches(setup: Setup, batches: Callable[[], Iterator[Any]], score:
     return lambda module, step: score(module, held)
 
 
-def codes_of(model: OmniModel, table: DataTable) -> Callable[[Any], torch.Tensor] | None:
-    """What encodes a recording to codes, through the cache; None without a codec (manifests then hold codes)."""
+def codec_encoder(model: OmniModel, table: DataTable) -> SpeechEncoder | None:
+    """The encoder of data.codec; None where none is named."""
     if table.codec.path is None:
         return None
     talker = model.config.talker_config
-    encoder = load_codec_encoder(
+    return load_codec_encoder(
         table.codec.kind, table.codec.path, num_codebooks=None if talker is None else talker.num_code_groups
     )
+
+
+def codes_of(model: OmniModel, table: DataTable) -> Callable[[Any], torch.Tensor] | None:
+    """What encodes a recording to codes, through the cache; None without a codec (manifests then hold codes)."""
+    encoder = codec_encoder(model, table)
+    if encoder is None:
+        return None
     cache = table.codec.cache or str(Path(table.train[0].manifest).parent / "codes")
     return partial(cached_codes, encoder=encoder, folder=cache)
 
@@ -245,11 +255,16 @@ def _codec(setup: Setup) -> Stage:
     if any(setup.config.loss.get(name) for name in ("adversarial", "feature")):
         adversary = Adversary(Discriminators(options.pop("judge_width", 32)), options.pop("judge_lr", 1e-4))
     code2wav, table = setup.model.code2wav, setup.config.data
-    known = ["start_adversarial_step", "mel_scales"]
+    known = ["start_adversarial_step", "mel_scales", "floor_db"]
     known += [] if decoder_only else ["initialise", "restart_every", "restart_below", "usage_decay"]
     codec = None if decoder_only else make_codec(code2wav, width=width, fresh=fresh)
     make: Callable[..., Any]
     if codec is None:
+        if fresh:
+            draw_weights(code2wav)
+            encoder = codec_encoder(setup.model, table)
+            if encoder is not None and encoder.start_table is not None:
+                encoder.start_table(code2wav)
         make = partial(DecoderObjective, code2wav)
     else:
         make = partial(CodecObjective, codec, seed=setup.config.train.seed)
@@ -281,10 +296,14 @@ def _transcription(setup: Setup) -> Stage:
     if setup.model.audio_encoder is None:
         raise ValueError("this model has no audio encoder to train")
     options = dict(setup.config.objective)
-    language, max_s = options.pop("language", "en"), options.pop("max_s", 30.0)
+    language, max_s = options.pop("language", "en") or None, options.pop("max_s", 30.0)  # "": texts as they are
     batch_size, head = options.pop("batch_size", 16), options.pop("head", "ctc")
-    alphabet = options.pop("alphabet", None)
-    labels = CharacterLabels() if alphabet is None else CharacterLabels(alphabet)
+    alphabet, kind = options.pop("alphabet", None), options.pop("labels", "characters")
+    if kind not in ("characters", "tokens"):
+        raise ValueError(f"objective.labels: {nearest(str(kind), ('characters', 'tokens'))}")
+    labels: Labels = CharacterLabels() if alphabet is None else CharacterLabels(alphabet)
+    if kind == "tokens":
+        labels = TokenLabels(setup.require_processor())
     make = partial(Transcriber, setup.model.audio_encoder, labels.size, head)
     transcriber = _with_options(make, options, ("dim", "layers", "heads"))
     table = setup.config.data
