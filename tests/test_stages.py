@@ -214,3 +214,14 @@ def test_a_run_scores_itself_between_steps(
     run.train()
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert any(name in key for key in last) or name in str(last), last
+
+
+@pytest.mark.parametrize("parts", [("code2wav",), ("thinker", "talker")])
+def test_an_export_that_would_fail_in_the_end_fails_at_once(checkpoint: Path, parts: tuple[str, ...]) -> None:
+    values = {
+        "model": {"checkpoint": str(checkpoint), "parts": parts},
+        "train": {"objective": "codec"},
+        "save": {"export": "somewhere"},
+    }
+    with pytest.raises(ValueError, match="make none"):
+        build_run(TrainConfig.from_dict(values))

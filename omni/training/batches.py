@@ -1,4 +1,4 @@
-"""Batches of samples of like length, in an order that a restart repeats, and their tensors side by side.
+"""Batches of samples within a token budget, in an order that a restart repeats, and their tensors side by side.
 
 Shapes: B rows, T tokens; A clips of M mel bins and at most F frames; media stacked in the order of the rows.
 """
@@ -53,16 +53,17 @@ class _Bucket:
 class Batches:
     """An endless iterator of batches, each a list of samples (or pairs) that fit into `max_tokens` together.
 
-    `bucket_size` rows are read at a time, sorted by length and cut into batches, which come in a seeded order. What is
-    counted is Thinker tokens and frames of speech, padding included. Rows that cannot be read are named by a warning,
-    kept in `skipped` (name -> reason) and passed over; those too long for a batch, or that `make_sample` raises SkipRow
-    for, are counted in `left_out`, and the first is named.
+    `bucket_size` rows are read at a time and cut into batches, which come in a seeded order. Where batches are padded
+    they are sorted by length first; packed rows stay as they were drawn, so that each batch is a sample of the mixture.
+    What is counted is Thinker tokens and frames of speech, padding included. Rows that cannot be read are named by a
+    warning, kept in `skipped` (name -> reason) and passed over; those too long for a batch, or that `make_sample`
+    raises SkipRow for, are counted in `left_out`, and the first is named.
 
     Args:
         mixture: which rows, in which order; it belongs to this object from now on.
         make_sample: row -> sample; it has to give the same sample each time for a restart to repeat its batches.
         max_tokens: the most that a batch holds.
-        bucket_size: rows read at a time; more are more alike in length, and lie in memory.
+        bucket_size: rows read at a time, all in memory; padded batches of many are more alike in length.
         seed: of the order of batches within a bucket.
         skip_limit: how many different rows may be bad before a ValueError names the first.
         workers: threads that read ahead by one bucket (0: the calling one reads). They change nothing in what comes.
@@ -231,9 +232,9 @@ def size(samples: Sequence[Made], *, padded: bool = True) -> int:
 
 
 def pack(samples: Sequence[Made], max_tokens: int, *, padded: bool = True) -> list[list[Made]]:
-    """Samples sorted by length and cut, in that order, into batches of at most `max_tokens`."""
+    """Samples cut, in their order or, padded, in that of their lengths, into batches of at most `max_tokens`."""
     batches: list[list[Made]] = []
-    for sample in sorted(samples, key=lambda made: made.tokens + made.frames):
+    for sample in sorted(samples, key=lambda made: made.tokens + made.frames) if padded else samples:
         if batches and size([*batches[-1], sample], padded=padded) <= max_tokens:
             batches[-1].append(sample)
         else:

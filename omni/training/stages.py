@@ -82,6 +82,13 @@ def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
     """
     if config.train.objective not in OBJECTIVES:
         raise ValueError(f"train.objective: {nearest(config.train.objective, OBJECTIVES)}")
+    parts = config.model.parts
+    whole = "thinker" in parts and ("talker" in parts) == ("code2wav" in parts)
+    if config.save.export is not None and not whole:  # saving would fail in the end
+        raise ValueError(
+            f"save.export writes a checkpoint, and {', '.join(parts)} make none; let model.parts be all parts, or the "
+            "thinker alone, or leave save.export out"
+        )
     init_from_env()  # before anything is put on a device
     torch.manual_seed(config.train.seed)  # what is added to the model is alike on all processes
     model = load_model(config)

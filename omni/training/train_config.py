@@ -131,8 +131,8 @@ class CodecTable:
 
 @dataclass(frozen=True)
 class DataTable:
-    """[data]: max_tokens: Thinker tokens and frames of one micro-batch; bucket: samples read ahead and sorted by
-    length; loss_on: which assistant turns are learned; skip_limit: bad rows before the run ends."""
+    """[data]: max_tokens: Thinker tokens and frames of one micro-batch; bucket: samples read at a time;
+    loss_on: which assistant turns are learned; skip_limit: bad rows before the run ends."""
 
     train: tuple[SourceTable, ...] = ()
     eval: tuple[SourceTable, ...] = ()
