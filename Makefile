@@ -8,6 +8,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.omni-ready
+UV = $$(command -v uv || echo .venv-uv/bin/uv)
 
 # The tests and the demo are many small operations: more threads than this only wait for each other.
 export OMP_NUM_THREADS ?= 2
@@ -18,7 +19,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo nano nano-smoke test test-slow lint clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +28,15 @@ setup: $(READY)  ## install omni and all it needs into .venv/ (again when pyproj
 
 demo: $(READY)  ## ask the bundled spoken question about the bundled picture and video; writes out.wav and out.png
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m omni.cli demo
+
+nano: $(READY)  ## train omni-nano from nothing, hours (WORK=folder; the same command goes on where it was)
+	@command -v flite >/dev/null && command -v espeak-ng >/dev/null || { \
+	  echo "the data of omni-nano is spoken by flite and espeak-ng; on Debian: apt-get install flite espeak-ng" >&2; exit 1; }
+	@$(BIN)/python -c 'import pocketsphinx' 2>/dev/null || $(UV) pip install --quiet --python $(BIN)/python pocketsphinx
+	@$(BIN)/python recipes/nano/run.py --work $(or $(WORK),runs/nano)
+
+nano-smoke: $(READY)  ## a minute of it: every stage for a few steps, on bundled clips
+	@$(BIN)/python recipes/nano/run.py --smoke --work $(or $(WORK),runs/nano_smoke)
 
 # Both halves always run, so that a formatting slip does not hide a failing test; either makes the target fail.
 test: $(READY)  ## ruff, mypy and the tests (slow ones left out), without any network after the setup

@@ -1,0 +1,70 @@
+"""Puts parts that were trained apart into one checkpoint.
+
+    python recipes/nano/assemble.py FOLDER --config start --thinker understanding/model --code2wav code2wav/model
+
+Parts that are not named have new random weights; so have the encoders with `--fresh-encoders`, drawn by their fan-in:
+the config's 0.02 is for wide layers, and at this width a sound would hardly reach the first norm. `--dtype bfloat16` is
+what ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from make_model import GENERATION
+
+from omni import OmniConfig, OmniModel, OmniProcessor
+from omni.training.codec import draw_weights
+
+_HEARD = 20.0  # makes what is heard as large as the position sinusoids that are added to it
+_SEEN = 0.06  # makes what is seen as small as the embeddings of text beside it
+PARTS = {"thinker": ("thinker", "audio_encoder", "vision_encoder"), "talker": ("talker",), "code2wav": ("code2wav",)}
+
+
+def assemble(
+    folder: Path,
+    config: Path,
+    sources: dict[str, Path],
+    dtype: torch.dtype = torch.float32,
+    *,
+    fresh_encoders: bool = False,
+) -> OmniModel:
+    """Write the checkpoint and return the model. sources: part -> checkpoint that has it, fp32."""
+    torch.manual_seed(0)
+    model = OmniModel(OmniConfig.from_pretrained(config))
+    for part, source in sources.items():
+        trained = OmniModel.from_pretrained(source, parts=[part], dtype="float32", device="cpu")
+        for name in PARTS[part]:
+            getattr(model, name).load_state_dict(getattr(trained, name).state_dict())
+    if fresh_encoders:
+        draw_weights(model.audio_encoder)
+        draw_weights(model.vision_encoder)
+        with torch.no_grad():
+            model.audio_encoder.conv_out.weight.mul_(_HEARD)
+            for merger in (model.vision_encoder.merger, *model.vision_encoder.merger_list):
+                merger.mlp[-1].weight.mul_(_SEEN)
+    model = model.to(dtype)
+    model.processor = OmniProcessor.from_pretrained(config)
+    model.generation_config = dict(GENERATION)
+    model.save_pretrained(folder)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--config", type=Path, required=True, help="folder of make_model.py")
+    for part in PARTS:
+        parser.add_argument(f"--{part}", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--fresh-encoders", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    sources = {part: path for part in PARTS if (path := getattr(args, part)) is not None}
+    dtype = getattr(torch, args.dtype)
+    assemble(args.folder, args.config, sources, dtype, fresh_encoders=args.fresh_encoders)
+
+
+if __name__ == "__main__":
+    main()

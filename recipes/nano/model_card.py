@@ -1,0 +1,94 @@
+"""Writes the model card of a finished omni-nano, with its figures, beside its weights.
+
+python recipes/nano/model_card.py model report.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from evaluate import TARGETS
+
+CARD = """\
+---
+license: apache-2.0
+language: en
+library_name: omni
+pipeline_tag: any-to-any
+tags: [speech, omni-modal, synthetic-data]
+---
+
+# omni-nano
+
+A complete Thinker-Talker model in the layout of Qwen3-Omni, {megabytes:.0f} MB, trained from nothing by the library's
+own stages (`recipes/nano`, `make nano`) on synthetic data alone: no recordings of people, no downloaded weights.
+
+## What it can do
+
+Asked by text or by voice, it answers in text and speech at once, in one synthetic voice:
+
+- repeat a sentence, or write down one that it hears, from about a hundred words;
+- sums, differences and products of numbers in 0..10, with results in 0..20;
+- colour, shape, count (0..5) and place of drawn shapes, a digit; "and the other one?" as a second turn;
+- which way a shape moves in a clip of a few seconds, what moves, what was said in the clip's sound;
+- say "i don't know" to anything else.
+
+## What it can't
+
+Anything outside that world: it knows no facts, no other words, no photographs, no human voices (it has heard
+synthesisers only), no languages but English. It answers in small letters without punctuation. It is a demonstration and
+a test bed, not an assistant.
+
+## Figures
+
+{questions} fresh questions of each skill, from seeds, speeds and words that training has not seen
+(`recipes/nano/evaluate.py`). Speech is judged by an independent recogniser (PocketSphinx with the small world's
+grammar) beside the original synthetic voice.
+
+{tables}
+
+## How it was trained
+
+Voices: flite and espeak-ng, with rooms, noise, speed and pitch varied; pictures and clips are drawn. Stages, in order:
+codes (k-means over mel spectra), Code2Wav on these codes, the Thinker on typed questions, the audio encoder by CTC, the
+encoders and the Thinker on everything, the Talker with its residual head. Seeds are fixed; two CPU cores take some
+hours. See `recipes/nano/README.md`.
+"""
+
+
+def tables(report: dict[str, Any]) -> str:
+    """The figures of evaluate.py in Markdown."""
+    lines = ["| asked | skill | right | target |", "|---|---|---|---|"]
+    for group, skills in report["understanding"].items():
+        for skill, share in skills.items():
+            target = f"{TARGETS[group]:.0%}" if skill == "all" and group in TARGETS else ""
+            name = f"**{skill}**" if skill == "all" else skill
+            lines.append(f"| {group} | {name} | {share:.1%} | {target} |")
+    lines += ["", "| speech and speed (2 CPU cores) | value |", "|---|---|"]
+    for name, value in {**report["speech"], **report["speed"]}.items():
+        lines.append(f"| {name} | {value:.3f} |")
+    agreement = report["generate, stream and engine agree"]
+    lines.append(f"| greedy answers equal in generate, stream and engine | {agreement:.1%} |")
+    return "\n".join(lines)
+
+
+def write_card(model: Path, report: dict[str, Any]) -> None:
+    """Write README.md beside the weights."""
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    card = CARD.format(megabytes=size / 1e6, questions=report["questions of each skill"], tables=tables(report))
+    (model / "README.md").write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("report", type=Path, help="what evaluate.py --out wrote")
+    args = parser.parse_args()
+    write_card(args.model, json.loads(args.report.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

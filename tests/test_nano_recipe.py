@@ -1,0 +1,110 @@
+"""The recipe of omni-nano: its small world is consistent, and every stage of it learns on the bundled clips."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "nano"
+sys.path.insert(0, str(RECIPE))
+
+import make_model  # noqa: E402
+import run  # noqa: E402
+import world  # noqa: E402
+from pictures import SIZE, draw_clip, draw_picture  # noqa: E402
+
+
+@pytest.mark.parametrize("skill", world.SKILLS)
+def test_questions_follow_from_their_seed(skill: str) -> None:
+    """The same seed gives the same task, and every word of question and answer is in the vocabulary."""
+    known = set(world.vocabulary())
+    for seed in range(60):
+        task = world.SKILLS[skill](random.Random(seed))
+        assert task == world.SKILLS[skill](random.Random(seed))
+        assert {*task.question.split(), *task.answer.split()} <= known
+        assert task.skill == skill
+
+
+def test_arithmetic_is_right() -> None:
+    for seed in range(300):
+        task = world.arithmetic(random.Random(seed))
+        words = task.question.split()
+        first, sign, second = words[-3:]
+        a, b = world.NUMBERS.index(first), world.NUMBERS.index(second)
+        assert world.NUMBERS.index(task.answer) == {"plus": a + b, "minus": a - b, "times": a * b}[sign]
+
+
+def test_held_out_words_are_not_trained_on() -> None:
+    trained = {world.unknown(random.Random(seed)).question for seed in range(3000)}
+    asked = {world.unknown(random.Random(seed), held_out=True).question for seed in range(300)}
+    assert asked and not asked & trained
+
+
+def test_drawings() -> None:
+    """A circle at the top left is there and nowhere else; a clip moves the way that it says."""
+    picture = draw_picture(world.Picture((world.Item("circle", "red", 0),), seed=1))
+    assert picture.size == (SIZE, SIZE)
+    red = [(x, y) for x in range(SIZE) for y in range(SIZE) if is_red(picture.getpixel((x, y)))]
+    assert red and max(x for x, _ in red) < SIZE / 2 and max(y for _, y in red) < SIZE / 2
+    for direction, axis, sign in (("to the left", 0, -1), ("to the right", 0, 1), ("up", 1, -1), ("down", 1, 1)):
+        frames = draw_clip(world.Clip("square", "red", direction, seed=2), seconds=2.0)
+        centres = [
+            sum(place[axis] for place in places) / len(places)
+            for places in (
+                [(x, y) for x in range(SIZE) for y in range(SIZE) if is_red(frame.getpixel((x, y)))]
+                for frame in (frames[0], frames[-1])
+            )
+        ]
+        assert (centres[1] - centres[0]) * sign > SIZE / 4
+
+
+def is_red(pixel: object) -> bool:
+    r, g, b = pixel  # type: ignore[misc]
+    return r > 150 and g < 110 and b < 110
+
+
+def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
+    from omni import OmniProcessor
+
+    make_model.make_model(tmp_path)
+    processor = OmniProcessor.from_pretrained(tmp_path)
+    for word in world.vocabulary():
+        text = f"say {word}"
+        ids = processor.encode_text(text)
+        assert processor.decode(ids) == text and len(ids) == 2 + word.count("'")
+    assert processor.decode(processor.encode_text("WHAT is Xyz, 12?")) == "what is xyz, 12?"
+
+
+def test_the_smoke_recipe_learns(tmp_path: Path) -> None:
+    """Every stage for a few steps on bundled clips: losses fall, and the parts make a whole checkpoint."""
+    command = [sys.executable, str(RECIPE / "run.py"), "--smoke", "--work", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "what each stage bought" in done.stdout
+    for name in ("1_code2wav", "2_text", "3_hearing_alone", "4_understanding", "5_talker"):
+        folder = name.split("_", 1)[1]
+        rows = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        totals = [row["loss"] for row in rows if "losses" in row]
+        third = len(totals) // 3
+        assert sum(totals[-third:]) / third < 0.95 * sum(totals[:third]) / third, (name, totals)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size <= 40_000_000
+    again = subprocess.run([*command, "--list"], capture_output=True, text=True, cwd=ROOT)
+    assert all(line.endswith("done") for line in again.stdout.splitlines()) and len(again.stdout.splitlines()) >= 9
+
+
+def test_the_recipe_refuses_a_step_that_is_not_there(tmp_path: Path) -> None:
+    command = [sys.executable, str(RECIPE / "run.py"), "--work", str(tmp_path), "--only", "singing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "singing" in done.stderr and "1_code2wav" in done.stderr
+
+
+def test_steps_stand_in_order() -> None:
+    names = [step.name for step in run.steps()]
+    assert names[0] == "data" and names[-1] == "card" and len(set(names)) == len(names)
+    assert [step.name for step in run.steps(smoke=True)] == [n for n in names if n not in ("data", "report", "card")]
