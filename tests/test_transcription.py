@@ -17,6 +17,7 @@ from omni.layers.init import initialise
 from omni.training.transcription import (
     AttentionDecoder,
     CTCHead,
+    EmbeddingHead,
     attention_loss,
     attention_transcribe,
     ctc_length,
@@ -194,3 +195,27 @@ def test_errors_name_the_clip():
             loss(module, output, [[0]])
     with pytest.raises(ValueError, match="width 9 must be a multiple of twice its 4 heads"):
         AttentionDecoder(WIDTH, 4, dim=9)
+
+
+def test_an_embedding_head_turns_tokens_towards_the_embeddings_of_their_labels() -> None:
+    """Logits are scaled cosines, the blank has its own direction, and tokens that learn end up where words lie."""
+    torch.manual_seed(0)
+    embeddings = torch.randn(6, WIDTH)
+    head = EmbeddingHead(embeddings, blank=5, scale=8.0)
+    logits = head(3 * embeddings)
+    assert logits.shape == (6, 7) and head.blank == 6
+    torch.testing.assert_close(logits[:5, :5].diagonal(), torch.full((5,), 8.0))
+    torch.testing.assert_close(logits[5, 6], torch.tensor(8.0))
+    assert (logits[:, 5] == 0).all(), "the blank's label is none of its own"
+    tokens = torch.randn(9, WIDTH, requires_grad=True)
+    optimizer = torch.optim.Adam([tokens], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = ctc_loss(head, EncoderOutput(tokens, [9], []), [[0, 3, 3, 1]])
+        loss.total.backward()
+        optimizer.step()
+    assert ctc_transcribe(head, EncoderOutput(tokens, [9], [])) == [[0, 3, 3, 1]]
+    cosines = F.cosine_similarity(tokens.detach()[:, None], embeddings[None], dim=2)
+    assert (cosines.max(1).values > 0.75).all()
+    with pytest.raises(ValueError, match="none of the 6 labels"):
+        EmbeddingHead(embeddings, blank=6)

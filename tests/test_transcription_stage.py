@@ -235,3 +235,10 @@ def test_the_stage_spells_characters_or_tokens(manifest: Path) -> None:
     assert run.trainer.step().losses["ctc"] > 0
     with pytest.raises(ValueError, match="did you mean 'tokens'"):
         build(labels="token")
+    tied = build(head="embeddings", labels="tokens", blank="~", language="")
+    assert [name for name, _ in tied.stage.module.head.named_parameters()] == ["scale"]
+    assert tied.trainer.step().losses["ctc"] > 0
+    with pytest.raises(ValueError, match="a text of one token"):
+        build(head="embeddings", labels="tokens")
+    with pytest.raises(ValueError, match="is 2 tokens"):
+        build(head="embeddings", labels="tokens", blank="~~")

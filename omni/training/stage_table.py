@@ -305,7 +305,10 @@ def _transcription(setup: Setup) -> Stage:
     if kind == "tokens":
         labels = TokenLabels(setup.require_processor())
     make = partial(Transcriber, setup.model.audio_encoder, labels.size, head)
-    transcriber = _with_options(make, options, ("dim", "layers", "heads"))
+    known: tuple[str, ...] = ("dim", "layers", "heads")
+    if head == "embeddings":
+        make, known = partial(make, **_embeddings(setup, kind, options.pop("blank", None))), ("scale",)
+    transcriber = _with_options(make, options, known)
     table = setup.config.data
 
     def clips(part: str, workers: int = 0) -> Any:
@@ -318,6 +321,21 @@ def _transcription(setup: Setup) -> Stage:
     evaluate = _on_fixed_batches(setup, lambda: iter(clips("eval")), score)
     objective = TranscriptionObjective(transcriber, setup.config.loss)
     return Stage(transcriber, objective, clips("train", table.workers), evaluate=evaluate)
+
+
+def _embeddings(setup: Setup, kind: str, blank: str | None) -> dict[str, Any]:
+    """What an `EmbeddingHead` compares with: the Thinker's embeddings of the tokenizer's ids."""
+    if kind != "tokens" or blank is None:
+        raise ValueError(
+            "objective.head = 'embeddings' compares with the Thinker's embeddings; set objective.labels = 'tokens' and "
+            "objective.blank to a text of one token that stands for no word"
+        )
+    processor = setup.require_processor()
+    ids = processor.encode_text(blank)
+    if len(ids) != 1:
+        raise ValueError(f"objective.blank = {blank!r} is {len(ids)} tokens; choose a text of one")
+    embeddings = setup.model.thinker.embed_tokens.weight[: len(processor.tokenizer)]
+    return {"embeddings": embeddings, "blank": ids[0]}
 
 
 def _with_options(make: Callable[..., Any], options: dict[str, Any], known: tuple[str, ...]) -> Any:

@@ -1,8 +1,9 @@
 """Heads that let the audio encoder be trained alone, on speech and its text (Qwen3-Omni, section 2.2).
 
 `CTCHead` reads each token by itself (Graves et al., 2006); `AttentionDecoder` writes the text from all of them, as the
-encoder of the release was trained. Both stand behind the encoder's whole forward pass, its projections included, so
-that every parameter of it learns. They are thrown away afterwards: the encoder is what is kept.
+encoder of the release was trained. `EmbeddingHead` is a CTC head that compares with given embeddings, the Thinker's:
+the encoder then learns to say a word as the Thinker reads it. All stand behind the encoder's whole forward pass, its
+projections included, so that every parameter of it learns. They are thrown away afterwards; the encoder is kept.
 
 Shapes: C clips, N tokens of all clips (packed), n tokens of the longest, D encoder output width, L labels of the
 longest text, V labels; W decoder width.
@@ -37,6 +38,31 @@ class CTCHead(nn.Module):
 
     def forward(self, embeds: Tensor) -> Tensor:
         return self.proj(embeds)
+
+
+class EmbeddingHead(CTCHead):
+    """A CTC head whose logits are cosines with fixed embeddings, times a learnt scale. [N, D] -> [N, V + 1].
+
+    embeddings [V, D], one a label; blank: the label whose embedding stands for no label instead. Cosines are largest
+    for tokens that point where an embedding points, so the encoder's output becomes the embedding's direction; the
+    smaller `scale` is, the closer it has to come.
+    """
+
+    def __init__(self, embeddings: Tensor, blank: int, scale: float = 12.0) -> None:
+        """Raises ValueError for a blank that is no label."""
+        nn.Module.__init__(self)
+        if not 0 <= blank < len(embeddings):
+            raise ValueError(f"blank {blank} is none of the {len(embeddings)} labels")
+        self.blank = len(embeddings)
+        directions = F.normalize(torch.cat((embeddings, embeddings[blank : blank + 1])).detach().float(), dim=1)
+        directions[blank] = 0  # a label of its own no more
+        self.register_buffer("directions", directions)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    directions: Tensor
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return self.scale * (F.normalize(embeds, dim=1) @ self.directions.t())
 
 
 class AttentionDecoder(nn.Module):

@@ -30,6 +30,7 @@ from omni.training.text_normaliser import normalise
 from omni.training.transcription import (
     AttentionDecoder,
     CTCHead,
+    EmbeddingHead,
     attention_loss,
     attention_transcribe,
     ctc_length,
@@ -37,7 +38,7 @@ from omni.training.transcription import (
     ctc_transcribe,
 )
 
-HEADS = ("ctc", "attention")
+HEADS = ("ctc", "attention", "embeddings")
 ENGLISH = " 'abcdefghijklmnopqrstuvwxyz"  # all that `normalise` leaves of English
 
 
@@ -144,9 +145,14 @@ class Transcriber(nn.Module):
     audio_encoder: Any
 
     def __init__(
-        self, audio_encoder: nn.Module, num_labels: int, head: Literal["ctc", "attention"] = "ctc", **options: Any
+        self,
+        audio_encoder: nn.Module,
+        num_labels: int,
+        head: Literal["ctc", "attention", "embeddings"] = "ctc",
+        **options: Any,
     ) -> None:
-        """options: those of `AttentionDecoder` (dim, layers, heads). Raises ValueError for another head."""
+        """options: those of `AttentionDecoder` (dim, layers, heads) or of `EmbeddingHead` (embeddings, blank, scale).
+        Raises ValueError for another head."""
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}; {nearest(str(head), HEADS)}")
@@ -155,7 +161,11 @@ class Transcriber(nn.Module):
         self.audio_encoder = audio_encoder
         width: int = self.audio_encoder.config.output_dim
         like = next(audio_encoder.parameters())
-        made = CTCHead(width, num_labels) if head == "ctc" else AttentionDecoder(width, num_labels, **options)
+        made: nn.Module
+        if head == "embeddings":
+            made = EmbeddingHead(**options)
+        else:
+            made = CTCHead(width, num_labels) if head == "ctc" else AttentionDecoder(width, num_labels, **options)
         self.head = made.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     def forward(self, features: Tensor, lengths: Sequence[int]) -> EncoderOutput:
