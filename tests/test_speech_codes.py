@@ -94,7 +94,7 @@ def test_mimi_must_fit_the_models_code2wav(mimi: tuple[Path, MimiModel]) -> None
         load_codec_encoder("mimi", folder, code2wav=Code2Wav(config.replace(codebook_size=16)))
     with pytest.raises(ValueError, match="has 6 codebooks, 7 were asked for"):
         load_codec_encoder("mimi", folder, num_codebooks=7)
-    with pytest.raises(ValueError, match="not one of mimi, omni"):
+    with pytest.raises(ValueError, match="not one of mel, mimi, omni"):
         load_codec_encoder("mimmi", folder)
     with pytest.raises(FileNotFoundError, match="no Mimi model"):
         load_codec_encoder("mimi", folder / "elsewhere")
