@@ -113,7 +113,7 @@ def test_what_cannot_be_done_is_said_before_the_model_loads(manifest: Path, tmp_
             omni_eval(*words)
     for words, told in (
         (("--codec-path", "x"), "belong to --codec"),
-        (("--codec", "mp3"), "is not one of mimi, omni"),
+        (("--codec", "mp3"), "is not one of mel, mimi, omni"),
         (("--batch", "0"), "at least 1"),
         (("--metrics", "wer,,cer"), "no list of names"),
     ):
