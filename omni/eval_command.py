@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--speaker", metavar="S", help="voice of the answers (default: the row's, else the checkpoint's)")
     add("--language", default="en", metavar="L", help="whose rules texts are compared by, such as zh (default: en)")
     add("--seed", type=int, default=0, metavar="N", help="of the drawn codes (default: 0)")
-    add("--codec", metavar="KIND", help="encoder of recorded speech: mimi or omni")
+    add("--codec", metavar="KIND", help="encoder of recorded speech: mimi, omni or mel")
     add("--codec-path", type=Path, metavar="DIR", help="its folder (default: the kind's own on the Hub)")
     add("--codec-cache", type=Path, metavar="DIR", help="folder that keeps the codes of recordings")
     add("--transcriber", metavar="M:F", help="module:function, (samples, rate in Hz) -> text, found from here too")
