@@ -4,7 +4,8 @@
 
 The CTC head of the stage before knows which word a token of sound is. Least squares find the map from the encoder's
 output to the Thinker's embedding of that word (or of `world.NO_WORD`), and it is folded into the encoder's last
-projection. The Thinker, which has read questions spelled like that, can then hear them.
+projection, so that joint training begins near to what the Thinker has read. The map is a start, not the skill: in a
+trial it explained 58 % of the embeddings, and no spoken question was understood yet.
 """
 
 from __future__ import annotations
