@@ -54,7 +54,8 @@ grammar) beside the original synthetic voice.
 
 Voices: flite and espeak-ng, with rooms, noise, speed and pitch varied; pictures and clips are drawn. Stages, in order:
 codes (k-means over mel spectra), Code2Wav on these codes, the Thinker on typed questions, the audio encoder by CTC, the
-encoders and the Thinker on everything, the Talker with its residual head. Seeds are fixed. See `recipes/nano/README.md`.
+encoders and the Thinker on everything, the Talker with its residual head. Seeds are fixed. See
+`recipes/nano/README.md`.
 """
 
 
