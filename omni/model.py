@@ -176,7 +176,7 @@ class OmniModel(nn.Module):
 
         max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release).
         text_sampling, audio_sampling (codebook 0), residual_sampling: `SamplingConfig` or a dict of its fields; None
-        is the release's way (text as generation_config.json says). speaker: a name of the config, in any case; None is
+        is what generation_config.json says, else the release's way. speaker: a name of the config, in any case; None is
         the checkpoint's default. seed: makes sampling reproducible; None draws one from torch's global generator.
         speaker, samplings and seed are one value or a list with one a row. Raises ValueError for impossible requests.
         """

@@ -412,6 +412,22 @@ def test_null_values_in_generation_config_mean_the_release(model: OmniModel) -> 
     assert torch.equal(plain.codes[0], nulls.codes[0])
 
 
+def test_generation_config_says_how_residual_codes_are_drawn(model: OmniModel) -> None:
+    """Without sampling, two seeds speak alike; with the release's hard-coded sampling they do not."""
+    inputs = model.processor(chat("abc"))
+
+    def codes(seed: int, **given: Any) -> torch.Tensor:
+        model.generation_config = {"talker_do_sample": False, "talker_repetition_penalty": 1.0, **given}
+        try:
+            return model.generate(inputs, max_new_tokens=3, max_frames=6, seed=seed).codes[0]
+        finally:
+            model.generation_config = {}
+
+    assert torch.equal(codes(1, code_predictor_do_sample=False), codes(2, code_predictor_do_sample=False))
+    assert torch.equal(codes(1, code_predictor_top_k=1), codes(2, code_predictor_top_k=1))
+    assert not torch.equal(codes(1), codes(2))
+
+
 def test_speech_ids_outside_the_vocabulary() -> None:
     config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").replace(tts_bos_token_id=151672)
     lost = OmniModel(config)

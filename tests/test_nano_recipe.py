@@ -46,6 +46,25 @@ def test_held_out_words_are_not_trained_on() -> None:
     assert asked and not asked & trained
 
 
+def test_further_questions_fit_the_picture() -> None:
+    """What else is asked about a picture has one right answer, and never what was not drawn."""
+    for seed in range(200):
+        rng = random.Random(seed)
+        task = world.SKILLS[rng.choice((*world.PICTURE_SKILLS, *world.CLIP_SKILLS))](rng)
+        for skill, tasks in world.further(task, rng).items():
+            for other in tasks:
+                assert (other.picture, other.clip) == (task.picture, task.clip) and other.answer
+                asked = [word for word in other.question.split() if word in world.SHAPES]
+                if skill in ("color", "position"):
+                    (item,) = [item for item in task.picture.items if item.shape == asked[-1]]
+                    assert other.answer in (item.color, {v: k for k, v in world.CORNERS.items()}.get(item.cell))
+                elif skill == "shape":
+                    (item,) = [item for item in task.picture.items if item.color in other.question.split()]
+                    assert other.answer == item.shape
+                elif skill == "everything":
+                    assert other.answer.count("the ") == len(task.picture.items)
+
+
 def test_drawings() -> None:
     """A circle at the top left is there and nowhere else; a clip moves the way that it says."""
     picture = draw_picture(world.Picture((world.Item("circle", "red", 0),), seed=1))
@@ -87,7 +106,7 @@ def test_the_smoke_recipe_learns(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "what each stage bought" in done.stdout
-    for name in ("1_code2wav", "2_text", "3_hearing_alone", "4_understanding", "5_talker"):
+    for name in ("1_code2wav", "2_text", "3_hearing", "4_seeing", "5_understanding", "6_talker_words", "7_talker"):
         folder = name.split("_", 1)[1]
         rows = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
         totals = [row["loss"] for row in rows if "losses" in row]

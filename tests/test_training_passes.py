@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from omni import OmniInputs, OmniModel, SamplingConfig
 from omni.generation.sampling import RowSampling
 from omni.generation.steps import Steps
+from omni.training.objectives import Supervised
 from omni.training.passes import talker_pass, thinker_pass
 from omni.training.samples import IGNORED, SpokenTurn, TrainingBatch
 
@@ -149,6 +151,28 @@ def test_every_part_is_touched_whatever_the_batch_holds(model: OmniModel) -> Non
     assert not missing
     idle = [p.grad for n, p in model.named_parameters() if n.startswith(("audio_encoder", "vision_encoder", "talker"))]
     assert all(not grad.any() for grad in idle if grad is not None)
+
+
+def test_residual_head_may_read_a_share_of_the_frames(model: OmniModel) -> None:
+    """Each of the frames that were drawn has the logits that it has among all; the loss counts what was read."""
+    batch, _ = spoken_batch(model, PROMPTS["text"])
+    thought = thinker_pass(model, batch)
+    every = talker_pass(model, batch, thought)
+    some = talker_pass(model, batch, thought, residual_share=0.4)
+    read = math.ceil(0.4 * len(every.residual_codes))
+    assert len(some.residual_codes) == read < len(every.residual_codes)
+    torch.testing.assert_close(some.logits, every.logits)
+    for logits, codes in zip(some.residual_logits, some.residual_codes):
+        near = [(logits - other).abs().max() < 1e-5 for other in every.residual_logits]
+        assert any(same and torch.equal(codes, whole) for same, whole in zip(near, every.residual_codes))
+    objective = Supervised(model, text=False, speech=True, residual_share=0.4)
+    losses = objective.losses(model, batch)
+    assert (
+        objective.counts(batch)["residual"] == float(losses["residual"].count) == read * (every.residual_codes.shape[1])
+    )
+    for wrong in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="residual_share"):
+            Supervised(model, text=False, speech=True, residual_share=wrong)
 
 
 def test_detached_speech_leaves_the_thinker_alone(model: OmniModel) -> None:

@@ -59,7 +59,7 @@ def resolve(
         max_frames,
         _samplings(text_sampling, default_text(model), rows, "text_sampling"),
         _samplings(audio_sampling, default_codes(model), rows, "audio_sampling"),
-        _samplings(residual_sampling, RELEASED_RESIDUAL, rows, "residual_sampling"),
+        _samplings(residual_sampling, default_residual(model), rows, "residual_sampling"),
         [speaker_id(model, v) for v in per_row(speaker, rows, "speaker")] if speaks else None,
         _seeds(seed, rows),
         stop_ids(model),
@@ -115,12 +115,22 @@ def default_text(model: OmniModel) -> SamplingConfig:
 
 def default_codes(model: OmniModel) -> SamplingConfig:
     """Codebook-0 sampling: the talker_* values of generation_config.json, which the release sets to these defaults."""
+    return _speech_sampling(model, "talker", RELEASED_CODES)
+
+
+def default_residual(model: OmniModel) -> SamplingConfig:
+    """Sampling of the residual codebooks: the code_predictor_* values of generation_config.json. The release has none;
+    a checkpoint that is to speak greedily sets `code_predictor_do_sample` to false."""
+    return _speech_sampling(model, "code_predictor", RELEASED_RESIDUAL)
+
+
+def _speech_sampling(model: OmniModel, prefix: str, released: SamplingConfig) -> SamplingConfig:
     g = model.generation_config
     values = {}
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
-        given = g.get(f"talker_{name}")
-        values[name] = getattr(RELEASED_CODES, name) if given is None else given
-    if g.get("talker_do_sample") is False:
+        given = g.get(f"{prefix}_{name}")
+        values[name] = getattr(released, name) if given is None else given
+    if g.get(f"{prefix}_do_sample") is False:
         values["temperature"] = 0.0
     return SamplingConfig(**values)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from omni.generation.arguments import RELEASED_CODES, RELEASED_RESIDUAL, default_text
+from omni.generation.arguments import default_codes, default_residual, default_text
 from omni.generation.graphs import GraphPool
 from omni.generation.rows import Rows
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling, SamplingConfig
@@ -42,7 +42,7 @@ def compile_steps(model: OmniModel, mode: str | None, batch_sizes: Sequence[int]
 @torch.no_grad()
 def warm_up(model: OmniModel, batch_sizes: Sequence[int]) -> None:
     """Run every step of a turn for each number of rows: greedy, and as a turn samples by default."""
-    kinds = [(GREEDY,) * 3, (default_text(model), RELEASED_CODES, RELEASED_RESIDUAL)]
+    kinds = [(GREEDY,) * 3, (default_text(model), default_codes(model), default_residual(model))]
     work = [(rows, kind) for rows in batch_sizes for kind in kinds]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lru_cache")  # a table is cached when run as written; that is all

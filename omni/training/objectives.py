@@ -22,7 +22,7 @@ from torch import Tensor
 from omni.model import OmniModel
 from omni.training.losses import Loss, linear_cross_entropy, router_balance, speech_cross_entropy
 from omni.training.parallel import full_weight
-from omni.training.passes import TalkerPass, ThinkerPass, talker_pass, thinker_pass
+from omni.training.passes import TalkerPass, ThinkerPass, residual_frame_count, talker_pass, thinker_pass
 from omni.training.samples import IGNORED, TrainingBatch
 
 RESIDUAL_WEIGHT = 0.3  # of the mean residual cross-entropy, as in Qwen3-TTS's released training code
@@ -38,7 +38,7 @@ def text_losses(model: OmniModel, thought: ThinkerPass) -> dict[str, Loss]:
 
 
 def speech_losses(model: OmniModel, spoken: TalkerPass, residual_weight: float = RESIDUAL_WEIGHT) -> dict[str, Loss]:
-    """The Talker's losses: "codebook_0" over frames and ends, "residual" over F (K - 1) codes, "talker_balance" by the
+    """The Talker's losses: "codebook_0" over frames and ends, "residual" over R (K - 1) codes, "talker_balance" by the
     same frames and ends; "codebook_0_accuracy" and "residual_accuracy", shares of right choices, are for the log."""
     losses = speech_cross_entropy(
         spoken.logits, spoken.codes, spoken.residual_logits, spoken.residual_codes, residual_weight
@@ -74,7 +74,8 @@ def frame_count(batch: TrainingBatch) -> int:
 class Supervised:
     """The objective of supervised stages: `text` trains the Thinker's replies, `speech` the Talker's codes.
 
-    detach: the Talker's losses do not reach the Thinker (None: unless both are trained at once). weights: of the losses
+    detach: the Talker's losses do not reach the Thinker (None: unless both are trained at once). residual_share: of the
+    frames on which the residual codebooks are trained (`talker_pass`), above 0 and at most 1. weights: of the losses
     above; the defaults are 1, and the config's `router_aux_loss_coef` for the routers. Where nothing of Thinker and
     encoders requires a gradient, they run without recording one; they do not run at all where neither a loss nor the
     Talker looks at them.
@@ -85,11 +86,14 @@ class Supervised:
     speech: bool = False
     detach: bool | None = None
     residual_weight: float = RESIDUAL_WEIGHT
+    residual_share: float = 1.0
     given: Mapping[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         c = self.model.config
+        if not 0 < self.residual_share <= 1:
+            raise ValueError(f"residual_share {self.residual_share} must be above 0 and at most 1")
         self.weights = {}
         if self.text:
             self.model.require("thinker")
@@ -109,12 +113,13 @@ class Supervised:
     def counts(self, batch: TrainingBatch) -> dict[str, float]:
         """Items of each loss."""
         frames, ends = frame_count(batch), len(batch.speech)
-        residual = sum((turn.codes.shape[0] - 1) * turn.codes.shape[1] for _, turn in batch.speech)
+        read = residual_frame_count(frames, self.residual_share) if frames else 0
+        books = batch.speech[0][1].codes.shape[0] if batch.speech else 1
         every = {
             "text": text_count(batch),
             "balance": batch.tokens,
             "codebook_0": frames + ends,
-            "residual": residual,
+            "residual": read * (books - 1),
             "talker_balance": frames + ends,
         }
         return {name: float(every[name]) for name in self.weights}
@@ -127,7 +132,8 @@ class Supervised:
         losses = text_losses(model, thought) if self.text else {}
         if self.speech:
             detach = self.detach if self.detach is not None else not self.text
-            losses |= speech_losses(model, talker_pass(model, batch, thought, detach=detach), self.residual_weight)
+            spoken = talker_pass(model, batch, thought, detach=detach, residual_share=self.residual_share)
+            losses |= speech_losses(model, spoken, self.residual_weight)
         return losses
 
 

@@ -10,6 +10,7 @@ Shapes: B conversations, N tokens of all, D width, Dt Thinker width; S spoken tu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,9 @@ class TalkerPass:
     """What the Talker made of the spoken turns.
 
     logits [F + S, V] of codebook 0 and its codes int64 [F + S], each turn's frames and then the end of speech;
-    residual_logits [F, K - 1, Vr] and residual_codes int64 [F, K - 1]; router_logits as in `ThinkerPass`; turns: frames
-    of each turn. A batch without speech has one dummy frame, whose codes are `IGNORED`, and no turns.
+    residual_logits [R, K - 1, Vr] and residual_codes int64 [R, K - 1] of the R frames that the residual head read, all
+    F unless a share was asked for; router_logits as in `ThinkerPass`; turns: frames of each turn. A batch without
+    speech has one dummy frame, whose codes are `IGNORED`, and no turns.
     """
 
     logits: Tensor
@@ -87,11 +89,25 @@ def thinker_pass(model: OmniModel, batch: TrainingBatch, *, needed: bool = True)
     return ThinkerPass(out.final[0], labels, out.hidden[0], out.router_logits or [], prompt, starts)
 
 
-def talker_pass(model: OmniModel, batch: TrainingBatch, thought: ThinkerPass, *, detach: bool = True) -> TalkerPass:
+def residual_frame_count(frames: int, share: float) -> int:
+    """R, the frames of F that the residual head reads: at least one."""
+    return max(1, math.ceil(share * frames))
+
+
+def talker_pass(
+    model: OmniModel,
+    batch: TrainingBatch,
+    thought: ThinkerPass,
+    *,
+    detach: bool = True,
+    residual_share: float = 1.0,
+) -> TalkerPass:
     """Read all spoken turns of a batch at once, as the Talker would when it drew these codes itself.
 
-    detach: no gradient flows into the Thinker. Raises ValueError for an unknown speaker, codes of another number of
-    codebooks, or a turn longer than the Talker's positions.
+    detach: no gradient flows into the Thinker. residual_share: of the frames, drawn anew each time, that the residual
+    head reads; it costs more than the Talker itself, and one frame in sixteen trains it as well (Sesame, 2025,
+    "Crossing the uncanny valley of conversational voice": compute amortisation). Raises ValueError for an unknown
+    speaker, codes of another number of codebooks, or a turn longer than the Talker's positions.
     """
     talker, device = model.talker, thought.hidden.device
     spoken = batch.speech or [(0, _dummy_turn(model))]
@@ -110,8 +126,12 @@ def talker_pass(model: OmniModel, batch: TrainingBatch, thought: ThinkerPass, *,
     stop = codes.new_full((1,), talker.config.codec_eos_token_id)
     first = [part for own in codes[0].split([t.frames for t in turns]) for part in (own, stop)]
     hidden = out.hidden[0][torch.cat([places[:-1] for places in drawing])]
-    residual = talker.mtp(hidden, talker.codec_embedding(codes[0]), codes[1:].T)
-    wanted, residual_codes = torch.cat(first), codes[1:].T
+    read = codes
+    if residual_share < 1:
+        order = torch.randperm(codes.shape[1])[: residual_frame_count(codes.shape[1], residual_share)].to(device)
+        hidden, read = hidden[order], codes[:, order]
+    residual = talker.mtp(hidden, talker.codec_embedding(read[0]), read[1:].T)
+    wanted, residual_codes = torch.cat(first), read[1:].T
     if not batch.speech:
         wanted, residual_codes = torch.full_like(wanted, IGNORED), torch.full_like(residual_codes, IGNORED)
     logits = talker.codec_head(out.hidden[0][torch.cat(drawing)])

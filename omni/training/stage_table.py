@@ -212,7 +212,7 @@ def _supervised(setup: Setup, *, text: bool, speech: bool) -> Stage:
     objective = _with_options(
         partial(Supervised, setup.model, text=text, speech=speech, given=setup.config.loss),
         options,
-        ("detach", "residual_weight"),
+        ("detach", "residual_weight", "residual_share"),
     )
     return Stage(setup.model, objective, conversations(setup, speech=speech), evaluate=scores(setup))
 

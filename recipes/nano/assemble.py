@@ -3,8 +3,9 @@
     python recipes/nano/assemble.py FOLDER --config start --thinker understanding/model --code2wav code2wav/model
 
 Parts that are not named have new random weights; so have the encoders with `--fresh-encoders`, drawn by their fan-in:
-the config's 0.02 is for wide layers, and at this width a sound would hardly reach the first norm. `--dtype bfloat16` is
-what ships.
+the config's 0.02 is for wide layers, and at this width a sound would hardly reach the first norm. `--fresh-talker` does
+the same for what the Talker reads: text would be 35 times quieter than the codes beside it. `--dtype bfloat16` is what
+ships.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def assemble(
     dtype: torch.dtype = torch.float32,
     *,
     fresh_encoders: bool = False,
+    fresh_talker: bool = False,
 ) -> OmniModel:
     """Write the checkpoint and return the model. sources: part -> checkpoint that has it, fp32."""
     torch.manual_seed(0)
@@ -45,11 +47,24 @@ def assemble(
             model.audio_encoder.conv_out.weight.mul_(_HEARD)
             for merger in (model.vision_encoder.merger, *model.vision_encoder.merger_list):
                 merger.mlp[-1].weight.mul_(_SEEN)
+    if fresh_talker:
+        _raise_text(model)
     model = model.to(dtype)
     model.processor = OmniProcessor.from_pretrained(config)
     model.generation_config = dict(GENERATION)
     model.save_pretrained(folder)
     return model
+
+
+@torch.no_grad()
+def _raise_text(model: OmniModel) -> None:
+    """Make the Talker's text as large as the codes that it is added to."""
+    talker, config = model.talker, model.config.talker_config.code_predictor_config
+    codes = torch.randint(0, config.vocab_size, (512, config.num_code_groups))
+    spoken = talker.codec_embedding(codes[:, 0]) + talker.mtp.embed_residual(codes[:, 1:]).sum(1)
+    draw_weights(talker.text_projection)
+    text = talker.text_projection(model.thinker.embed_tokens.weight)
+    talker.text_projection.linear_fc2.weight.mul_(spoken.square().mean().sqrt() / text.square().mean().sqrt())
 
 
 def main() -> None:
@@ -59,11 +74,13 @@ def main() -> None:
     for part in PARTS:
         parser.add_argument(f"--{part}", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--fresh-encoders", action="store_true")
+    parser.add_argument("--fresh-talker", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     sources = {part: path for part in PARTS if (path := getattr(args, part)) is not None}
     dtype = getattr(torch, args.dtype)
-    assemble(args.folder, args.config, sources, dtype, fresh_encoders=args.fresh_encoders)
+    fresh = {"fresh_encoders": args.fresh_encoders, "fresh_talker": args.fresh_talker}
+    assemble(args.folder, args.config, sources, dtype, **fresh)
 
 
 if __name__ == "__main__":

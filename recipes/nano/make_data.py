@@ -22,7 +22,7 @@ import soundfile
 import world
 from pictures import CLIP_SECONDS, draw_clip, draw_picture, write_clip
 from tqdm import tqdm
-from voices import RATE_HZ, SPEAKERS, answer_sound, random_manner, speak, surround
+from voices import RATE_HZ, SPEAKERS, answer_sound, random_manner, speak, surround, words_sound
 from world import SKILLS, Task
 
 SIZES = {  # rows of each manifest at scale 1
@@ -30,8 +30,10 @@ SIZES = {  # rows of each manifest at scale 1
     "text": 120_000,
     "sentences": 9000,
     "questions": 16_000,
-    "pictures": 24_000,
+    "scenes": 24_000,
+    "pictures": 10_000,
     "clips": 7000,
+    "spoken_words": 16_000,
     "spoken_answers": 24_000,
     "spoken_context": 6000,
 }
@@ -65,11 +67,11 @@ class Maker:
         with ThreadPoolExecutor(_WORKERS) as pool:
             yield from tqdm(pool.map(lambda job: make(*job), jobs), part, count)
 
-    def answer(self, text: str) -> str:
-        """The file of an answer in the model's voice; made at its first use."""
-        path = self.folder / "answers" / f"{hashlib.sha1(text.encode()).hexdigest()[:16]}.{self.suffix}"
+    def answer(self, text: str, sound: Callable[[str], np.ndarray] = answer_sound, mark: str = "") -> str:
+        """The file of an answer in the model's voice; made at its first use. mark: of another way to speak it."""
+        path = self.folder / "answers" / f"{mark}{hashlib.sha1(text.encode()).hexdigest()[:16]}.{self.suffix}"
         if not path.exists():
-            _write(path, answer_sound(text), 24_000)
+            _write(path, sound(text), 24_000)
         return f"answers/{path.name}"
 
     def answers(self) -> None:
@@ -133,27 +135,40 @@ class Maker:
 
         self.write("questions", self.each("questions", make))
 
-    def pictures(self) -> None:
-        """Questions about pictures, typed or spoken, and dialogues of two turns."""
+    def picture(self, rng: random.Random, name: str) -> tuple[Task, dict[str, Any]]:
+        """A question about a new picture, and its keys of a manifest's row."""
+        task = SKILLS[rng.choices((*world.PICTURE_SKILLS, "dialogue"), (2, 2, 3, 2, 2, 2))[0]](rng)
+        assert task.picture is not None
+        draw_picture(task.picture).save(self.folder / (path := f"pictures/{name}.png"), compress_level=1)
+        return task, {"images": [path]}
+
+    def scenes(self) -> None:
+        """Pictures with several typed questions each."""
 
         def make(rng: random.Random, number: int) -> dict[str, Any]:
-            task = SKILLS[rng.choices((*world.PICTURE_SKILLS, "dialogue"), (2, 2, 3, 2, 2, 2))[0]](rng)
-            assert task.picture is not None
-            draw_picture(task.picture).save(self.folder / (path := f"pictures/{number}.png"))
-            return self.ask(task, rng, f"p{number}", {"images": [path]}, "<image>", spoken=rng.random() < 0.3)
+            task, shown = self.picture(rng, f"s{number}")
+            return interview(task, rng, "<image>", 6) | shown
+
+        self.write("scenes", self.each("scenes", make))
+
+    def pictures(self) -> None:
+        """Questions about pictures, most of them spoken, and dialogues of two turns."""
+
+        def make(rng: random.Random, number: int) -> dict[str, Any]:
+            task, shown = self.picture(rng, str(number))
+            return self.ask(task, rng, f"p{number}", shown, "<image>", spoken=rng.random() < 0.7)
 
         self.write("pictures", self.each("pictures", make))
 
     def clips(self) -> None:
-        """Questions about clips, typed, spoken, or asked in the clip's sound track."""
+        """Questions about clips, typed, spoken, or asked in the clip's sound track; more of them typed."""
 
         def make(rng: random.Random, number: int) -> dict[str, Any]:
             task = SKILLS[rng.choices(world.CLIP_SKILLS, (3, 1, 2))[0]](rng)
-            path = f"clips/{number}.mp4"
-            film = self.film(task, rng, path)
-            if task.sound_asks:
-                return conversation("<video>", task) | film
-            return self.ask(task, rng, f"c{number}", film, "<video>", spoken=rng.random() < 0.2)
+            film = self.film(task, rng, f"clips/{number}.mp4")
+            if task.sound_asks or rng.random() < 0.8:
+                return interview(task, rng, "<video>", 2) | film
+            return self.ask(task, rng, f"c{number}", film, "<video>", spoken=True)
 
         self.write("clips", self.each("clips", make))
 
@@ -179,6 +194,16 @@ class Maker:
             first = row["messages"][0]
             first["content"] = "<audio>" + first["content"].removesuffix("<audio>")
         return row
+
+    def spoken_words(self) -> None:
+        """Words in no order, each spoken by itself: what the Talker learns to read from."""
+
+        def make(rng: random.Random, number: int) -> dict[str, Any]:
+            said = world.jumble(rng).answer
+            asked = SKILLS[rng.choice(tuple(SKILLS))](rng).question
+            return conversation(asked, Task("repeat", "", said)) | {"speech": self.answer(said, words_sound, "w")}
+
+        self.write("spoken_words", self.each("spoken_words", make))
 
     def spoken_answers(self) -> None:
         """Answers and how they sound, behind questions that they do not belong to: the Talker is to speak the answer's
@@ -222,11 +247,29 @@ def conversation(asked: str, task: Task, earlier: Iterable[str] = (), tag: str =
     return {"messages": messages, "category": task.skill}
 
 
+def interview(task: Task, rng: random.Random, tag: str, more: int) -> dict[str, Any]:
+    """The messages of a row with up to `more` further typed questions about a task's picture or clip."""
+    asked = [*(question for question, _ in task.earlier), "" if task.sound_asks else world.written(task, rng)]
+    row = conversation(asked[-1], task, asked[:-1], tag)
+    left = {
+        skill: tasks for skill, tasks in world.further(task, rng).items() if task.clip is None or skill != task.skill
+    }
+    for _ in range(more):
+        if not left:
+            break
+        tasks = left[skill := rng.choice(list(left))]
+        other = tasks.pop(rng.randrange(len(tasks)))
+        if not tasks:
+            del left[skill]
+        row["messages"] += conversation(world.written(other, rng), other)["messages"]
+    return row
+
+
 def _write(path: Path, samples: np.ndarray, rate_hz: int) -> None:
     soundfile.write(path, samples, rate_hz, subtype="PCM_16" if path.suffix == ".wav" else None)
 
 
-PARTS = ("answers", "text", "sentences", "questions", "pictures", "clips", "spoken_answers", "spoken_context")
+PARTS = tuple(SIZES)
 
 
 def make_data(folder: Path, scale: float = 1.0, only: Iterable[str] = PARTS, suffix: str = "wav") -> None:

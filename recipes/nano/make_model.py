@@ -22,7 +22,7 @@ FIRST_WORD_ID = 280  # below are bytes, special tokens and the names of roles
 VOCABULARY_SIZE = 832
 NUM_CODEBOOKS, CODEBOOK_SIZE = 8, 256
 PATCH = 32  # pixels: videos are enlarged to 131072 pixels a frame, as released, and with 16 would be 144 tokens each
-MIN_PIXELS = 256 * 256  # of a picture: 16 tokens
+MIN_PIXELS, MAX_PIXELS = 192 * 192, 256 * 256  # of a picture: 9 tokens, one a cell of the world's 3 x 3; at most 16
 CODEC_CONTROL_IDS = 1024  # the Talker's vocabulary: codes, then this many control ids
 
 _ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
@@ -73,6 +73,7 @@ GENERATION = {
     "talker_max_new_tokens": 150,
     "talker_do_sample": False,
     "talker_repetition_penalty": 1.0,
+    "code_predictor_do_sample": False,
 }
 
 
@@ -120,7 +121,7 @@ def make_model(folder: Path) -> None:
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
     files = {
         "config.json": nano_config(),
-        "preprocessor_config.json": pixels | {"patch_size": PATCH, "min_pixels": MIN_PIXELS},
+        "preprocessor_config.json": pixels | {"patch_size": PATCH, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS},
         "tokenizer.json": nano_tokenizer(),
         "tokenizer_config.json": settings,
         "generation_config.json": GENERATION,

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 from assemble import assemble
-from bridge import bridge
 from fit_codes import fit_codes
+from join_hearing import join_hearing
 from make_data import make_data
 from make_model import make_model
 from rich.console import Console
@@ -40,10 +40,12 @@ SMOKE_DATA = HERE / "smoke"
 SMOKE = {
     "1_code2wav": ("train.steps=12", "objective.batch_size=3", "eval.every=0"),
     "2_text": ("train.steps=20", "data.max_tokens=384"),
-    "3_hearing_alone": ("train.steps=10", "objective.batch_size=8"),
-    "4_understanding": ("train.steps=10", "data.max_tokens=512", "data.bucket=16"),
-    "5_talker": ("train.steps=10", "data.max_tokens=384"),
-    "6_talker_in_context": ("train.steps=4", "data.max_tokens=384", "data.bucket=16"),
+    "3_hearing": ("train.steps=10", "objective.batch_size=8"),
+    "4_seeing": ("train.steps=12", "data.max_tokens=512", "data.bucket=16"),
+    "5_understanding": ("train.steps=6", "data.max_tokens=512", "data.bucket=16"),
+    "6_talker_words": ("train.steps=10", "data.max_tokens=384"),
+    "7_talker": ("train.steps=6", "data.max_tokens=384"),
+    "8_talker_in_context": ("train.steps=4", "data.max_tokens=384", "data.bucket=16"),
 }
 _BRIEF = ("optimiser.warmup_steps=2", "log.every=1")
 
@@ -86,7 +88,9 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
 
         write_card(Path("model"), json.loads(Path("report.json").read_text(encoding="utf-8")))
 
-    encoders = joined("encoders", "understanding_start", thinker="text")
+    encoders = joined("encoders", "perceiving_start", thinker="text")
+    speaking = joined("speaking", "speaking_start", thinker="text")
+    hearing = (Path("hearing/model"), Path("seeing/model"), Path("data/sentences.jsonl"), Path("understanding_start"))
     model = joined("model", "model", thinker="understanding", talker="talker_in_context", code2wav="code2wav")
     plan = [
         Step("data", "data/spoken_context.jsonl", partial(make_data, Path("data"), scale)),
@@ -95,17 +99,15 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
         stage("1_code2wav"),
         stage("2_text"),
         Step(encoders.name, encoders.makes, partial(encoders.do, fresh_encoders=True)),
-        stage("3_hearing_alone"),
-        Step(
-            "bridge",
-            "bridged/config.json",
-            partial(bridge, Path("hearing_alone"), Path("data/sentences.jsonl"), Path("bridged")),
-        ),
-        stage("4_understanding"),
-        joined("speaking", "speaking_start", thinker="text"),
-        stage("5_talker"),
+        stage("3_hearing"),
+        stage("4_seeing"),
+        Step("join", "understanding_start/config.json", partial(join_hearing, *hearing)),
+        stage("5_understanding"),
+        Step(speaking.name, speaking.makes, partial(speaking.do, fresh_talker=True)),
+        stage("6_talker_words"),
+        stage("7_talker"),
         joined("context", "context_start", thinker="understanding", talker="talker"),
-        stage("6_talker_in_context"),
+        stage("8_talker_in_context"),
         Step(model.name, model.makes, partial(model.do, dtype=torch.bfloat16)),
         Step("report", "report.json", report),
         Step("card", "model/README.md", card),

@@ -38,6 +38,8 @@ TRAINED_STRETCH = (0.85, 1.2)
 HELD_OUT_STRETCH = (0.8, 0.84, 1.22, 1.28)  # durations that training does not have
 _WORDS_A_MINUTE = 165  # of espeak-ng at stretch 1
 _SILENCE = 0.01  # amplitude
+_WORD_STRETCH = 0.85  # of words alone: they are longer than words in a sentence
+_FRAME = 1920  # samples of a frame of codes at 24 kHz
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,20 @@ def answer_sound(text: str) -> np.ndarray:
     spoken = to_rate(speak(text, Manner(ANSWER_VOICE)), RATE_HZ, 24_000)
     spoken = spoken * (0.5 / max(np.abs(spoken).max(), 1e-3))
     return np.concatenate([np.zeros(960, np.float32), spoken, np.zeros(2880, np.float32)])
+
+
+def words_sound(text: str) -> np.ndarray:
+    """An answer word by word at 24 kHz, as it is spoken before it is spoken fluently: every word has its own frames of
+    80 ms, so the same word is always the same codes. Silence before and behind as in `answer_sound`."""
+    words = [_word_alone(word) for word in text.split()]
+    return np.concatenate([np.zeros(960, np.float32), *words, np.zeros(2880, np.float32)])
+
+
+@functools.lru_cache(None)
+def _word_alone(word: str) -> np.ndarray:
+    spoken = to_rate(speak(word, Manner(ANSWER_VOICE, _WORD_STRETCH)), RATE_HZ, 24_000)
+    spoken = spoken * (0.5 / max(np.abs(spoken).max(), 1e-3))
+    return np.pad(spoken, (0, -len(spoken) % _FRAME))
 
 
 def surround(spoken: np.ndarray, rng: random.Random) -> np.ndarray:

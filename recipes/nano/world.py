@@ -72,6 +72,7 @@ QUESTIONS = {  # skill -> ways to ask; of "dialogue" the second turn
     "moving": ("what is moving", "what moves here"),
     "clip speech": ("what was said", "what did you hear", "what did they say"),
     "dialogue": ("and the other one", "what about the other one"),
+    "everything": ("what do you see", "tell me what you see"),
 }
 OPERATIONS = ("plus", "minus", "times")
 
@@ -277,6 +278,39 @@ def dialogue(rng: random.Random) -> Task:
     return Task("dialogue", question, answers[1], picture, earlier=((first, answers[0]),))
 
 
+def further(task: Task, rng: random.Random) -> dict[str, list[Task]]:
+    """Other questions that the same picture or clip answers, by skill. A picture that is asked about several times
+    teaches several times as much."""
+    found: dict[str, list[Task]] = {}
+
+    def add(skill: str, about: str, answer: str) -> None:
+        asked = Task(skill, _ask(rng, skill, about), answer, task.picture, task.clip)
+        found.setdefault(skill, []).append(asked)
+
+    if task.clip is not None:
+        add("direction", "", task.clip.direction)
+        add("moving", "", f"the {task.clip.color} {task.clip.shape}")
+        if task.clip.said is not None and not task.sound_asks:
+            add("clip speech", "", task.clip.said)
+    if task.picture is None or any(item.shape.isdigit() for item in task.picture.items):
+        return found
+    items = sorted(task.picture.items, key=lambda item: item.cell)
+    add("everything", "", " ".join(f"the {item.color} {item.shape}" for item in items))
+    places = {cell: place for place, cell in CORNERS.items()}
+    for kind in SHAPES:
+        alike = [item for item in items if item.shape == kind]
+        add("count", kind, NUMBERS[len(alike)])
+        if len(alike) == 1:
+            add("color", kind, alike[0].color)
+            if alike[0].cell in places:
+                add("position", kind, places[alike[0].cell])
+    for name in COLORS:
+        alike = [item for item in items if item.color == name]
+        if len(alike) == 1:
+            add("shape", name, alike[0].shape)
+    return found
+
+
 def unknown(rng: random.Random, held_out: bool = False) -> Task:
     """Something outside the world, or about a picture that is not there. held_out: from words kept for evaluation."""
     draw = rng.random()
@@ -346,8 +380,11 @@ def all_answers() -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the world, those outside it included: what the tokenizer knows as single tokens."""
+    """Every word of the world, those asked outside it included: what the tokenizer knows as single tokens. Words kept
+    for evaluation are bytes, as any other."""
     asked = [pattern for patterns in QUESTIONS.values() for pattern in patterns]
-    outside = (OUTSIDE_SUBJECTS, OUTSIDE_COUNTRIES, OUTSIDE_REQUESTS, OUTSIDE_PATTERNS, COUNTRY_PATTERNS)
-    texts = [*_SPOKEN, *OPERATIONS, *(f"{shape}s" for shape in SHAPES), *asked, *(t for part in outside for t in part)]
+    outside = (OUTSIDE_SUBJECTS, OUTSIDE_COUNTRIES, OUTSIDE_REQUESTS)
+    trained = [text for texts in outside for text in _part(texts, held_out=False)]
+    texts = [*_SPOKEN, *OPERATIONS, *(f"{shape}s" for shape in SHAPES), *asked, *trained, *OUTSIDE_PATTERNS]
+    texts += COUNTRY_PATTERNS
     return sorted({word for text in texts for word in text.replace("{}s", "").replace("{}", "").split()})
