@@ -42,7 +42,7 @@ SMOKE = {
     "2_text": ("train.steps=20", "data.max_tokens=384"),
     "3_hearing": ("train.steps=10", "objective.batch_size=8"),
     "4_seeing": ("train.steps=12", "data.max_tokens=512", "data.bucket=16"),
-    "5_understanding": ("train.steps=6", "data.max_tokens=512", "data.bucket=16"),
+    "5_understanding": ("train.steps=12", "data.max_tokens=512", "data.bucket=16"),
     "6_talker_words": ("train.steps=10", "data.max_tokens=384"),
     "7_talker": ("train.steps=6", "data.max_tokens=384"),
     "8_talker_in_context": ("train.steps=4", "data.max_tokens=384", "data.bucket=16"),
