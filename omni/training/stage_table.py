@@ -17,6 +17,7 @@ from torch import nn
 from omni.model import OmniModel
 from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
+from omni.training.augmentation import PLAIN, SpeechAugmentation
 from omni.training.batches import Batches, collate
 from omni.training.codec import draw_weights
 from omni.training.codec_stage import (
@@ -308,13 +309,15 @@ def _transcription(setup: Setup) -> Stage:
     known: tuple[str, ...] = ("dim", "layers", "heads")
     if head == "embeddings":
         make, known = partial(make, **_embeddings(setup, kind, options.pop("blank", None))), ("scale",)
+    changes = {name: options.pop(name) for name in ("speeds", "frequency_masks", "time_masks") if name in options}
+    heard_as = {"train": SpeechAugmentation(**changes, seed=setup.config.train.seed), "eval": PLAIN}
     transcriber = _with_options(make, options, known)
     table = setup.config.data
 
     def clips(part: str, workers: int = 0) -> Any:
         return clip_batches(
             setup.mixture(part=part), labels, transcriber, language=language, max_s=max_s, batch_size=batch_size,
-            skip_limit=table.skip_limit, workers=workers,
+            skip_limit=table.skip_limit, workers=workers, augmentation=heard_as[part],
         )  # fmt: skip
 
     score = partial(evaluate_transcriber, labels=labels, language=language or "en")

@@ -20,6 +20,7 @@ from omni.encoders.output import EncoderOutput
 from omni.processing.audio_file import join_clips
 from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
+from omni.training.augmentation import PLAIN, SpeechAugmentation
 from omni.training.conversation_samples import SkipRow
 from omni.training.losses import Loss
 from omni.training.metrics import character_error_rate, word_error_rate
@@ -192,6 +193,7 @@ class ClipMaker:
     The recording is the row's one of `audio` or `audios`, or, where there is none, `speech`; the text is that under
     `text`, else the last assistant message. language: texts are normalised for it first (None: taken as they are).
     max_s: longer recordings are left out. transcriber: texts that a clip is too short for are left out as well.
+    augmentation: what happens to a recording before it is heard.
     """
 
     def __init__(
@@ -202,7 +204,9 @@ class ClipMaker:
         language: str | None = "en",
         max_s: float = 30.0,
         mel: LogMel | None = None,
+        augmentation: SpeechAugmentation = PLAIN,
     ) -> None:
+        self.augmentation = augmentation
         self.labels, self.transcriber, self.language, self.max_s = labels, transcriber, language, max_s
         self.mel = mel or LogMel(num_mels=transcriber.audio_encoder.config.num_mel_bins)
 
@@ -217,9 +221,10 @@ class ClipMaker:
             raise SkipRow("its text is empty")
         labels = self.labels.encode(text)
         samples = read_speech(sounds[0], self.mel.sample_rate)
+        samples = self.augmentation.sound(samples, self.mel.sample_rate, number)
         if len(samples) > self.max_s * self.mel.sample_rate:
             raise SkipRow(f"more than {self.max_s} s")
-        features = self.mel(samples)
+        features = self.augmentation.features(self.mel(samples), number)
         tokens = self.transcriber.audio_encoder.num_tokens(features.shape[1])
         if self.transcriber.shortest(labels) > tokens:
             raise SkipRow(f"its text needs {self.transcriber.shortest(labels)} tokens of audio, it has {tokens}")
@@ -252,13 +257,16 @@ def clip_batches(
     batch_size: int = 16,
     skip_limit: int = 100,
     workers: int = 0,
+    augmentation: SpeechAugmentation = PLAIN,
 ) -> DrawnBatches[Clip, ClipBatch]:
     """Endless batches of a mixture's clips, see `ClipMaker` and `DrawnBatches`.
 
     The release's encoder learnt from 80 % pseudo-labelled Chinese and English speech, 10 % speech in other languages
     and 10 % audio understanding: a mixture of three manifests with weights 8, 1 and 1.
     """
-    make: Callable[[Draw, int], Clip] = ClipMaker(labels, transcriber, language=language, max_s=max_s)
+    make: Callable[[Draw, int], Clip] = ClipMaker(
+        labels, transcriber, language=language, max_s=max_s, augmentation=augmentation
+    )
     return DrawnBatches(mixture, make, join, batch_size=batch_size, skip_limit=skip_limit, workers=workers)
 
 

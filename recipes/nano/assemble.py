@@ -11,16 +11,19 @@ ships.
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
+import world
 from make_model import GENERATION
+from pictures import draw_picture
 
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.training.codec import draw_weights
 
 _HEARD = 20.0  # makes what is heard as large as the position sinusoids that are added to it
-_SEEN = 0.06  # makes what is seen as small as the embeddings of text beside it
+_FIRST_PICTURES = 64
 PARTS = {"thinker": ("thinker", "audio_encoder", "vision_encoder"), "talker": ("talker",), "code2wav": ("code2wav",)}
 
 
@@ -42,11 +45,9 @@ def assemble(
             getattr(model, name).load_state_dict(getattr(trained, name).state_dict())
     if fresh_encoders:
         draw_weights(model.audio_encoder)
-        draw_weights(model.vision_encoder)
         with torch.no_grad():
             model.audio_encoder.conv_out.weight.mul_(_HEARD)
-            for merger in (model.vision_encoder.merger, *model.vision_encoder.merger_list):
-                merger.mlp[-1].weight.mul_(_SEEN)
+        open_eyes(model, OmniProcessor.from_pretrained(config))
     if fresh_talker:
         _raise_text(model)
     model = model.to(dtype)
@@ -54,6 +55,28 @@ def assemble(
     model.generation_config = dict(GENERATION)
     model.save_pretrained(folder)
     return model
+
+
+@torch.no_grad()
+def open_eyes(model: OmniModel, processor: OmniProcessor) -> None:
+    """Draw the vision encoder and set it to some pictures: what they have in common becomes zero, and what differs as
+    large as the embeddings of text. Otherwise the plain ground is most of what it sees, and the Thinker sees no more.
+    """
+    eyes = model.vision_encoder
+    draw_weights(eyes)
+    rngs = [random.Random(f"first picture {number}") for number in range(_FIRST_PICTURES)]
+    shown = [draw_picture(world.SKILLS[rng.choice(world.PICTURE_SKILLS)](rng).picture) for rng in rngs]
+    inputs = processor([[{"role": "user", "content": [{"type": "image", "image": picture}]}] for picture in shown])
+    pixels = inputs.pixel_values
+    patches = eyes.patch_embed(pixels)
+    size = model.thinker.embed_tokens.weight.square().mean().sqrt()
+    eyes.patch_embed.proj.weight.div_(patches.std(0).mean())
+    eyes.patch_embed.proj.bias.sub_(eyes.patch_embed(pixels).mean(0))
+    seen = eyes(pixels, inputs.image_grid_thw)
+    for merger, tokens in zip((eyes.merger, *eyes.merger_list), (seen.embeds, *seen.taps)):
+        factor = size / tokens.std(0).mean()
+        merger.mlp[-1].weight.mul_(factor)
+        merger.mlp[-1].bias.copy_((merger.mlp[-1].bias - tokens.mean(0)) * factor)
 
 
 @torch.no_grad()
