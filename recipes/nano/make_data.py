@@ -22,19 +22,20 @@ import soundfile
 import world
 from pictures import CLIP_SECONDS, draw_clip, draw_picture, write_clip
 from tqdm import tqdm
-from voices import RATE_HZ, SPEAKERS, answer_sound, random_manner, speak, surround, words_sound
+from voices import RATE_HZ, SPEAKERS, answer_sound, random_manner, speak, surround
 from world import SKILLS, Task
 
 SIZES = {  # rows of each manifest at scale 1
-    "answers": 16_000,
+    "answers": 6000,
     "text": 120_000,
     "sentences": 9000,
     "questions": 16_000,
     "scenes": 24_000,
     "pictures": 10_000,
     "clips": 7000,
-    "spoken_words": 16_000,
-    "spoken_answers": 24_000,
+    "spoken_pairs": 6000,
+    "spoken_fours": 10_000,
+    "spoken_answers": 16_000,
     "spoken_context": 6000,
 }
 LEAST = {"answers": 40}  # rows whatever the scale; of other manifests 8. The codebooks need some frames to start from
@@ -67,18 +68,15 @@ class Maker:
         with ThreadPoolExecutor(_WORKERS) as pool:
             yield from tqdm(pool.map(lambda job: make(*job), jobs), part, count)
 
-    def answer(self, text: str, sound: Callable[[str], np.ndarray] = answer_sound, mark: str = "") -> str:
-        """The file of an answer in the model's voice; made at its first use. mark: of another way to speak it."""
-        path = self.folder / "answers" / f"{mark}{hashlib.sha1(text.encode()).hexdigest()[:16]}.{self.suffix}"
+    def answer(self, text: str) -> str:
+        """The file of an answer in the model's voice; made at its first use."""
+        path = self.folder / "answers" / f"{hashlib.sha1(text.encode()).hexdigest()[:16]}.{self.suffix}"
         if not path.exists():
-            _write(path, sound(text), 24_000)
+            _write(path, answer_sound(text), 24_000)
         return f"answers/{path.name}"
 
     def answers(self) -> None:
-        """Every closed answer, sentences, and words in no order, in the model's voice.
-
-        Sentences alone are few enough to be learnt by heart: only words in no order make the Talker read.
-        """
+        """Every closed answer, sentences, and words in no order, in the model's voice."""
         closed = world.all_answers()
 
         def make(rng: random.Random, number: int) -> dict[str, Any]:
@@ -195,33 +193,32 @@ class Maker:
             first["content"] = "<audio>" + first["content"].removesuffix("<audio>")
         return row
 
-    def spoken_words(self) -> None:
-        """Words in no order, each spoken by itself: what the Talker learns to read from."""
+    def spoken_pairs(self) -> None:
+        """Two words each: where there are two, the Talker finds that the second one is to be read."""
+        self._spoken("spoken_pairs", lambda rng: world.words(rng, 2, 2))
 
-        def make(rng: random.Random, number: int) -> dict[str, Any]:
-            said = world.jumble(rng).answer
-            asked = SKILLS[rng.choice(tuple(SKILLS))](rng).question
-            return conversation(asked, Task("repeat", "", said)) | {"speech": self.answer(said, words_sound, "w")}
-
-        self.write("spoken_words", self.each("spoken_words", make))
+    def spoken_fours(self) -> None:
+        """Two to four words each."""
+        self._spoken("spoken_fours", lambda rng: world.words(rng, 2, 4))
 
     def spoken_answers(self) -> None:
+        """One to eight words in no order, and now and then a closed answer. Sentences are few enough to be learnt by
+        heart: only words in no order make the Talker read."""
+        closed = world.all_answers()
+        self._spoken(
+            "spoken_answers", lambda rng: rng.choice(closed) if rng.random() < 0.15 else world.jumble(rng).answer
+        )
+
+    def _spoken(self, part: str, draw: Callable[[random.Random], str]) -> None:
         """Answers and how they sound, behind questions that they do not belong to: the Talker is to speak the answer's
         text, and would otherwise find the words that are to be repeated in the question."""
-        closed = world.all_answers()
 
         def make(rng: random.Random, number: int) -> dict[str, Any]:
-            if rng.random() < 0.75:
-                lines = self._lines
-                said = lines[rng.randrange(len(lines))]
-            else:
-                said = rng.choice(closed)
+            said = draw(rng)
             asked = SKILLS[rng.choice(tuple(SKILLS))](rng).question
             return conversation(asked, Task("repeat", "", said)) | {"speech": self.answer(said)}
 
-        rows = (self.folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-        self._lines = [json.loads(row)["text"] for row in rows]
-        self.write("spoken_answers", self.each("spoken_answers", make))
+        self.write(part, self.each(part, make))
 
     def spoken_context(self) -> None:
         """Rows of all other manifests, their answers recorded: what the Talker learns from in the end."""

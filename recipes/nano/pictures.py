@@ -48,22 +48,28 @@ def draw_clip(clip: Clip, seconds: float) -> list[Image.Image]:
     """The frames of a clip, CLIP_FPS a second: the shape crosses about half of the picture."""
     rng = random.Random(clip.seed)
     start = rng.getstate()
-    side, radius = SIZE * _FINER, SIZE * _FINER * rng.uniform(0.11, 0.18)
+    radius, places = track(clip, seconds, rng)
     color = _shade(clip.color, rng)
-    across = rng.uniform(radius * 1.2, side - radius * 1.2)
-    first, last = radius * 1.2 + rng.uniform(0, side * 0.15), side - radius * 1.2 - rng.uniform(0, side * 0.15)
-    if clip.direction in ("to the left", "up"):
-        first, last = last, first
     frames = []
-    total = max(2, round(seconds * CLIP_FPS))
-    for number in range(total):
-        along = first + (last - first) * number / (total - 1)
-        x, y = (along, across) if clip.direction.startswith("to") else (across, along)
+    for x, y in places:
         rng.setstate(start)
         image, draw = _canvas(rng)
-        _draw_shape(draw, clip.shape, color, x, y, radius)
+        _draw_shape(draw, clip.shape, color, x * image.width, y * image.width, radius * image.width)
         frames.append(image.resize((SIZE, SIZE), Image.Resampling.BOX))
     return frames
+
+
+def track(clip: Clip, seconds: float, rng: random.Random) -> tuple[float, list[tuple[float, float]]]:
+    """The shape's radius and where its middle is in each frame, x and y, all in 0 .. 1 of the picture's side."""
+    radius = rng.uniform(0.11, 0.18)
+    across = rng.uniform(radius * 1.2, 1 - radius * 1.2)
+    first, last = radius * 1.2 + rng.uniform(0, 0.15), 1 - radius * 1.2 - rng.uniform(0, 0.15)
+    if clip.direction in ("to the left", "up"):
+        first, last = last, first
+    total = max(2, round(seconds * CLIP_FPS))
+    along = [first + (last - first) * number / (total - 1) for number in range(total)]
+    sideways = clip.direction.startswith("to")
+    return radius, [(place, across) if sideways else (across, place) for place in along]
 
 
 def write_clip(path: Path, frames: list[Image.Image], sound: np.ndarray | None) -> None:

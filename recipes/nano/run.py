@@ -27,6 +27,7 @@ from fit_codes import fit_codes
 from join_hearing import join_hearing
 from make_data import make_data
 from make_model import make_model
+from name_cells import name_cells
 from rich.console import Console
 from rich.table import Table
 
@@ -43,9 +44,10 @@ SMOKE = {
     "3_hearing": ("train.steps=10", "objective.batch_size=8"),
     "4_seeing": ("train.steps=12", "data.max_tokens=512", "data.bucket=16"),
     "5_understanding": ("train.steps=12", "data.max_tokens=512", "data.bucket=16"),
-    "6_talker_words": ("train.steps=10", "data.max_tokens=384"),
-    "7_talker": ("train.steps=6", "data.max_tokens=384"),
-    "8_talker_in_context": ("train.steps=4", "data.max_tokens=384", "data.bucket=16"),
+    "6_talker_pairs": ("train.steps=10", "data.max_tokens=384"),
+    "7_talker_fours": ("train.steps=6", "data.max_tokens=384"),
+    "8_talker": ("train.steps=6", "data.max_tokens=384"),
+    "9_talker_in_context": ("train.steps=4", "data.max_tokens=384", "data.bucket=16"),
 }
 _BRIEF = ("optimiser.warmup_steps=2", "log.every=1")
 
@@ -89,6 +91,7 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
         write_card(Path("model"), json.loads(Path("report.json").read_text(encoding="utf-8")))
 
     encoders = joined("encoders", "perceiving_start", thinker="text")
+    cells = (Path("perceiving_start"), Path("cells/model"), 64 if smoke else 60_000)
     speaking = joined("speaking", "speaking_start", thinker="text")
     hearing = (Path("hearing/model"), Path("seeing/model"), Path("data/sentences.jsonl"), Path("understanding_start"))
     model = joined("model", "model", thinker="understanding", talker="talker_in_context", code2wav="code2wav")
@@ -100,14 +103,16 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
         stage("2_text"),
         Step(encoders.name, encoders.makes, partial(encoders.do, fresh_encoders=True)),
         stage("3_hearing"),
+        Step("cells", "cells/model/config.json", partial(name_cells, *cells)),
         stage("4_seeing"),
         Step("join", "understanding_start/config.json", partial(join_hearing, *hearing)),
         stage("5_understanding"),
         Step(speaking.name, speaking.makes, partial(speaking.do, fresh_talker=True)),
-        stage("6_talker_words"),
-        stage("7_talker"),
+        stage("6_talker_pairs"),
+        stage("7_talker_fours"),
+        stage("8_talker"),
         joined("context", "context_start", thinker="understanding", talker="talker"),
-        stage("8_talker_in_context"),
+        stage("9_talker_in_context"),
         Step(model.name, model.makes, partial(model.do, dtype=torch.bfloat16)),
         Step("report", "report.json", report),
         Step("card", "model/README.md", card),
@@ -142,17 +147,17 @@ def losses(log: Path) -> list[dict[str, float]]:
 def bought(work: Path) -> Table:
     """What each stage bought: its losses at the start and the end, means over a tenth of the log."""
     table = Table("stage", "loss", "first", "last", "steps", title="what each stage bought")
-    for config in sorted(STAGES.glob("*.toml")):
-        log = work / folder_of(config.stem) / "log.jsonl"
+    for name in sorted([path.stem for path in STAGES.glob("*.toml")] + ["4_cells"]):
+        log = work / folder_of(name) / "log.jsonl"
         if not log.exists():
             continue
         rows = losses(log)
         share = max(1, len(rows) // 10)
-        for name in rows[0]:
-            if name in ("seconds", "step", "perplexity") or name.endswith("balance"):
+        for loss in rows[0]:
+            if loss in ("seconds", "step", "perplexity") or loss.endswith("balance"):
                 continue
-            first, last = (sum(row[name] for row in part) / share for part in (rows[:share], rows[-share:]))
-            table.add_row(config.stem, name, f"{first:.3f}", f"{last:.3f}", f"{rows[-1]['step']:.0f}")
+            first, last = (sum(row[loss] for row in part) / share for part in (rows[:share], rows[-share:]))
+            table.add_row(name, loss, f"{first:.3f}", f"{last:.3f}", f"{rows[-1]['step']:.0f}")
     return table
 
 

@@ -101,15 +101,8 @@ def _play_faster(samples: np.ndarray, factor: float) -> np.ndarray:
 
 
 def answer_sound(text: str) -> np.ndarray:
-    """An answer in the model's voice at 24 kHz: 0.04 s of silence before it and 0.12 s behind, always alike."""
-    spoken = to_rate(speak(text, Manner(ANSWER_VOICE)), RATE_HZ, 24_000)
-    spoken = spoken * (0.5 / max(np.abs(spoken).max(), 1e-3))
-    return np.concatenate([np.zeros(960, np.float32), spoken, np.zeros(2880, np.float32)])
-
-
-def words_sound(text: str) -> np.ndarray:
-    """An answer word by word at 24 kHz, as it is spoken before it is spoken fluently: every word has its own frames of
-    80 ms, so the same word is always the same codes. Silence before and behind as in `answer_sound`."""
+    """An answer in the model's voice at 24 kHz, word by word: every word has frames of 80 ms of its own, so that the same
+    word is always the same codes. 0.04 s of silence before it and 0.12 s behind."""
     words = [_word_alone(word) for word in text.split()]
     return np.concatenate([np.zeros(960, np.float32), *words, np.zeros(2880, np.float32)])
 

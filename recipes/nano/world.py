@@ -151,7 +151,12 @@ def repeat(rng: random.Random) -> Task:
 
 def jumble(rng: random.Random) -> Task:
     """Say words again that make no sentence: no grammar helps, they have to be copied one by one."""
-    return _repeat(rng, " ".join(rng.choices(_SPOKEN, k=rng.randint(1, 8))))
+    return _repeat(rng, words(rng, 1, 8))
+
+
+def words(rng: random.Random, least: int, most: int) -> str:
+    """Any of the words that the model says, so many of them."""
+    return " ".join(rng.choices(_SPOKEN, k=rng.randint(least, most)))
 
 
 def _repeat(rng: random.Random, said: str) -> Task:
