@@ -101,7 +101,7 @@ def _play_faster(samples: np.ndarray, factor: float) -> np.ndarray:
 
 
 def answer_sound(text: str) -> np.ndarray:
-    """An answer in the model's voice at 24 kHz, word by word: every word has frames of 80 ms of its own, so that the same
+    """An answer in the model's voice at 24 kHz, word by word: every word has frames of 80 ms of its own, so the same
     word is always the same codes. 0.04 s of silence before it and 0.12 s behind."""
     words = [_word_alone(word) for word in text.split()]
     return np.concatenate([np.zeros(960, np.float32), *words, np.zeros(2880, np.float32)])
