@@ -202,12 +202,17 @@ class Maker:
         self._spoken("spoken_fours", lambda rng: world.words(rng, 2, 4))
 
     def spoken_answers(self) -> None:
-        """One to eight words in no order, and now and then a closed answer. Sentences are few enough to be learnt by
-        heart: only words in no order make the Talker read."""
+        """What the model is to say: sentences, closed answers, and words in no order, which no one can learn by
+        heart."""
         closed = world.all_answers()
-        self._spoken(
-            "spoken_answers", lambda rng: rng.choice(closed) if rng.random() < 0.15 else world.jumble(rng).answer
-        )
+
+        def draw(rng: random.Random) -> str:
+            chance = rng.random()
+            if chance < 0.12:
+                return rng.choice(closed)
+            return world.sentence(rng) if chance < 0.6 else world.jumble(rng).answer
+
+        self._spoken("spoken_answers", draw)
 
     def _spoken(self, part: str, draw: Callable[[random.Random], str]) -> None:
         """Answers and how they sound, behind questions that they do not belong to: the Talker is to speak the answer's
