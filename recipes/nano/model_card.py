@@ -39,8 +39,8 @@ Asked by text or by voice, it answers in text and speech at once, in one synthet
 ## What it can't
 
 Anything outside that world: it knows no facts, no other words, no photographs, no human voices (it has heard
-synthesisers only), no languages but English. It speaks each word by itself, without the melody of a sentence. It answers in small letters without punctuation. It is a demonstration and
-a test bed, not an assistant.
+synthesisers only), no languages but English. It speaks each word by itself, without the melody of a sentence, and
+answers in small letters without punctuation. It is a demonstration and a test bed, not an assistant.
 
 ## Figures
 
@@ -53,9 +53,9 @@ grammar) beside the original synthetic voice.
 ## How it was trained
 
 Voices: flite and espeak-ng, with rooms, noise, speed and pitch varied; pictures and clips are drawn. Stages, in order:
-codes (k-means over mel spectra), Code2Wav on these codes, the Thinker on typed questions, the audio encoder by CTC on the
-Thinker's embeddings, the vision encoder on the embeddings of what is drawn, encoders and Thinker together, the Talker
-with its residual head on two, four, then up to eight words. See `recipes/nano/README.md`.
+codes (k-means over mel spectra), Code2Wav on these codes, the Thinker on typed questions, the audio encoder by CTC on
+the Thinker's embeddings, the vision encoder on the embeddings of what is drawn, encoders and Thinker together, the
+Talker with its residual head on two, four, then up to eight words. See `recipes/nano/README.md`.
 {notes}
 """
 
@@ -79,7 +79,8 @@ def tables(report: dict[str, Any]) -> str:
 def write_card(model: Path, report: dict[str, Any], notes: str = "") -> None:
     """Write README.md beside the weights. notes: what else is to be said about this training."""
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    card = CARD.format(megabytes=size / 1e6, questions=report["questions of each skill"], tables=tables(report), notes=notes)
+    questions, shown = report["questions of each skill"], tables(report)
+    card = CARD.format(megabytes=size / 1e6, questions=questions, tables=shown, notes=notes)
     (model / "README.md").write_text(card, encoding="utf-8")
 
 
