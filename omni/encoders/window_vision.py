@@ -94,7 +94,7 @@ class WindowVisionEncoder(nn.Module):
         grids = self._check(pixels, grid_thw)
         lengths = [self.num_tokens(*grid) for grid in grids]
         if not grids:
-            none = self.merger.mlp[2].weight.new_zeros(0, self.config.out_hidden_size)
+            none = self.patch_embed.proj.weight.new_zeros(0, self.config.out_hidden_size)
             return EncoderOutput(none, [], [])
         steps = [(h, w) for t, h, w in grids for _ in range(t)]
         sizes = [h * w for h, w in steps]
