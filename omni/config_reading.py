@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 # Keys that other writers put in the file and that change nothing here: kept and written back without a warning.
 PASSIVE_KEYS = frozenset(
@@ -44,6 +44,8 @@ C = TypeVar("C", bound="Config")
 class Config:
     """Base of all part configs: strict reading, faithful writing."""
 
+    _passive: ClassVar[frozenset[str]] = frozenset()  # PASSIVE_KEYS of this part alone
+
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         """Build from a `config.json` mapping. Raises ValueError on misspelt keys, wrong types or contradictions."""
@@ -68,7 +70,7 @@ class Config:
                     continue
                 kept[name] = _coerce(cls, known[name], value, path)
             else:
-                if key not in PASSIVE_KEYS:
+                if key not in PASSIVE_KEYS and key not in cls._passive:
                     _check_unknown(key, path, known)
                 extra[key] = value
         config = cls(**kept, extra=extra, aliases=aliases)  # type: ignore[call-arg]

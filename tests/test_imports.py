@@ -32,6 +32,7 @@ LEVELS = (
 LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups}
 GROUP = {
     "config_decoder": "config",
+    "config_qwen2_5": "config",
     "config_reading": "config",
     "keywords": "config",
     "bench": "cli",
