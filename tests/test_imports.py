@@ -32,6 +32,8 @@ LEVELS = (
 LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups}
 GROUP = {
     "config_decoder": "config",
+    "config_positions": "config",
+    "config_qwen2_5_decoder": "config",
     "config_reading": "config",
     "keywords": "config",
     "bench": "cli",
