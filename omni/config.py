@@ -383,7 +383,7 @@ class OmniConfig(Config):
     def validate(self, where: str) -> None:
         require(
             self.model_type == self._model_type,
-            f"model_type {self.model_type!r} is not supported; omni loads {MODEL_TYPE!r} and 'qwen2_5_omni' checkpoints",
+            f"model_type {self.model_type!r} is not supported; omni loads {MODEL_TYPE!r} and 'qwen2_5_omni'",
         )
         if not self.enable_audio_output:
             return

@@ -193,9 +193,8 @@ class Qwen2_5OmniConfig(OmniConfig):
         "tts_eos_token_id": "tts_text_end_token_id",
     }
     _not_in_files: ClassVar[frozenset[str]] = frozenset(
-        ("im_start_token_id", "im_end_token_id", "initializer_range")
-        + ("system_token_id", "user_token_id", "assistant_token_id")
-    )
+        f"{name}_token_id" for name in ("im_start", "im_end", "system", "user", "assistant")
+    ) | {"initializer_range"}
 
     def __post_init__(self) -> None:
         if self.talker_config is not None:

@@ -92,7 +92,8 @@ class Config:
             value = getattr(self, f.name)
             if value is None and f.metadata.get("omit_none"):
                 continue
-            if f.name in self._not_in_files and value == (f.default_factory() if callable(f.default_factory) else f.default):
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if f.name in self._not_in_files and value == default:
                 continue
             if isinstance(value, Config):
                 value = value.to_dict()

@@ -1,4 +1,4 @@
-"""TM-RoPE: time-aligned multimodal rotary embedding over time, height and width (Qwen2.5-Omni, 2.2; Qwen3-Omni, 2.2)."""
+"""TM-RoPE: time-aligned multimodal rotary embedding over time, height and width (Qwen2.5-Omni and Qwen3-Omni, 2.2)."""
 
 from __future__ import annotations
 

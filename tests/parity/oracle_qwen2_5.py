@@ -42,12 +42,14 @@ def config_values(seed: int) -> dict[str, Any]:
     thinker, talker = values["thinker_config"], values["talker_config"]
     text = _decoder(rng)
     del text["head_dim"]  # the Thinker has none of its own
-    values.update(im_start_token_id=257, im_end_token_id=258, user_token_id=277, assistant_token_id=278, dtype="float32")
+    values.update(im_start_token_id=257, im_end_token_id=258, user_token_id=277, assistant_token_id=278)
+    values["dtype"] = "float32"
     thinker.update(**SPECIAL, audio_config=None, vision_config=None)
     talker.update(
-        **SPECIAL, **_decoder(rng), vocab_size=96, embedding_size=text["hidden_size"], speaker_id={"eve": 300, "bob": 301},
+        **SPECIAL, **_decoder(rng), vocab_size=96, embedding_size=text["hidden_size"],
         tts_codec_start_token_id=81, tts_codec_end_token_id=82, tts_codec_pad_token_id=80, tts_codec_mask_token_id=84,
         tts_text_start_token_id=310, tts_text_end_token_id=311, tts_text_pad_token_id=309,
+        speaker_id={"eve": 300, "bob": 301},
     )  # fmt: skip
     thinker["text_config"].update(text, vocab_size=320)
     for decoder in (thinker["text_config"], talker):
@@ -59,7 +61,10 @@ def config_values(seed: int) -> dict[str, Any]:
 def reference_parts(seed: int) -> tuple[Any, Any]:
     """The reference's Thinker decoder with head, and its Talker: fp32, random weights, evaluation mode."""
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
-    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniTalkerConfig, Qwen2_5OmniTextConfig
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import (
+        Qwen2_5OmniTalkerConfig,
+        Qwen2_5OmniTextConfig,
+    )
 
     values = copy.deepcopy(config_values(seed))
     text = Qwen2_5OmniTextConfig(**values["thinker_config"]["text_config"])
