@@ -124,23 +124,25 @@ def _reference() -> Any:
     return model
 
 
+def gather(rows: list[Layout], name: str) -> torch.Tensor | None:
+    """One of the media lists of all rows, as the reference takes it."""
+    values = [value for r in rows for value in getattr(r, name)]
+    return torch.tensor(values) if values else None
+
+
 def reference_positions(rows: list[Layout], with_sound: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width = max(len(r.ids) for r in rows)
     ids = torch.tensor([[256] * (width - len(r.ids)) + r.ids for r in rows])
     mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in rows])
 
-    def gather(name: str) -> torch.Tensor | None:
-        values = [value for r in rows for value in getattr(r, name)]
-        return torch.tensor(values) if values else None
-
     positions, delta = _reference().get_rope_index(
         ids,
-        image_grid_thw=gather("images"),
-        video_grid_thw=gather("videos"),
+        image_grid_thw=gather(rows, "images"),
+        video_grid_thw=gather(rows, "videos"),
         attention_mask=mask,
         use_audio_in_video=with_sound,
-        audio_seqlens=gather("mel_frames"),
-        second_per_grids=gather("seconds"),
+        audio_seqlens=gather(rows, "mel_frames"),
+        second_per_grids=gather(rows, "seconds"),
     )
     return positions, delta, mask
 
