@@ -18,9 +18,7 @@ class RopeConfig(Config):
 
     _default_theta = 10000.0
     _default_sections = (24, 20, 20)
-    mrope_interleaved = (
-        True  # rotary pairs take turns between the axes, else in blocks; the file's key is not read
-    )
+    mrope_interleaved = True  # rotary pairs take turns between the axes, else in blocks; the file's key is not read
 
     @property
     def theta(self) -> float:

@@ -184,6 +184,30 @@ def test_chunks_of_a_clip_of_4_3_seconds() -> None:
     assert positions[0, -2:].tolist() == [108, 108] and following == 109
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_placeholders_stand_in_the_order_of_the_reference_processor(seed: int) -> None:
+    from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
+
+    processor = Qwen2_5OmniProcessor.__new__(Qwen2_5OmniProcessor)
+    processor.video_processor = SimpleNamespace(merge_size=2)
+    processor.audio_bos_token = processor.audio_eos_token = ""
+    processor.video_token, processor.audio_token = "v", "a"
+    rng = random.Random(seed)
+    for _ in range(40):
+        row = Layout(rng, True, EXACT)
+        clips = [s for s in row.segments if isinstance(s, AudioVideo)]
+        for index, segment in enumerate(clips):
+            expected = processor.replace_video_with_audio_token(
+                {"video_grid_thw": torch.tensor(row.videos), "video_second_per_grid": row.seconds},
+                index,
+                {"num_audio_tokens": [clip.audio.length for clip in clips]},
+                index,
+                position_id_per_seconds=25,
+                seconds_per_chunk=2.0,
+            )
+            assert "".join("v" if video else "a" for video in interleave(segment, RULE)) == expected
+
+
 def test_marks_stay_joint_where_a_prompt_is_cut() -> None:
     segments = [Text(3), Text(2, joint=True), AudioVideo(Video((0.0,), 1, 1), Audio(2)), Text(2, joint=True)]
     assert slice_segments(segments, 1, 5) == [Text(2), Text(2, joint=True)]

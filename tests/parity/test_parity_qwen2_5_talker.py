@@ -88,7 +88,7 @@ class Speech:
 def reference_codes(reference: Any, padding: int, **arguments: Any) -> list[int]:
     """Codes that the reference's Talker generates greedily for one row, up to the end of speech.
 
-    padding: tokens of padding on the left. Its generate() drops a mask that is all ones, and without one its Talker adds
+    padding: tokens of padding on the left. Its generate() drops a mask of ones, and without a mask its Talker adds
     neither codec pad and bos nor multimodal positions; so the true result needs padding.
     """
     c, length = reference.config, len(arguments["input_ids"])
@@ -180,7 +180,7 @@ def reference_model(seed: int) -> Any:
     return model
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_whole_replies_to_text(seed: int) -> None:
     """Thinker and Talker together, greedily, in a padded batch of the reference: equal ids, equal codes.
