@@ -33,6 +33,8 @@ LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups
 GROUP = {
     "config_decoder": "config",
     "config_qwen2_5": "config",
+    "config_positions": "config",
+    "config_qwen2_5_decoder": "config",
     "config_reading": "config",
     "keywords": "config",
     "bench": "cli",
