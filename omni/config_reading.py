@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 # Keys that other writers put in the file and that change nothing here: kept and written back without a warning.
 PASSIVE_KEYS = frozenset(
@@ -42,7 +42,12 @@ C = TypeVar("C", bound="Config")
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all part configs: strict reading, faithful writing."""
+    """Base of all part configs: strict reading, faithful writing.
+
+    `spellings` maps other names of a field in released files to ours; the one read is written back.
+    """
+
+    spellings: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -56,7 +61,7 @@ class Config:
         for key, value in values.items():
             if not isinstance(key, str):
                 raise ValueError(f"{where or 'config'} has the key {key!r}; keys must be text")
-            name = _ALIASES.get(key, key)
+            name = cls.spellings.get(key, _ALIASES.get(key, key))
             path = f"{where}.{key}" if where else key
             if name in known:
                 if name in kept and kept[name] != value:
