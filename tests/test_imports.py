@@ -22,7 +22,7 @@ LEVELS = (
     ("config",),
     ("rope",),
     ("layers",),
-    ("encoders", "thinker", "talker", "code2wav"),
+    ("encoders", "thinker", "talker", "code2wav", "token2wav"),
     ("processing", "checkpoint"),
     ("generation",),
     ("model",),
@@ -33,6 +33,7 @@ LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups
 GROUP = {
     "config_decoder": "config",
     "config_reading": "config",
+    "config_token2wav": "config",
     "keywords": "config",
     "bench": "cli",
     "demo": "cli",

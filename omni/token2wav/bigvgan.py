@@ -82,7 +82,7 @@ class BigVGAN(nn.Module):
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Mel frames before and after a frame that its samples depend on (released: see the test's figure)."""
+        """Mel frames before and after a frame that its samples depend on (released: 34 and 34)."""
         return frame_reach(self.config)
 
     def forward(self, mel: Tensor) -> Tensor:

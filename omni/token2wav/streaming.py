@@ -37,7 +37,7 @@ class ChunkSchedule:
 
     The default is two blocks with two before and one after them: as much as one evaluation of the released DiT sees.
     Smaller chunks cost more, in windows that overlap, and give sound in smaller pieces; the first sound comes no sooner
-    while the vocoder waits for all the frames that it sees (released: 30, more than a block).
+    while the vocoder waits for all the frames that it sees (released: 34, more than a block).
     vocoder_lookahead_frames: mel frames that a sample waits for; None is all that it depends on (exact).
     """
 

@@ -54,7 +54,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one_repeat": ({"repeats": 1, "block_size": 5, "look_ahead_layers": [0, 2], "num_attention_heads": 3}, {}),
     "other_encoder": (
         {"enc_channels": [12, 12, 12, 24], "enc_kernel_sizes": [3, 5, 3, 3], "enc_dilations": [2, 1, 2, 1]}
-        | {"enc_res2net_scale": 4, "look_ahead_layers": [], "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        | {"enc_res2net_scale": 4, "look_ahead_layers": []}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
         {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[2, 1, 4]]},
     ),
     "released_rates": (
@@ -135,7 +136,7 @@ def test_every_tensor_has_one_name_on_either_side(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("frames", [5, 9, 40])
+@pytest.mark.parametrize("frames", [5, 40])
 def test_speaker_encoder(name: str, frames: int) -> None:
     reference, ours = pair(name)
     mel = torch.randn(2, frames, 10, generator=torch.Generator().manual_seed(frames))
@@ -146,7 +147,7 @@ def test_speaker_encoder(name: str, frames: int) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("codes", [1, 4, 7, 26])
+@pytest.mark.parametrize("codes", [1, 7, 12])
 def test_dit_forward(name: str, codes: int) -> None:
     """With and without guidance, blocks full and not."""
     reference, ours = pair(name)
@@ -182,23 +183,22 @@ def test_solver_and_time_grid() -> None:
     start = torch.tensor([[0.3, -1.2]])
 
     def slope(t: Tensor, x: Tensor) -> Tensor:
-        return torch.sin(3 * t) * x + t - x**2
+        return torch.sin(3 * t) * x + t - x
 
     expected = RungeKutta4ODESolver(slope, start).integrate(times)[-1]
     torch.testing.assert_close(integrate(slope, start, times), expected, atol=1e-6, rtol=0)
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"guidance_scale": 0.0, "num_steps": 4},
-    {"num_steps": 3, "guidance_scale": 2.0, "sway_coefficient": None},
-    {"num_steps": 5, "sway_coefficient": 0.5},
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("tiny", {}),
+    ("other_encoder", {"guidance_scale": 0.0, "num_steps": 4}),
+    ("one_repeat", {"num_steps": 3, "guidance_scale": 2.0, "sway_coefficient": None}),
+    ("released_rates", {"num_steps": 5, "sway_coefficient": 0.5}),
 ]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
 def test_sampled_mel(name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     reference, ours = pair(name)
     draw = Draw(name, codes=13)
@@ -209,7 +209,7 @@ def test_sampled_mel(name: str, settings: dict[str, Any], monkeypatch: pytest.Mo
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("frames", [1, 2, 9, 40])
+@pytest.mark.parametrize("frames", [1, 12])
 def test_vocoder(name: str, frames: int) -> None:
     """Of mels that reach beyond both ends of the level that it clips to."""
     reference, ours = pair(name)
@@ -220,17 +220,18 @@ def test_vocoder(name: str, frames: int) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CONFIGS)
-def test_waveform(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "num_steps"), [("tiny", 10), ("other_encoder", 3), ("released_rates", 3)])
+def test_waveform(name: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, ours = pair(name)
-    draw = Draw(name, codes=17)
+    draw = Draw(name, codes=15)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randn", lambda *_, **__: draw.noise.clone())
-        expected = reference(draw.codes, draw.cond, draw.ref_mel)
-    samples = ours(draw.codes[:, None], draw.voice, noise=draw.noise)
-    assert samples.shape == (1, ours.hop_length * 17)
+        expected = reference(draw.codes, draw.cond, draw.ref_mel, num_steps=num_steps)
+    ode = ODEConfig(num_steps=num_steps)
+    samples = ours(draw.codes[:, None], draw.voice, noise=draw.noise, ode=ode)
+    assert samples.shape == (1, ours.hop_length * 15)
     assert_close(samples[0], expected, 1e-4)
-    assert_close(ours(draw.codes[0], draw.voice, noise=draw.noise), expected, 1e-4)
+    assert torch.equal(ours(draw.codes[0], draw.voice, noise=draw.noise, ode=ode), samples[0])
 
 
 def test_released_sizes() -> None:
