@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_token2wav import SIZES
+from test_token2wav import SIZES, make_model
 
 from omni.config_token2wav import Token2WavConfig
 from omni.layers.init import initialise
@@ -94,7 +94,7 @@ def test_draws_repeat_and_bad_input_is_named() -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    dit, batch = randomise(make_dit()), make_batch()
+    dit, batch = make_model().dit, make_batch()
     draw = draw_for(batch, 0.0)
     flow_matching_loss(dit, batch, draw).backward()
     silent = [name for name, p in dit.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
@@ -106,17 +106,17 @@ def test_a_tiny_dit_learns_two_clips() -> None:
     """The loss falls to a fraction, and sampling then gives each clip back, told apart by its codes and voice."""
     dit, batch = make_dit(width=32), make_batch()
     rng = torch.Generator().manual_seed(2)
-    rows = [0, 1] * 8
+    rows = [0, 1] * 6
     many = FlowBatch(batch.mel[rows], batch.codes[rows], batch.speaker[rows], batch.reference_mel[rows])
     optimiser = torch.optim.AdamW(dit.parameters(), lr=4e-3)
     losses = []
-    for _ in range(250):
+    for _ in range(180):
         loss = flow_matching_loss(dit, many, draw_flow(many.mel, rng, drop_rate=0.1))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    assert sum(losses[-20:]) < 0.25 * sum(losses[:5]) * 4, (losses[0], losses[-1])
+    assert sum(losses[-20:]) / 20 < 0.3 * losses[0], (losses[0], losses[-20:])
     with torch.no_grad():
         reference = dit.encode_reference(torch.cat((batch.reference_mel, torch.zeros(2, 9, 5))))
         condition = dit.condition(batch.codes, batch.speaker, reference[:2])

@@ -56,7 +56,7 @@ def report_schedule(
     whole = model.sample_mel(codes[:, 0], embedded, seed=seed, ode=ode)
     chunked = model.sample_mel_chunked(codes, embedded, schedule, seed=seed, ode=ode)
     samples = model.vocode(whole)
-    streamed = model.decode_chunked(codes, embedded, schedule, seed=seed, ode=ode)
+    streamed = model.vocode_chunked(chunked, schedule)
     spread = (whole - whole.mean((1, 2), keepdim=True)).square().mean().sqrt()
     error = (chunked - whole).square().mean().sqrt()
     return ScheduleReport(

@@ -251,14 +251,17 @@ class Token2Wav(nn.Module):
     ) -> Tensor:
         """What streaming gives, of codes that are all there: int64 [B, 1, T] -> fp32 [B, hop_length * T]."""
         schedule = schedule or ChunkSchedule()
-        mel = self.sample_mel_chunked(codes, voice, schedule, seed=seed, ode=ode)
+        return self.vocode_chunked(self.sample_mel_chunked(codes, voice, schedule, seed=seed, ode=ode), schedule)
+
+    @torch.no_grad()
+    def vocode_chunked(self, mel: Tensor, schedule: ChunkSchedule) -> Tensor:
+        """`vocode` as streaming does it: with the schedule's look-ahead, chunk by chunk where that is not exact."""
         if schedule.vocoder_lookahead_frames is None:
             return self.vocode(mel)
-        vocoder = self.bigvgan.init_state(codes.shape[0], schedule.vocoder_lookahead_frames)
-        counts = [(w.last - w.first) * self.config.dit_config.repeats for w in schedule.windows(codes.shape[2])]
-        chunks = list(mel.split(counts, dim=1))
+        vocoder = self.bigvgan.init_state(mel.shape[0], schedule.vocoder_lookahead_frames)
+        chunks = list(mel.split(schedule.chunk_codes * self.config.dit_config.repeats, dim=1)) if mel.shape[1] else []
         out = [self.bigvgan.step(chunk, vocoder, last=i + 1 == len(chunks)) for i, chunk in enumerate(chunks)]
-        return torch.cat(out, dim=1) if out else mel.new_zeros(codes.shape[0], 0)
+        return torch.cat(out, dim=1) if out else mel.new_zeros(mel.shape[0], 0)
 
     @torch.no_grad()
     def sample_mel_chunked(
