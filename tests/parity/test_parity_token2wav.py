@@ -216,7 +216,7 @@ def test_vocoder(name: str, frames: int) -> None:
     mel = 5 * torch.randn(2, frames, 10, generator=torch.Generator().manual_seed(frames)) - 4
     expected = reference.code2wav_bigvgan_model(mel.transpose(1, 2)).view(2, -1)
     assert (expected.abs() == 1).float().mean() < 0.05, "a clipped waveform would hide differences"
-    assert_close(ours.vocode(mel), expected, 1e-5)
+    assert_close(ours.vocode(mel), expected, 1e-6)
 
 
 @torch.no_grad()
@@ -230,7 +230,8 @@ def test_waveform(name: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) ->
     ode = ODEConfig(num_steps=num_steps)
     samples = ours(draw.codes[:, None], draw.voice, noise=draw.noise, ode=ode)
     assert samples.shape == (1, ours.hop_length * 15)
-    assert_close(samples[0], expected, 1e-4)
+    assert expected.abs().max() > 0.01
+    assert_close(samples[0], expected, 1e-6)
     assert torch.equal(ours(draw.codes[0], draw.voice, noise=draw.noise, ode=ode), samples[0])
 
 
