@@ -46,11 +46,12 @@ class Config:
 
     A family whose files spell a field otherwise names it in `_spellings` (field -> key). Fields that its files do not
     have go to `_not_in_files`: they are read if given, and written only where they differ from their default.
+    `_also_read` (key -> field) are further spellings found in released files; the one read is written back.
     """
 
     _spellings: ClassVar[Mapping[str, str]] = {}
+    _also_read: ClassVar[Mapping[str, str]] = {}
     _not_in_files: ClassVar[frozenset[str]] = frozenset()
-
     _passive: ClassVar[frozenset[str]] = frozenset()  # PASSIVE_KEYS of this part alone
 
     @classmethod
@@ -62,7 +63,7 @@ class Config:
         kept: dict[str, Any] = {}
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
-        names = {**_ALIASES, **{spelling: name for name, spelling in cls._spellings.items()}}
+        names = {**_ALIASES, **cls._also_read, **{spelling: name for name, spelling in cls._spellings.items()}}
         for key, value in values.items():
             if not isinstance(key, str):
                 raise ValueError(f"{where or 'config'} has the key {key!r}; keys must be text")
