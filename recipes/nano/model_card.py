@@ -28,7 +28,7 @@ own stages (`recipes/nano`, `make nano`) on synthetic data alone: no recordings 
 
 ## What it can do
 
-Asked by text or by voice, it answers in text and speech at once, in one synthetic voice:
+Asked by text or by voice, it answers in text and speech at once, in one synthetic voice (flite's slt, word by word):
 
 - repeat a sentence, or write down one that it hears, from about a hundred words;
 - sums, differences and products of numbers in 0..10, with results in 0..20;
@@ -39,8 +39,8 @@ Asked by text or by voice, it answers in text and speech at once, in one synthet
 ## What it can't
 
 Anything outside that world: it knows no facts, no other words, no photographs, no human voices (it has heard
-synthesisers only), no languages but English. It answers in small letters without punctuation. It is a demonstration and
-a test bed, not an assistant.
+synthesisers only), no languages but English. It speaks each word by itself, without the melody of a sentence, and
+answers in small letters without punctuation. It is a demonstration and a test bed, not an assistant.
 
 ## Figures
 
@@ -53,9 +53,10 @@ grammar) beside the original synthetic voice.
 ## How it was trained
 
 Voices: flite and espeak-ng, with rooms, noise, speed and pitch varied; pictures and clips are drawn. Stages, in order:
-codes (k-means over mel spectra), Code2Wav on these codes, the Thinker on typed questions, the audio encoder by CTC, the
-encoders and the Thinker on everything, the Talker with its residual head. Seeds are fixed. See
-`recipes/nano/README.md`.
+codes (k-means over mel spectra), Code2Wav on these codes, the Thinker on typed questions, the audio encoder by CTC on
+the Thinker's embeddings, the vision encoder on the embeddings of what is drawn, encoders and Thinker together, the
+Talker with its residual head on two, four, then up to eight words. See `recipes/nano/README.md`.
+{notes}
 """
 
 
@@ -75,10 +76,11 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_card(model: Path, report: dict[str, Any]) -> None:
-    """Write README.md beside the weights."""
+def write_card(model: Path, report: dict[str, Any], notes: str = "") -> None:
+    """Write README.md beside the weights. notes: what else is to be said about this training."""
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    card = CARD.format(megabytes=size / 1e6, questions=report["questions of each skill"], tables=tables(report))
+    questions, shown = report["questions of each skill"], tables(report)
+    card = CARD.format(megabytes=size / 1e6, questions=questions, tables=shown, notes=notes)
     (model / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -86,8 +88,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("report", type=Path, help="what evaluate.py --out wrote")
+    parser.add_argument("--notes", type=Path, help="a text to be added to how it was trained")
     args = parser.parse_args()
-    write_card(args.model, json.loads(args.report.read_text(encoding="utf-8")))
+    notes = "" if args.notes is None else args.notes.read_text(encoding="utf-8")
+    write_card(args.model, json.loads(args.report.read_text(encoding="utf-8")), notes)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def name_cells(source: Path, folder: Path, pictures: int) -> float:
             merger.mlp[-1].weight.zero_()
             merger.mlp[-1].bias.zero_()
     learner = torch.optim.AdamW(eyes.parameters(), lr=_LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     log: list[dict[str, object]] = []
     recent: list[tuple[float, float]] = []
     start = time.perf_counter()
@@ -155,7 +156,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=int, default=60_000)
     args = parser.parse_args()
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"named right: {name_cells(args.model, args.folder, args.pictures):.3f}")
 
 

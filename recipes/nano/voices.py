@@ -33,7 +33,7 @@ SPEAKERS = {  # name -> program and its voice
     "dan": ("espeak-ng", "en-gb+m7"),
     "eve": ("espeak-ng", "en-us+f5"),
 }
-HELD_OUT_SPEAKER = {"rms": ("flite", "rms")}  # never heard in training
+HELD_OUT_SPEAKERS = {"rms": ("flite", "rms"), "max": ("espeak-ng", "en-us+m1")}  # never heard in training
 TRAINED_STRETCH = (0.85, 1.2)
 HELD_OUT_STRETCH = (0.8, 0.84, 1.22, 1.28)  # durations that training does not have
 _WORDS_A_MINUTE = 165  # of espeak-ng at stretch 1
@@ -62,7 +62,7 @@ def speak(text: str, manner: Manner) -> np.ndarray:
 
     Raises FileNotFoundError where flite or espeak-ng is not installed.
     """
-    program, voice = (SPEAKERS | HELD_OUT_SPEAKER)[manner.speaker]
+    program, voice = (SPEAKERS | HELD_OUT_SPEAKERS)[manner.speaker]
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "spoken.wav"
         if program == "flite":
