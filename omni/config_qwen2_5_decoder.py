@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 from omni.config import OmniConfig, ThinkerConfig
 from omni.config_decoder import LanguageConfig
 from omni.config_positions import PositionRule
+from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from omni.config_reading import extra_field, nested, require
+from omni.config_token2wav import Token2WavConfig
 
 # Voices of the released checkpoints: the Thinker id that opens the reply. A folder's spk_dict.pt wins (FACTS 3.8).
 RELEASED_SPEAKERS = {"chelsie": 151872, "ethan": 151870}
@@ -59,11 +61,11 @@ class DenseTextConfig(DenseConfig):
 
 @dataclass(frozen=True)
 class DenseThinkerConfig(ThinkerConfig):
-    """Encoders and decoder of the Thinker. The encoders' values are kept as written."""
+    """Encoders and decoder of the Thinker."""
 
     text_config: DenseTextConfig = nested(DenseTextConfig)  # type: ignore[assignment]  # shares LanguageConfig
-    audio_config: dict[str, Any] | None = field(default=None, metadata={"kind": dict})  # type: ignore[assignment]
-    vision_config: dict[str, Any] | None = field(default=None, metadata={"kind": dict})  # type: ignore[assignment]
+    audio_config: WhisperAudioEncoderConfig | None = nested(WhisperAudioEncoderConfig, optional=True)  # type: ignore[assignment]
+    vision_config: WindowVisionEncoderConfig | None = nested(WindowVisionEncoderConfig, optional=True)  # type: ignore[assignment]
     seconds_per_chunk: float = field(default=2, metadata={"kind": float})
     model_type: str = "qwen2_5_omni_thinker"
     extra: dict[str, Any] = extra_field()
@@ -81,7 +83,7 @@ class DenseThinkerConfig(ThinkerConfig):
         self.validate_ids(where)
         require(self.seconds_per_chunk > 0, f"{where}.seconds_per_chunk must be positive")
         for name, key in (("audio_config", "output_dim"), ("vision_config", "out_hidden_size")):
-            width = (getattr(self, name) or {}).get(key)
+            width = getattr(getattr(self, name), key, None)
             require(
                 width in (None, self.text_config.hidden_size),
                 f"{where}: {name}.{key} {width} must equal text_config.hidden_size {self.text_config.hidden_size}",
@@ -130,6 +132,7 @@ class DenseTalkerConfig(DenseConfig):
     _not_in_files: ClassVar[frozenset[str]] = frozenset(("attention_bias", "speaker_id"))
 
     num_code_groups = 1
+    accept_hidden_layer: ClassVar[None] = None  # it hears the Thinker's states after the final norm
 
     @property
     def text_config(self) -> DenseTalkerConfig:
@@ -169,16 +172,15 @@ class DenseTalkerConfig(DenseConfig):
 class Qwen2_5OmniConfig(OmniConfig):
     """The whole model. `OmniConfig.from_dict` yields it for files of `model_type` qwen2_5_omni.
 
-    Chat ids are not in its files but in its vocabulary, the text ids of speech in its Talker's values. The codec
-    decoder's values are kept as written.
+    Chat ids are not in its files but in its vocabulary, the text ids of speech in its Talker's values.
     """
 
     thinker_config: DenseThinkerConfig = nested(DenseThinkerConfig)
     talker_config: DenseTalkerConfig | None = field(  # type: ignore[assignment]  # read by the same names
         default=None, metadata={"kind": DenseTalkerConfig, "omit_none": True}
     )
-    code2wav_config: dict[str, Any] | None = field(  # type: ignore[assignment]
-        default=None, metadata={"kind": dict, "omit_none": True}
+    code2wav_config: Token2WavConfig | None = field(  # type: ignore[assignment]
+        default=None, metadata={"kind": Token2WavConfig, "omit_none": True}
     )
     model_type: str = "qwen2_5_omni"
     extra: dict[str, Any] = extra_field()

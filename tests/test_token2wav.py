@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omni.checkpoint.keys_token2wav import TOKEN2WAV
+from omni.checkpoint.keys import QWEN2_5_OMNI
 from omni.config_token2wav import BigVGANConfig, DiTConfig, Token2WavConfig
 from omni.layers.attention_backends import plain_attention
 from omni.layers.init import initialise
@@ -295,11 +295,11 @@ def test_bad_configs(part: str, changes: dict[str, Any], message: str) -> None:
 
 def test_names_survive_the_round_trip() -> None:
     for key in make_model().state_dict():
-        hub = TOKEN2WAV.to_hub(f"token2wav.{key}")
-        assert TOKEN2WAV.from_hub(hub) == f"token2wav.{key}" and not TOKEN2WAV.is_derived(hub)
+        hub = QWEN2_5_OMNI.to_hub(f"code2wav.{key}")
+        assert QWEN2_5_OMNI.from_hub(hub) == f"code2wav.{key}" and not QWEN2_5_OMNI.is_derived(hub)
     hub = "token2wav.code2wav_dit_model.transformer_blocks.21.attn.to_out.0.bias"
-    assert TOKEN2WAV.from_hub(hub) == "token2wav.dit.blocks.21.attn.to_out.0.bias"
-    assert TOKEN2WAV.is_derived("token2wav.code2wav_dit_model.rotary_embed.inv_freq")
+    assert QWEN2_5_OMNI.from_hub(hub) == "code2wav.dit.blocks.21.attn.to_out.0.bias"
+    assert QWEN2_5_OMNI.is_derived("token2wav.code2wav_dit_model.rotary_embed.inv_freq")
 
 
 # ---- voices ----

@@ -37,6 +37,7 @@ class TalkerDecoder(nn.Module):
     norm: nn.Module
     codec_head: nn.Linear
     mtp: Any  # the residual-code head, or what stands in for it where there is one codebook
+    reads_replies = False  # whether a reply token's hidden state is needed before it is spoken
 
     def init_state(self, batch_size: int, capacity: int = 256) -> DecoderState:
         """An empty state for `batch_size` rows; `capacity` positions are reserved, more on demand."""

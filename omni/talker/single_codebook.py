@@ -48,6 +48,7 @@ class SingleCodebookTalker(TalkerDecoder):
     """Codec embedding, input projection, decoder and codec head."""
 
     config: DenseTalkerConfig
+    reads_replies = True
 
     def __init__(self, config: DenseTalkerConfig) -> None:
         super().__init__()

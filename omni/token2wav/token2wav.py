@@ -33,6 +33,8 @@ class Token2Wav(nn.Module):
     not to another floating dtype, and autocast is switched off inside.
     """
 
+    always_float32 = True  # for the loading of checkpoints
+
     def __init__(self, config: Token2WavConfig) -> None:
         super().__init__()
         self.config = config

@@ -80,7 +80,7 @@ def reference_parts(seed: int) -> tuple[Any, Any]:
 @cache
 def converted_parts(seed: int) -> tuple[Any, Any]:
     """The same Thinker and Talker in omni, by way of the file's key names."""
-    from omni.checkpoint.keys_qwen2_5_decoder import QWEN2_5_OMNI
+    from omni.checkpoint.keys import QWEN2_5_OMNI
     from omni.config import OmniConfig
     from omni.talker.single_codebook import SingleCodebookTalker
     from omni.thinker.thinker import Thinker

@@ -11,8 +11,7 @@ import torch
 from oracle import randomise
 from torch import Tensor
 
-from omni.checkpoint.keys import KeyTable
-from omni.checkpoint.keys_qwen2_5 import ENCODER_ALSO_READ, ENCODER_DERIVED, ENCODER_RENAMES
+from omni.checkpoint.keys import QWEN2_5_OMNI
 from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from omni.encoders.whisper_audio import WhisperAudioEncoder, num_whisper_tokens
 from omni.encoders.window_vision import WindowVisionEncoder
@@ -165,7 +164,7 @@ def test_bf16_is_as_near_to_fp32_as_the_reference() -> None:
 
 
 def test_names_of_the_reference_lead_to_our_modules_and_back() -> None:
-    table = KeyTable(ENCODER_RENAMES, ENCODER_ALSO_READ, ENCODER_DERIVED, ("thinker",))
+    table = QWEN2_5_OMNI
     for part, hub, (reference, ours) in (
         ("audio_encoder.", "audio_tower.", audio_pair("tiny")),
         ("vision_encoder.", "visual.", vision_pair("tiny")),

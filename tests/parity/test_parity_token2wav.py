@@ -10,7 +10,7 @@ import torch
 from oracle import assert_close
 from torch import Tensor
 
-from omni.checkpoint.keys_token2wav import TOKEN2WAV
+from omni.checkpoint.keys import QWEN2_5_OMNI
 from omni.config_token2wav import Token2WavConfig
 from omni.token2wav.block_attention import block_mask
 from omni.token2wav.sampler import ODEConfig, integrate, time_grid
@@ -95,8 +95,8 @@ def pair(name: str) -> tuple[Any, Token2Wav]:
     reference = Qwen2_5OmniToken2WavModel(Qwen2_5OmniToken2WavConfig(**values(name))).eval()
     randomise(reference, seed=len(name))
     ours = Token2Wav(Token2WavConfig.from_dict(values(name))).eval()
-    theirs = {f"token2wav.{key}": value for key, value in reference.state_dict().items()}
-    named = {TOKEN2WAV.from_hub(key): value for key, value in theirs.items() if not TOKEN2WAV.is_derived(key)}
+    theirs = {f"code2wav.{key}": value for key, value in reference.state_dict().items()}
+    named = {QWEN2_5_OMNI.from_hub(key): value for key, value in theirs.items() if not QWEN2_5_OMNI.is_derived(key)}
     ours.load_state_dict({str(key).removeprefix("token2wav."): value for key, value in named.items()})
     return reference, ours
 
@@ -130,8 +130,8 @@ def reference_sample(reference: Any, draw: Draw, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tensor_has_one_name_on_either_side(name: str) -> None:
     reference, ours = pair(name)
-    theirs = {f"token2wav.{key}" for key in reference.state_dict()}
-    assert {TOKEN2WAV.to_hub(f"token2wav.{key}") for key in ours.state_dict()} == theirs
+    theirs = {f"code2wav.{key}" for key in reference.state_dict()}
+    assert {QWEN2_5_OMNI.to_hub(f"code2wav.{key}") for key in ours.state_dict()} == theirs
 
 
 @torch.no_grad()
