@@ -42,7 +42,7 @@ def test_one_name_in_memory_for_both_spellings_of_the_file() -> None:
     assert talker.codec_stop_ids == {8292, 8294} and talker.num_codes == 8292 and talker.num_code_groups == 1
     assert talker.thinker_hidden_size == 3584 and talker.text_config.hidden_size == 896
     assert (c.tts_pad_token_id, c.tts_bos_token_id, c.tts_eos_token_id) == (151859, 151860, 151861)
-    assert c.code2wav_config == values["token2wav_config"]
+    assert c.code2wav_config.to_dict() == values["token2wav_config"]
     values["thinker_config"]["audio_token_id"] = values["thinker_config"].pop("audio_token_index")
     again = OmniConfig.from_dict(values)
     assert again.thinker_config.audio_token_id == 151646
