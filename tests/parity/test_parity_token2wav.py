@@ -95,9 +95,9 @@ def pair(name: str) -> tuple[Any, Token2Wav]:
     reference = Qwen2_5OmniToken2WavModel(Qwen2_5OmniToken2WavConfig(**values(name))).eval()
     randomise(reference, seed=len(name))
     ours = Token2Wav(Token2WavConfig.from_dict(values(name))).eval()
-    theirs = {f"code2wav.{key}": value for key, value in reference.state_dict().items()}
+    theirs = {f"token2wav.{key}": value for key, value in reference.state_dict().items()}
     named = {QWEN2_5_OMNI.from_hub(key): value for key, value in theirs.items() if not QWEN2_5_OMNI.is_derived(key)}
-    ours.load_state_dict({str(key).removeprefix("token2wav."): value for key, value in named.items()})
+    ours.load_state_dict({str(key).removeprefix("code2wav."): value for key, value in named.items()})
     return reference, ours
 
 
@@ -130,7 +130,7 @@ def reference_sample(reference: Any, draw: Draw, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tensor_has_one_name_on_either_side(name: str) -> None:
     reference, ours = pair(name)
-    theirs = {f"code2wav.{key}" for key in reference.state_dict()}
+    theirs = {f"token2wav.{key}" for key in reference.state_dict()}
     assert {QWEN2_5_OMNI.to_hub(f"code2wav.{key}") for key in ours.state_dict()} == theirs
 
 
