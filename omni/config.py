@@ -8,11 +8,13 @@ kept in `extra` and written back unchanged.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omni.config_decoder import DecoderConfig, MoEConfig
+from omni.config_positions import PositionRule
 from omni.config_reading import (
     Config,
     check_theta,
@@ -167,13 +169,22 @@ class ThinkerConfig(Config):
         """DeepStack taps that the first decoder layers receive."""
         return len(self.vision_config.deepstack_visual_indexes) if self.vision_config else 0
 
-    def validate(self, where: str) -> None:
-        text = self.text_config
+    @property
+    def position_rule(self) -> PositionRule:
+        """How positions follow time."""
+        return PositionRule(self.position_id_per_seconds)
+
+    def validate_ids(self, where: str) -> None:
+        """Check positions and media ids."""
         require(self.position_id_per_seconds > 0, f"{where}.position_id_per_seconds must be positive")
         names = ("audio_token_id", "image_token_id", "video_token_id")
         not_negative(self, where, *names)
         ids = [getattr(self, name) for name in names]
         require(len(set(ids)) == 3, f"{where}: {', '.join(names)} must differ from each other, got {ids}")
+
+    def validate(self, where: str) -> None:
+        text = self.text_config
+        self.validate_ids(where)
         if self.audio_config is not None:
             require(
                 self.audio_config.output_dim == text.hidden_size,
@@ -268,6 +279,11 @@ class TalkerConfig(Config):
         """Size of codebook 0; codec ids from here on are control ids (the last 1024 of the vocabulary)."""
         return self.text_config.vocab_size - 1024
 
+    @property
+    def position_rule(self) -> PositionRule:
+        """How positions follow time."""
+        return PositionRule(self.position_id_per_seconds)
+
     def validate(self, where: str) -> None:
         vocab = self.text_config.vocab_size
         require(self.position_id_per_seconds > 0, f"{where}.position_id_per_seconds must be positive")
@@ -351,6 +367,9 @@ class OmniConfig(Config):
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
+    _model_type = MODEL_TYPE
+    _architecture = ARCHITECTURE
+
     @property
     def has_talker(self) -> bool:
         """Whether this variant speaks."""
@@ -363,8 +382,8 @@ class OmniConfig(Config):
 
     def validate(self, where: str) -> None:
         require(
-            self.model_type == MODEL_TYPE,
-            f"model_type {self.model_type!r} is not supported; omni loads {MODEL_TYPE!r} checkpoints",
+            self.model_type == self._model_type,
+            f"model_type {self.model_type!r} is not supported; omni loads {MODEL_TYPE!r} and 'qwen2_5_omni'",
         )
         if not self.enable_audio_output:
             return
@@ -373,6 +392,10 @@ class OmniConfig(Config):
             "enable_audio_output is true but talker_config or code2wav_config is absent; "
             "set enable_audio_output to false for a text-only variant",
         )
+        self.validate_parts(where)
+
+    def validate_parts(self, where: str) -> None:
+        """Check that Thinker, Talker and codec decoder fit together."""
         talker, code2wav, text = self.talker_config, self.code2wav_config, self.thinker_config.text_config
         assert talker is not None and code2wav is not None
         require(
@@ -397,6 +420,16 @@ class OmniConfig(Config):
         )
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> OmniConfig:
+        """The config of the family that `model_type` names; see `Config.from_dict`."""
+        family: type[OmniConfig] = cls
+        if cls is OmniConfig and isinstance(values, Mapping) and values.get("model_type") == "qwen2_5_omni":
+            from omni.config_qwen2_5_decoder import Qwen2_5OmniConfig  # builds on this file
+
+            family = Qwen2_5OmniConfig
+        return super(OmniConfig, family).from_dict(values, where)
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path) -> OmniConfig:
         """Read `config.json` from a folder, or any JSON file. Raises FileNotFoundError or ValueError."""
         path = Path(folder)
@@ -409,4 +442,4 @@ class OmniConfig(Config):
         (Path(folder) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"architectures": [ARCHITECTURE], **super().to_dict()}
+        return {"architectures": [self._architecture], **super().to_dict()}

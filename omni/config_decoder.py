@@ -17,6 +17,8 @@ class RopeConfig(Config):
     rope_parameters: dict[str, Any] | None = optional(dict)
 
     _default_theta = 10000.0
+    _default_sections = (24, 20, 20)
+    mrope_interleaved = True  # rotary pairs take turns between the axes, else in blocks; the file's key is not read
 
     @property
     def theta(self) -> float:
@@ -37,7 +39,7 @@ class RopeConfig(Config):
         for source in (self.rope_parameters, self.rope_scaling):
             if source and source.get("mrope_section") is not None:
                 return tuple(source["mrope_section"])
-        return (24, 20, 20)
+        return self._default_sections
 
     def validate_rope(self, where: str) -> None:
         check_theta(self.rope_theta, f"{where}.rope_theta")
@@ -71,6 +73,18 @@ class DecoderConfig(RopeConfig):
     attention_bias: bool = False
     sliding_window: int | None = field(default=None, metadata={"kind": int})
 
+    qk_norm = True  # queries and keys are normalised per head; a family's own, as are the next two
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have a bias."""
+        return self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the projection out of attention has one."""
+        return self.attention_bias
+
     @property
     def head_size(self) -> int:
         """Width of one attention head; an absent `head_dim` means hidden_size / heads."""
@@ -97,10 +111,33 @@ class DecoderConfig(RopeConfig):
 
 
 @dataclass(frozen=True)
-class MoEConfig(DecoderConfig):
-    """A decoder whose layers may hold experts; layers in `mlp_only_layers` are dense."""
+class LanguageConfig(DecoderConfig):
+    """A decoder over a vocabulary whose positions have three axes (time, height, width). Its layers are dense."""
 
     vocab_size: int = 3584
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) holds experts."""
+        return False
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        positive(self, where, "vocab_size")
+        section, pairs = self.mrope_section, self.head_size // 2
+        require(
+            len(section) == 3 and sum(section) == pairs and min(section) >= 0,
+            f"{where}: mrope_section {list(section)} must be three numbers that sum to head_dim / 2 = {pairs}",
+        )
+        require(
+            not self.mrope_interleaved or max(section[1], section[2]) * 3 <= pairs + 2,
+            f"{where}: mrope_section {list(section)} does not fit when interleaved over {pairs} pairs",
+        )
+
+
+@dataclass(frozen=True)
+class MoEConfig(LanguageConfig):
+    """A decoder whose layers may hold experts; layers in `mlp_only_layers` are dense."""
+
     num_experts: int = 128
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 768
@@ -112,25 +149,14 @@ class MoEConfig(DecoderConfig):
     tie_word_embeddings: bool = False
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (from 0) holds experts."""
         dense = layer in (self.mlp_only_layers or ())
         return not dense and self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
 
     def validate(self, where: str) -> None:
         super().validate(where)
-        positive(self, where, "vocab_size", "moe_intermediate_size", "decoder_sparse_step")
+        positive(self, where, "moe_intermediate_size", "decoder_sparse_step")
         not_negative(self, where, "shared_expert_intermediate_size")
         require(
             0 < self.num_experts_per_tok <= max(self.num_experts, 1),
             f"{where}: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts = {self.num_experts}",
-        )
-        section = self.mrope_section
-        require(
-            len(section) == 3 and sum(section) == self.head_size // 2 and min(section) >= 0,
-            f"{where}: mrope_section {list(section)} must be three numbers that sum to head_dim / 2 = "
-            f"{self.head_size // 2}",
-        )
-        require(
-            max(section[1], section[2]) * 3 <= self.head_size // 2 + 2,
-            f"{where}: mrope_section {list(section)} does not fit when interleaved over {self.head_size // 2} pairs",
         )

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 # Keys that other writers put in the file and that change nothing here: kept and written back without a warning.
 PASSIVE_KEYS = frozenset(
@@ -20,18 +20,18 @@ PASSIVE_KEYS = frozenset(
     attention_probs_dropout_prob audio_bos_token_id audio_end_token_id audio_eos_token_id auto_map bad_words_ids
     begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout codebook_dim conv_chunksize
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id fullatt_block_indexes id2label image_size initializer_factor
-    interleaved is_decoder is_encoder_decoder label2id layer_types length_penalty max_length
+    enable_talker encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id fullatt_block_indexes id2label ignore_index image_size init_std
+    initializer_factor interleaved is_decoder is_encoder_decoder label2id layer_types length_penalty max_length
     max_source_positions max_window_layers min_length mrope_interleaved no_repeat_ngram_size num_beam_groups
     num_beams num_hidden_layers_override num_return_sequences num_semantic_quantizers output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type pruned_heads
-    qkv_bias quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    scale_embedding seconds_per_chunk semantic_codebook_size sep_token_id spatial_patch_size suppress_tokens
-    task_specific_params temperature temporal_style tf_legacy_loss tie_encoder_decoder tokenizer_class
-    tokens_per_second top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
-    use_qk_norm use_sliding_window vector_quantization_hidden_dimension vision_bos_token_id vision_end_token_id
-    vision_eos_token_id vocab_map window_size
+    output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type pruned_heads qkv_bias
+    quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate scale_embedding
+    seconds_per_chunk semantic_codebook_size sep_token_id spatial_patch_size suppress_tokens task_specific_params
+    temperature temporal_style tf_legacy_loss tie_encoder_decoder tokenizer_class tokens_per_second top_k top_p
+    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache use_qk_norm use_sliding_window
+    vector_quantization_hidden_dimension vision_bos_token_id vision_end_token_id vision_eos_token_id vocab_map
+    window_size
     """.split()  # noqa: SIM905
 )
 _ALIASES = {"num_local_experts": "num_experts"}  # both spellings exist in the wild; the one read is written back
@@ -42,7 +42,17 @@ C = TypeVar("C", bound="Config")
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all part configs: strict reading, faithful writing."""
+    """Base of all part configs: strict reading, faithful writing.
+
+    A family whose files spell a field otherwise names it in `_spellings` (field -> key). Fields that its files do not
+    have go to `_not_in_files`: they are read if given, and written only where they differ from their default.
+    `_also_read` (key -> field) are further spellings found in released files; the one read is written back.
+    """
+
+    _spellings: ClassVar[Mapping[str, str]] = {}
+    _also_read: ClassVar[Mapping[str, str]] = {}
+    _not_in_files: ClassVar[frozenset[str]] = frozenset()
+    _passive: ClassVar[frozenset[str]] = frozenset()  # PASSIVE_KEYS of this part alone
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -53,23 +63,24 @@ class Config:
         kept: dict[str, Any] = {}
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
+        names = {**_ALIASES, **cls._also_read, **{spelling: name for name, spelling in cls._spellings.items()}}
         for key, value in values.items():
             if not isinstance(key, str):
                 raise ValueError(f"{where or 'config'} has the key {key!r}; keys must be text")
-            name = _ALIASES.get(key, key)
+            name = names.get(key, key)
             path = f"{where}.{key}" if where else key
             if name in known:
                 if name in kept and kept[name] != value:
                     raise ValueError(f"{path} = {value!r} contradicts its other spelling {name} = {kept[name]!r}")
-                if name != key:
+                if key != cls._spellings.get(name, name):
                     aliases[name] = key
                 if value is None and known[name].metadata.get("omit_none"):
                     extra[key] = None  # written back as it was
                     continue
                 kept[name] = _coerce(cls, known[name], value, path)
             else:
-                if key not in PASSIVE_KEYS:
-                    _check_unknown(key, path, known)
+                if key not in PASSIVE_KEYS and key not in cls._passive:
+                    _check_unknown(key, path, [cls._spellings.get(name, name) for name in known])
                 extra[key] = value
         config = cls(**kept, extra=extra, aliases=aliases)  # type: ignore[call-arg]
         config.validate(where or cls.__name__)
@@ -84,13 +95,17 @@ class Config:
             value = getattr(self, f.name)
             if value is None and f.metadata.get("omit_none"):
                 continue
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if f.name in self._not_in_files and value == default:
+                continue
             if isinstance(value, Config):
                 value = value.to_dict()
             elif isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):
                 value = dict(value)
-            out[self.aliases.get(f.name, f.name)] = value  # type: ignore[attr-defined]
+            usual = self._spellings.get(f.name, f.name)
+            out[self.aliases.get(f.name, usual)] = value  # type: ignore[attr-defined]
         return {**self.extra, **out}  # type: ignore[attr-defined]
 
     def validate(self, where: str) -> None:
@@ -121,7 +136,7 @@ def _edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def _check_unknown(key: str, path: str, known: Mapping[str, Any]) -> None:
+def _check_unknown(key: str, path: str, known: list[str]) -> None:
     """Refuse a likely misspelling (at most two edits, or nearly all letters shared); warn once about anything else."""
     for name in known:
         close = _edit_distance(key.lower(), name) <= min(2, len(name) // 5)

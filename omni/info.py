@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import singledispatch
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from omni.config import Code2WavConfig, OmniConfig
-from omni.config_decoder import DecoderConfig, MoEConfig
+from omni.config import AudioEncoderConfig, Code2WavConfig, OmniConfig, VisionEncoderConfig
+from omni.config_decoder import MoEConfig
+from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
+from omni.config_token2wav import Token2WavConfig
 
 # Module prefixes, the longest first, and what the table calls them.
 PARTS = {
@@ -53,15 +57,16 @@ def part_of(name: str) -> str:
     return next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "other")
 
 
-def sizes_from_files(folder: Path) -> tuple[dict[str, PartSize], int]:
-    """Sizes of the parts on disk, and the number of weight files. Raises as `read_headers`."""
-    from omni.checkpoint.keys import QWEN3_OMNI
+def sizes_from_files(folder: Path, family: str) -> tuple[dict[str, PartSize], int]:
+    """Sizes of the parts on disk, and the number of weight files; family: the config's model_type. Raises as
+    `read_headers`."""
+    from omni.checkpoint.keys import KEY_TABLES
     from omni.checkpoint.shards import read_headers
 
     sizes: dict[str, PartSize] = {}
     headers = read_headers(folder)
     for key, tensor in headers.items():
-        size = sizes.setdefault(part_of(QWEN3_OMNI.from_hub(key) or ""), PartSize())
+        size = sizes.setdefault(part_of(KEY_TABLES[family].from_hub(key) or ""), PartSize())
         size.add(tensor.shape, _NAMES.get(tensor.dtype, tensor.dtype), tensor.bytes)
     return sizes, len({tensor.shard for tensor in headers.values()})
 
@@ -85,35 +90,72 @@ def sizes_from_config(config: OmniConfig) -> dict[str, PartSize]:
 def describe_parts(config: OmniConfig) -> dict[str, str]:
     """The sizes of each part in words, from the config."""
     thinker, talker = config.thinker_config, config.talker_config
-    out = {"thinker": _decoder(thinker.text_config)}
-    if (audio := thinker.audio_config) is not None:
-        out["audio encoder"] = (
-            f"{audio.encoder_layers} layers of {audio.d_model}, {audio.encoder_attention_heads} heads, "
-            f"{audio.num_mel_bins} mel bins, window {audio.n_window_infer / 100:g} s"
-        )
-    if (vision := thinker.vision_config) is not None:
-        out["vision encoder"] = (
-            f"{vision.depth} layers of {vision.hidden_size}, {vision.num_heads} heads, patch {vision.patch_size}, "
-            f"taps after layers {', '.join(map(str, vision.deepstack_visual_indexes)) or 'none'}"
-        )
+    out = {"thinker": in_words(thinker.text_config)}
+    for name, part in (("audio encoder", thinker.audio_config), ("vision encoder", thinker.vision_config)):
+        if part is not None:
+            out[name] = in_words(part)
     if config.has_talker and talker is not None and config.code2wav_config is not None:
-        mtp = talker.code_predictor_config
-        out["talker"] = f"{_decoder(talker.text_config)}, reads Thinker layer {talker.accept_hidden_layer}"
-        out["talker, residual codes"] = f"{_decoder(mtp)}, {mtp.num_code_groups - 1} of {mtp.num_code_groups} codes"
-        out["code2wav"] = _codec(config.code2wav_config)
+        layer = "the last layer" if talker.accept_hidden_layer is None else f"layer {talker.accept_hidden_layer}"
+        out["talker"] = f"{in_words(talker.text_config)}, reads {layer} of the Thinker"
+        if talker.num_code_groups > 1:
+            mtp = talker.code_predictor_config
+            out["talker, residual codes"] = f"{in_words(mtp)}, {mtp.num_code_groups - 1} of {mtp.num_code_groups} codes"
+        out["code2wav"] = in_words(config.code2wav_config)
     return out
 
 
-def _decoder(c: DecoderConfig) -> str:
-    heads = f"{c.num_attention_heads} heads over {c.num_key_value_heads} of {c.head_size}"
-    experts = f", {c.num_experts_per_tok} of {c.num_experts} experts" if isinstance(c, MoEConfig) else ""
-    return f"{c.num_hidden_layers} layers of {c.hidden_size}, {heads}{experts}"
+@singledispatch
+def in_words(part: Any) -> str:
+    """A part's config in a line. Here: that of a decoder."""
+    heads = f"{part.num_attention_heads} heads over {part.num_key_value_heads} of {part.head_size}"
+    experts = f", {part.num_experts_per_tok} of {part.num_experts} experts" if isinstance(part, MoEConfig) else ""
+    return f"{part.num_hidden_layers} layers of {part.hidden_size}, {heads}{experts}"
 
 
-def _codec(c: Code2WavConfig) -> str:
+def _audio(c: Any, window_frames: int) -> str:
+    layers = f"{c.encoder_layers} layers of {c.d_model}, {c.encoder_attention_heads} heads"
+    return f"{layers}, {c.num_mel_bins} mel bins, window {window_frames / 100:g} s"
+
+
+def _vision(c: Any) -> str:
+    return f"{c.depth} layers of {c.hidden_size}, {c.num_heads} heads, patch {c.patch_size}"
+
+
+@in_words.register
+def _(c: AudioEncoderConfig) -> str:
+    return _audio(c, c.n_window_infer)
+
+
+@in_words.register
+def _(c: WhisperAudioEncoderConfig) -> str:
+    return _audio(c, c.chunk_frames)
+
+
+@in_words.register
+def _(c: VisionEncoderConfig) -> str:
+    return f"{_vision(c)}, taps after layers {', '.join(map(str, c.deepstack_visual_indexes)) or 'none'}"
+
+
+@in_words.register
+def _(c: WindowVisionEncoderConfig) -> str:
+    whole = ", ".join(map(str, c.fullatt_block_indexes)) or "none"
+    return f"{_vision(c)}, windows of {c.window_size} pixels but in layers {whole}"
+
+
+@in_words.register
+def _(c: Code2WavConfig) -> str:
     return (
         f"{c.num_quantizers} codebooks of {c.codebook_size}, {c.num_hidden_layers} layers of {c.hidden_size}, "
         f"{c.hop_length} samples a frame"
+    )
+
+
+@in_words.register
+def _(c: Token2WavConfig) -> str:
+    dit = c.dit_config
+    return (
+        f"DiT of {dit.num_hidden_layers} layers of {dit.hidden_size}, {dit.num_attention_heads} heads; BigVGAN from "
+        f"{c.bigvgan_config.upsample_initial_channel} channels; {c.hop_length} samples a code"
     )
 
 
@@ -145,7 +187,7 @@ def print_info(console: Console, path: Path) -> None:
         raise FileNotFoundError(f"{path} does not exist; pass a checkpoint folder or a config.json")
     config = OmniConfig.from_pretrained(path)
     if path.is_dir() and has_weights(path):
-        sizes, files = sizes_from_files(path)
+        sizes, files = sizes_from_files(path, config.model_type)
         origin = f"{files} weight file{'s' if files > 1 else ''}, read from the headers"
     else:
         sizes, origin = sizes_from_config(config), "no weight files here: as config.json describes it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +12,19 @@ from torch import Tensor, nn
 
 from omni.checkpoint.atomic import atomic_folder
 from omni.checkpoint.hub import resolve_folder
+from omni.checkpoint.keys import KEY_TABLES, KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
 from omni.checkpoint.save import save_weights
 from omni.code2wav.code2wav import Code2Wav
-from omni.config import OmniConfig
+from omni.config import AudioEncoderConfig, Code2WavConfig, OmniConfig, TalkerConfig, VisionEncoderConfig
+from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
+from omni.config_qwen2_5_decoder import DenseTalkerConfig
 from omni.config_reading import read_json
+from omni.config_token2wav import Token2WavConfig
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.vision import VisionEncoder
+from omni.encoders.whisper_audio import WhisperAudioEncoder
+from omni.encoders.window_vision import WindowVisionEncoder
 from omni.generation import generate as generation
 from omni.generation.compilation import compile_steps
 from omni.generation.events import Event
@@ -33,14 +39,27 @@ from omni.layers.quantized import DEFAULT_PARTS
 from omni.layers.quantized import quantize as pack_weights
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
+from omni.talker.single_codebook import SingleCodebookTalker
 from omni.talker.talker import Talker
 from omni.thinker.thinker import Thinker, ThinkerOutput
+from omni.token2wav.token2wav import Token2Wav
 
 if TYPE_CHECKING:
     from omni.generation.arguments import PerRow
 
 PARTS = ("thinker", "talker", "code2wav")
+_USUAL_STD = 0.02  # where a part's config names none
 CHILDREN = ("audio_encoder", "vision_encoder", *PARTS)  # the encoders come and go with the Thinker
+BUILDERS: dict[type, Callable[[Any], nn.Module]] = {  # what a part's config makes
+    AudioEncoderConfig: AudioEncoder,
+    VisionEncoderConfig: VisionEncoder,
+    TalkerConfig: Talker,
+    Code2WavConfig: Code2Wav,
+    WhisperAudioEncoderConfig: WhisperAudioEncoder,
+    WindowVisionEncoderConfig: WindowVisionEncoder,
+    DenseTalkerConfig: SingleCodebookTalker,
+    Token2WavConfig: Token2Wav,
+}
 
 
 class OmniModel(nn.Module):
@@ -91,15 +110,15 @@ class OmniModel(nn.Module):
         c, t = config.thinker_config, config.talker_config
         accept = t.accept_hidden_layer if t is not None and speaks else None
         if audio_encoder is None and thinks and c.audio_config is not None:
-            audio_encoder = AudioEncoder(c.audio_config)
+            audio_encoder = _build(c.audio_config)
         if vision_encoder is None and thinks and c.vision_config is not None:
-            vision_encoder = VisionEncoder(c.vision_config)
+            vision_encoder = _build(c.vision_config)
         if thinker is None and thinks:
             thinker = Thinker(c, accept)
         if talker is None and speaks and "talker" in parts and t is not None:
-            talker = Talker(t)
+            talker = _build(t)
         if code2wav is None and speaks and "code2wav" in parts and config.code2wav_config is not None:
-            code2wav = Code2Wav(config.code2wav_config)
+            code2wav = _build(config.code2wav_config)
         self.audio_encoder, self.vision_encoder = audio_encoder, vision_encoder
         self.thinker, self.talker, self.code2wav = thinker, talker, code2wav
         for name, part in self.named_children():
@@ -117,7 +136,12 @@ class OmniModel(nn.Module):
             "talker": c.talker_config and c.talker_config.text_config,
             "code2wav": c.code2wav_config,
         }
-        return lambda name: configs[part].initializer_range
+        return lambda name: getattr(configs[part], "initializer_range", _USUAL_STD)
+
+    @property
+    def key_table(self) -> KeyTable:
+        """How this family's files name the weights."""
+        return KEY_TABLES[self.config.model_type]
 
     @property
     def device(self) -> torch.device:
@@ -318,8 +342,8 @@ class OmniModel(nn.Module):
         with MetaBuild():
             model = cls(config, parts)
         model.load_report = load_weights(
-            model, folder, dtype=dtype, device=device, device_map=device_map, strict=strict, adapter=adapter,
-            offload_folder=offload_folder, quantize=quantize,
+            model, folder, table=model.key_table, dtype=dtype, device=device, device_map=device_map, strict=strict,
+            adapter=adapter, offload_folder=offload_folder, quantize=quantize,
             initialise=model._initialise_only, config_dtype=config.dtype,
         )  # fmt: skip
         path = folder / "generation_config.json"
@@ -355,7 +379,11 @@ class OmniModel(nn.Module):
                 (target / "generation_config.json").write_text(text, encoding="utf-8")
             if self.processor is not None:
                 self.processor.save_pretrained(target)
-            save_weights(self, target, max_shard_size=max_shard_size, experts=experts)
+            save_weights(self, target, table=self.key_table, max_shard_size=max_shard_size, experts=experts)
+
+
+def _build(config: Any) -> nn.Module:
+    return BUILDERS[type(config)](config)
 
 
 def _check_parts(parts: Sequence[str]) -> tuple[str, ...]:

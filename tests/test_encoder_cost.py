@@ -10,17 +10,22 @@ import math
 from typing import Any
 
 import pytest
+import test_whisper_audio
+import test_window_vision
 import torch
 from test_streaming_encoders import AUDIO, VISION, make_audio_encoder, noise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from omni.config import AudioEncoderConfig, VisionEncoderConfig
+from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from omni.encoders import audio, vision
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.mel import LogMel, compress, running_level
 from omni.encoders.resample import StreamingResampler
 from omni.encoders.vision import VisionEncoder
+from omni.encoders.whisper_audio import WhisperAudioEncoder
+from omni.encoders.window_vision import WindowVisionEncoder
 from omni.layers.packing import PackedBlocks
 
 GRIDS = [(1, 4, 6), (3, 2, 2), (1, 6, 4), (2, 4, 6)]
@@ -44,15 +49,19 @@ def patches() -> Tensor:
 
 @torch.no_grad()
 def test_encoders_stay_on_the_device_and_never_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VisionEncoder, "_check", lambda self, pixels, grids: grids)  # grids are read there, once
+    for kind in (VisionEncoder, WindowVisionEncoder):
+        monkeypatch.setattr(kind, "_check", lambda self, pixels, grids: grids)  # grids are read there, once
     with FakeTensorMode():
         with torch.device("cuda"):
             hear = AudioEncoder(AudioEncoderConfig.from_dict(AUDIO))
             see = VisionEncoder(VisionEncoderConfig.from_dict(VISION))
+            hear_blocks = WhisperAudioEncoder(WhisperAudioEncoderConfig.from_dict(test_whisper_audio.SIZES))
+            see_windows = WindowVisionEncoder(WindowVisionEncoderConfig.from_dict(test_window_vision.SIZES))
             clips, pixels = torch.randn(3, 16, 150), torch.randn(len(patches()), 96)
         heard, seen = hear(clips, [150, 7, 70]), see(pixels, GRIDS)
-        assert {x.device.type for x in (heard.embeds, seen.embeds, *seen.taps)} == {"cuda"}
-        assert len(heard.embeds) == sum(heard.lengths) and len(seen.embeds) == sum(seen.lengths)
+        outs = (heard, seen, hear_blocks(clips, [150, 7, 70]), see_windows(pixels, GRIDS))
+        assert {x.device.type for out in outs for x in (out.embeds, *out.taps)} == {"cuda"}
+        assert all(len(out.embeds) == sum(out.lengths) for out in outs)
         with pytest.raises(DataDependentOutputException):  # what the test relies on
             heard.embeds.sum().item()
 

@@ -22,7 +22,7 @@ LEVELS = (
     ("config",),
     ("rope",),
     ("layers",),
-    ("encoders", "thinker", "talker", "code2wav"),
+    ("encoders", "thinker", "talker", "code2wav", "token2wav"),
     ("processing", "checkpoint"),
     ("generation",),
     ("model",),
@@ -32,7 +32,11 @@ LEVELS = (
 LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups}
 GROUP = {
     "config_decoder": "config",
+    "config_qwen2_5": "config",
+    "config_positions": "config",
+    "config_qwen2_5_decoder": "config",
     "config_reading": "config",
+    "config_token2wav": "config",
     "keywords": "config",
     "bench": "cli",
     "demo": "cli",

@@ -120,4 +120,27 @@ QWEN3_OMNI = KeyTable(
     parts=("thinker", "talker", "code2wav"),
 )
 
-KEY_TABLES = {"qwen3_omni_moe": QWEN3_OMNI}  # by model_type
+_DIT, _BIGVGAN = "token2wav.code2wav_dit_model.", "token2wav.code2wav_bigvgan_model."
+QWEN2_5_OMNI = KeyTable(
+    renames=(
+        ("audio_encoder.", "thinker.audio_tower."),
+        ("vision_encoder.", "thinker.visual."),
+        ("thinker.lm_head.", "thinker.lm_head."),
+        ("thinker.", "thinker.model."),
+        ("talker.input_projection.", "talker.thinker_to_talker_proj."),
+        ("talker.codec_head.", "talker.codec_head."),
+        ("talker.codec_embedding.", "talker.model.embed_tokens."),
+        ("talker.", "talker.model."),
+        ("code2wav.dit.code_embed.", f"{_DIT}text_embed.codec_embed."),
+        ("code2wav.dit.input_proj.", f"{_DIT}input_embed.proj."),
+        ("code2wav.dit.speaker_encoder.", f"{_DIT}input_embed.spk_encoder."),
+        ("code2wav.dit.blocks.", f"{_DIT}transformer_blocks."),
+        ("code2wav.dit.", _DIT),
+        ("code2wav.bigvgan.", _BIGVGAN),
+    ),
+    also_read=QWEN3_OMNI.also_read,
+    derived=(*QWEN3_OMNI.derived, ".upsample.filter", ".downsample.filter"),
+    parts=("thinker", "talker", "token2wav"),
+)
+
+KEY_TABLES = {"qwen3_omni_moe": QWEN3_OMNI, "qwen2_5_omni": QWEN2_5_OMNI}  # by model_type

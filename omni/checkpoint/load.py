@@ -104,7 +104,8 @@ def load_weights(
 ) -> LoadReport:
     """Fill every parameter and persistent buffer of `model` from the safetensors files in `folder`.
 
-    dtype: of all floating tensors; "auto" is `config_dtype`, else that of the files' first one. device: None is CUDA if
+    dtype: of all floating tensors but those of modules that say `always_float32`; "auto" is `config_dtype`, else that
+    of the files' first one. device: None is CUDA if
     present, else the CPU. device_map: accelerate's, instead of `device`; weights it puts on "disk" go to
     `offload_folder`. adapter: a PEFT folder, merged at the end. quantize: the low precision of `quantize_parts` (see
     `Quantizer`), each tensor rounded as soon as it is complete, or at the end where an adapter is merged first.
@@ -244,6 +245,9 @@ class _Filler:
     ) -> None:
         self.quantizer = quantizer
         self.model, self.targets, self.dtype, self.places, self.offload = model, targets, dtype, places, offload
+        self.in_float32 = tuple(
+            f"{name}." for name, module in model.named_modules() if getattr(module, "always_float32", False)
+        )
         self.names: dict[int, list[str]] = defaultdict(list)  # tied tensors are one object under several names
         for name, target in targets.items():
             self.names[id(target)].append(name)
@@ -298,7 +302,9 @@ class _Filler:
 
     def _allocate(self, name: str) -> Tensor:
         target = self.targets[name]
-        dtype = self.dtype if target.is_floating_point() else target.dtype
+        dtype = target.dtype
+        if target.is_floating_point():
+            dtype = torch.float32 if name.startswith(self.in_float32) else self.dtype
         place = device_of(name, self.places)
         try:
             return torch.empty(target.shape, dtype=dtype, device="cpu" if place == "disk" else place)

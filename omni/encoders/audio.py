@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.config import AudioEncoderConfig
-from omni.encoders.checks import check_open
+from omni.config_qwen2_5 import WhisperAudioEncoderConfig
+from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
 from omni.encoders.output import EncoderOutput
 from omni.layers.attention_backends import packed_attention
 from omni.layers.packing import BlockPasses, PackedBlocks
@@ -58,13 +59,13 @@ def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
 
 
 class AudioAttention(nn.Module):
-    """Multi-head self-attention inside consecutive blocks of a packed row; all projections have biases."""
+    """Multi-head self-attention inside consecutive blocks of a packed row; `key_bias`: AuT has one, Whisper has not."""
 
-    def __init__(self, config: AudioEncoderConfig) -> None:
+    def __init__(self, config: AudioEncoderConfig | WhisperAudioEncoderConfig, *, key_bias: bool = True) -> None:
         super().__init__()
         self.heads = config.encoder_attention_heads
         self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model, bias=key_bias)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
@@ -77,9 +78,9 @@ class AudioAttention(nn.Module):
 class AudioLayer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: AudioEncoderConfig) -> None:
+    def __init__(self, config: AudioEncoderConfig | WhisperAudioEncoderConfig, *, key_bias: bool = True) -> None:
         super().__init__()
-        self.self_attn = AudioAttention(config)
+        self.self_attn = AudioAttention(config, key_bias=key_bias)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.fc1 = nn.Linear(config.d_model, config.encoder_ffn_dim)
         self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
@@ -95,20 +96,38 @@ class AudioLayer(nn.Module):
         return x
 
 
-@dataclass
-class AudioEncoderState(State):
-    """One clip's open attention window. `frames` mel frames of the clip have come in.
+@dataclass(kw_only=True)
+class ClipState(State):
+    """A clip that comes in pieces. `frames` of its mel frames have come in.
 
-    tail [M, chunk]: its first `held` columns are the frames of the chunk that is not complete;
-    tokens [window, D]: its first `filled` rows are the convolved tokens of the complete chunks.
+    tail [M, chunk]: its first `held` columns are the frames of the chunk that is not complete.
     """
 
     tail: Tensor
-    tokens: Tensor
     held: int = 0
-    filled: int = 0
     frames: int = 0
     finished: bool = False
+
+    def take(self, features: Tensor) -> Tensor:
+        """The next frames [M, n] -> the frames [M, chunks * chunk] of the chunks that they complete."""
+        chunk = self.tail.shape[1]
+        self.frames += features.shape[1]
+        features = torch.cat((self.tail[:, : self.held], features.to(self.tail)), dim=1)
+        whole = features.shape[1] // chunk * chunk
+        self.held = features.shape[1] - whole
+        self.tail[:, : self.held] = features[:, whole:]
+        return features[:, :whole]
+
+
+@dataclass(kw_only=True)
+class AudioEncoderState(ClipState):
+    """One clip's open attention window.
+
+    tokens [window, D]: its first `filled` rows are the convolved tokens of the complete chunks.
+    """
+
+    tokens: Tensor
+    filled: int = 0
 
 
 class AudioEncoder(nn.Module):
@@ -137,8 +156,7 @@ class AudioEncoder(nn.Module):
         Raises TypeError for what is not a number, ValueError unless it is a positive multiple of one chunk (1 s).
         """
         chunk_s = self.config.chunk_frames / FRAMES_HZ
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            raise TypeError(f"an attention window is a number of seconds, got {seconds!r}")
+        check_seconds(seconds)
         chunks = round(seconds / chunk_s) if math.isfinite(seconds) else 0
         if chunks < 1 or abs(chunks * chunk_s - seconds) > 1e-6 * seconds:
             raise ValueError(
@@ -186,20 +204,11 @@ class AudioEncoder(nn.Module):
         Raises ValueError for features of another shape and for a finished clip; the state is then as it was.
         """
         check_open(state.finished)
-        if features.dim() != 2 or features.shape[0] != self.config.num_mel_bins:
-            raise ValueError(
-                f"audio features of a step must be [{self.config.num_mel_bins} mel bins, frames], "
-                f"got shape {list(features.shape)}"
-            )
-        chunk = self.config.chunk_frames
-        state.frames += features.shape[1]
-        features = torch.cat((state.tail[:, : state.held], features.to(state.tail)), dim=1)
-        whole = features.shape[1] // chunk * chunk
-        state.held = features.shape[1] - whole
-        state.tail[:, : state.held] = features[:, whole:]
-        if not whole:
+        check_frames(features, self.config.num_mel_bins)
+        whole = state.take(features)
+        if not whole.shape[1]:
             return self._no_embeds()
-        return self._fill_window(self._convolve(cut_chunks(features[:, :whole], chunk)).flatten(0, 1), state)
+        return self._fill_window(self._convolve(cut_chunks(whole, self.config.chunk_frames)).flatten(0, 1), state)
 
     @torch.no_grad()
     def finish(self, state: AudioEncoderState) -> Tensor:
@@ -207,9 +216,7 @@ class AudioEncoder(nn.Module):
 
         Raises ValueError for a clip without frames; the state is then as it was.
         """
-        check_open(state.finished)
-        if not state.frames:
-            raise ValueError("an audio clip of 0 mel frames has no tokens; it must have at least 1 frame")
+        check_end(state.frames, state.finished)
         tokens = state.tokens[: state.filled]
         if state.held:
             # As in `_tokens`: a clip of one short chunk is not padded; a tail chunk is.
@@ -289,20 +296,7 @@ class AudioEncoder(nn.Module):
 
     def _check(self, features: Tensor, lengths: Tensor | Sequence[int]) -> list[int]:
         """The lengths as a list, after checking them against the features."""
-        if features.dim() != 3 or features.shape[1] != self.config.num_mel_bins:
-            raise ValueError(
-                f"audio features must be [clips, {self.config.num_mel_bins} mel bins, frames], "
-                f"got shape {list(features.shape)}"
-            )
-        frames = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
-        if len(frames) != features.shape[0]:
-            raise ValueError(f"{features.shape[0]} audio clips need as many lengths, got {len(frames)}")
-        for clip, n in enumerate(frames):
-            if not 1 <= n <= features.shape[2]:
-                raise ValueError(
-                    f"length of audio clip {clip} is {n} mel frames; it must lie in 1..{features.shape[2]}"
-                )
-        return frames
+        return check_clips(features, lengths, self.config.num_mel_bins)
 
 
 def cut_chunks(clip: Tensor, width: int) -> Tensor:

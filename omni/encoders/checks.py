@@ -1,10 +1,16 @@
-"""What the streaming encoders refuse, in the same words for a whole clip and for a piece of one."""
+"""What the encoders refuse, in the same words for a whole clip and for a piece of one, and in both model families."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from omni.config import VisionEncoderConfig
+from omni.config_qwen2_5 import WindowVisionEncoderConfig
+
+Grid = tuple[int, int, int]
 _MAX_SAMPLE = 1e15  # the squares that a spectrum adds up must stay within fp32
 
 
@@ -32,3 +38,61 @@ def check_open(finished: bool) -> None:
     """Raise ValueError for a clip whose end has been taken."""
     if finished:
         raise ValueError("this clip is finished and takes no more input; start the next one with init_state()")
+
+
+def check_end(frames: int, finished: bool) -> None:
+    """Raise ValueError for a clip that cannot end here: its end has been taken, or it has no frames."""
+    check_open(finished)
+    if not frames:
+        raise ValueError("an audio clip of 0 mel frames has no tokens; it must have at least 1 frame")
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise TypeError unless an attention window is given as a number."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"an attention window is a number of seconds, got {seconds!r}")
+
+
+def check_frames(features: Tensor, num_mel_bins: int) -> None:
+    """Raise ValueError unless a step's features are [M, n]."""
+    if features.dim() != 2 or features.shape[0] != num_mel_bins:
+        raise ValueError(
+            f"audio features of a step must be [{num_mel_bins} mel bins, frames], got shape {list(features.shape)}"
+        )
+
+
+def check_clips(features: Tensor, lengths: Tensor | Sequence[int], num_mel_bins: int) -> list[int]:
+    """The lengths of clips as a list, after checking them against the features [C, M, F]. Raises ValueError."""
+    if features.dim() != 3 or features.shape[1] != num_mel_bins:
+        raise ValueError(
+            f"audio features must be [clips, {num_mel_bins} mel bins, frames], got shape {list(features.shape)}"
+        )
+    frames = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+    if len(frames) != features.shape[0]:
+        raise ValueError(f"{features.shape[0]} audio clips need as many lengths, got {len(frames)}")
+    for clip, n in enumerate(frames):
+        if not 1 <= n <= features.shape[2]:
+            raise ValueError(f"length of audio clip {clip} is {n} mel frames; it must lie in 1..{features.shape[2]}")
+    return frames
+
+
+def check_patches(
+    pixels: Tensor, grid_thw: Tensor, config: VisionEncoderConfig | WindowVisionEncoderConfig
+) -> list[Grid]:
+    """The grids as numbers, after checking them against the pixel rows. Raises ValueError."""
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    if pixels.dim() != 2 or pixels.shape[1] != width:
+        raise ValueError(f"pixels must be patches [N, {width}], got shape {list(pixels.shape)}")
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+        raise ValueError(f"grid_thw must be [items, 3] of (t, h, w) in patches, got shape {list(grid_thw.shape)}")
+    grids = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
+    merge = config.spatial_merge_size
+    for item, (t, h, w) in enumerate(grids):
+        if min(t, h, w) < 1 or h % merge or w % merge:
+            raise ValueError(
+                f"grid {item} is (t, h, w) = ({t}, {h}, {w}); all must be positive, h and w multiples of {merge}"
+            )
+    patches = sum(t * h * w for t, h, w in grids)
+    if patches != pixels.shape[0]:
+        raise ValueError(f"the grids describe {patches} patches, but there are {pixels.shape[0]} pixel rows")
+    return grids

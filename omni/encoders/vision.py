@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.config import VisionEncoderConfig
+from omni.config_qwen2_5 import WindowVisionEncoderConfig
+from omni.encoders.checks import Grid, check_patches
 from omni.encoders.output import EncoderOutput
 from omni.layers.attention_backends import packed_attention
 from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.rope.rotary import AxialRotary, apply_rotary
 
-Grid = tuple[int, int, int]
 Tables = tuple[Tensor, Tensor]
 _PATCHES_AT_ONCE = 8192  # bounds the memory of the blocks (8 megapixels of pictures, 16 of video)
 
@@ -43,14 +44,21 @@ def patch_coordinates(height: int, width: int, merge: int, device: torch.device)
 class PatchEmbed(nn.Module):
     """Linear embedding of a patch. The checkpoint holds a Conv3d; its kernel spans the patch, so it is one product."""
 
-    def __init__(self, config: VisionEncoderConfig) -> None:
+    def __init__(self, config: VisionEncoderConfig | WindowVisionEncoderConfig, *, bias: bool = True) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [N, channels * 2 * 16 * 16] -> [N, C], in the dtype and on the device of the weights."""
+        """pixels [N, channels * frames * side * side] -> [N, C], in the dtype and on the device of the weights."""
         return F.linear(pixels.to(self.proj.weight), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def rotate_and_attend(q: Tensor, k: Tensor, v: Tensor, tables: Tables, blocks: PackedBlocks) -> Tensor:
+    """Attention with rotary positions inside each block: q, k, v [N, H, hd], tables fp32 [N, hd] -> [N, C]."""
+    cos, sin = (table[:, None] for table in tables)
+    q, k = (apply_rotary(y[:, :, None], cos, sin)[:, :, 0] for y in (q, k))  # as N rows of one token: no transposes
+    return packed_attention(q, k, v, blocks).flatten(1)
 
 
 class VisionAttention(nn.Module):
@@ -65,9 +73,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, tables: Tables, blocks: PackedBlocks) -> Tensor:
         """x [N, C] -> [N, C]; tables fp32 [N, hd]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [N, H, hd]
-        cos, sin = (table[:, None] for table in tables)
-        q, k = (apply_rotary(y[:, :, None], cos, sin)[:, :, 0] for y in (q, k))  # as N rows of one token: no transposes
-        return self.proj(packed_attention(q, k, v, blocks).flatten(1))
+        return self.proj(rotate_and_attend(q, k, v, tables, blocks))
 
 
 class VisionMLP(nn.Module):
@@ -84,14 +90,16 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer of width C around the attention and the MLP of a family."""
 
-    def __init__(self, config: VisionEncoderConfig) -> None:
+    def __init__(
+        self, width: int, attn: nn.Module, mlp: nn.Module, *, norm: Callable[..., nn.Module] = nn.LayerNorm
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.attn = VisionAttention(config)
-        self.mlp = VisionMLP(config)
+        self.norm1 = norm(width, eps=1e-6)
+        self.norm2 = norm(width, eps=1e-6)
+        self.attn = attn
+        self.mlp = mlp
 
     def forward(self, x: Tensor, tables: Tables, blocks: PackedBlocks) -> Tensor:
         """x [N, C] -> [N, C]."""
@@ -102,11 +110,17 @@ class VisionBlock(nn.Module):
 class PatchMerger(nn.Module):
     """m * m neighbouring patches [N, C] -> one token [N / m^2, D_out]; normalised before or after they are joined."""
 
-    def __init__(self, config: VisionEncoderConfig, *, norm_joined: bool) -> None:
+    def __init__(
+        self,
+        config: VisionEncoderConfig | WindowVisionEncoderConfig,
+        *,
+        norm_joined: bool,
+        norm: Callable[..., nn.Module] = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         self.norm_joined = norm_joined
         self.joined = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = nn.LayerNorm(self.joined if norm_joined else config.hidden_size, eps=1e-6)
+        self.ln_q = norm(self.joined if norm_joined else config.hidden_size, eps=1e-6)
         self.mlp = nn.Sequential(
             nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, config.out_hidden_size)
         )
@@ -115,6 +129,12 @@ class PatchMerger(nn.Module):
         if self.norm_joined:
             return self.mlp(self.ln_q(x.reshape(-1, self.joined)))
         return self.mlp(self.ln_q(x).reshape(-1, self.joined))
+
+
+def for_each_size(steps: list[tuple[int, int]], numbers: list[int], make: Callable[[int, int], Tensor]) -> Tensor:
+    """What `make` gives for the size of each of some grid steps [rows, …], made once a size."""
+    made = {size: make(*size) for size in {steps[i] for i in numbers}}
+    return torch.cat([made[steps[i]] for i in numbers])
 
 
 class VisionEncoder(nn.Module):
@@ -126,7 +146,9 @@ class VisionEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.rotary = AxialRotary(config.hidden_size // config.num_heads, config.theta)
-        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList(
+            [VisionBlock(config.hidden_size, VisionAttention(config), VisionMLP(config)) for _ in range(config.depth)]
+        )
         self.merger = PatchMerger(config, norm_joined=False)
         taps = config.deepstack_visual_indexes
         self.merger_list = nn.ModuleList([PatchMerger(config, norm_joined=True) for _ in taps])
@@ -152,8 +174,8 @@ class VisionEncoder(nn.Module):
         outs = []
         for numbers in passes:
             x = torch.cat([self.patch_embed(run) for run in passes.runs(pixels, numbers)])
-            x = x + self._for_each(steps, numbers, self._learned_positions)
-            cos, sin = self._for_each(steps, numbers, self._rotary_tables).unbind(1)  # each fp32 [N, hd]
+            x = x + for_each_size(steps, numbers, self._learned_positions)
+            cos, sin = for_each_size(steps, numbers, self._rotary_tables).unbind(1)  # each fp32 [N, hd]
             outs.append(self._transform(x, (cos, sin), PackedBlocks([sizes[i] for i in numbers], x.device)))
         merged = self.config.spatial_merge_size**2
         embeds, *taps = (passes.join(parts, merged) for parts in zip(*outs))
@@ -168,12 +190,6 @@ class VisionEncoder(nn.Module):
             if i in tap_of:
                 taps.append(self.merger_list[tap_of[i]](x))
         return [self.merger(x), *taps]
-
-    @staticmethod
-    def _for_each(steps: list[tuple[int, int]], numbers: list[int], make: Callable[[int, int], Tensor]) -> Tensor:
-        """What `make` gives for the size of each of some grid steps [rows, …], made once a size."""
-        made = {size: make(*size) for size in {steps[i] for i in numbers}}
-        return torch.cat([made[steps[i]] for i in numbers])
 
     def _rotary_tables(self, height: int, width: int) -> Tensor:
         """(cos, sin) of a grid step: fp32 [h * w, 2, hd]."""
@@ -190,20 +206,4 @@ class VisionEncoder(nn.Module):
 
     def _check(self, pixels: Tensor, grid_thw: Tensor) -> list[Grid]:
         """The grids as numbers, after checking them against the pixel rows."""
-        config = self.config
-        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        if pixels.dim() != 2 or pixels.shape[1] != width:
-            raise ValueError(f"pixels must be patches [N, {width}], got shape {list(pixels.shape)}")
-        if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
-            raise ValueError(f"grid_thw must be [items, 3] of (t, h, w) in patches, got shape {list(grid_thw.shape)}")
-        grids = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
-        merge = config.spatial_merge_size
-        for item, (t, h, w) in enumerate(grids):
-            if min(t, h, w) < 1 or h % merge or w % merge:
-                raise ValueError(
-                    f"grid {item} is (t, h, w) = ({t}, {h}, {w}); all must be positive, h and w multiples of {merge}"
-                )
-        patches = sum(t * h * w for t, h, w in grids)
-        if patches != pixels.shape[0]:
-            raise ValueError(f"the grids describe {patches} patches, but there are {pixels.shape[0]} pixel rows")
-        return grids
+        return check_patches(pixels, grid_thw, self.config)

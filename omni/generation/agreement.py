@@ -159,7 +159,7 @@ def _talker_inputs(model: OmniModel, prompt: Prompt, row: int, hidden: Tensor, s
     prefix = assistant_prefix(talker, text[:3], text[3], text[4], text[5], speech.speaker)
     frames = talker.embed_frames(codes[:-1]) + text[6:]
     user, segments = user_part(model, prompt, hidden, row)
-    positions, start = prompt_positions(segments, talker.config.position_id_per_seconds)
+    positions, start = prompt_positions(segments, talker.config.position_rule)
     highest = max(float(positions.max()) if len(user) else 0.0, start + PREFIX_LENGTH - 1)
     steps = torch.cat((start + torch.arange(PREFIX_LENGTH), highest + 1 + torch.arange(len(frames))))
     places = torch.cat((positions, steps.expand(3, -1)), dim=1).to(codes.device, torch.float32)

@@ -71,10 +71,15 @@ def wants_audio(model: OmniModel, return_audio: bool | None) -> bool:
     if return_audio is not None and not isinstance(return_audio, bool):
         raise TypeError(f"return_audio must be True, False or None, got {return_audio!r}")
     if return_audio is None:
-        return model.talker is not None
+        return_audio = model.talker is not None
     if return_audio:
         model.require("talker")
-    return bool(return_audio)
+        if getattr(model.talker, "reads_replies", False):
+            raise ValueError(
+                "this family answers in text only so far: its Talker needs hidden states of the reply, which are not "
+                "handed on yet; pass return_audio=False, or load parts=['thinker']"
+            )
+    return return_audio
 
 
 def _check_tts_ids(model: OmniModel) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omni.config_positions import PositionRule
 from omni.generation.rows import Rows
 from omni.rope.positions import Segment, segment_positions
 
@@ -121,7 +122,7 @@ class Conversation:
 
     def write(self, ids: list[int], segment: Segment, embeds: Tensor, taps: Tensor | None = None) -> None:
         """Read a whole media segment: embeds [n, D], taps [n_taps, n, D]."""
-        offsets, length = segment_positions(segment, 0.0, self._rate)
+        offsets, length = segment_positions(segment, 0.0, self._rule)
         self.write_at(ids, offsets, embeds, taps)
         self.move_on(length)
 
@@ -266,5 +267,5 @@ class Conversation:
         return before - len(self.ids)
 
     @property
-    def _rate(self) -> float:
-        return self.model.config.thinker_config.position_id_per_seconds
+    def _rule(self) -> PositionRule:
+        return self.model.config.thinker_config.position_rule

@@ -17,7 +17,7 @@ from omni.generation.steps import Steps
 from omni.layers.cache import KVCache
 from omni.layers.decoder_state import DecoderState
 from omni.layers.state import State
-from omni.talker.talker import Talker
+from omni.talker.decoder import TalkerDecoder
 from omni.thinker.thinker import Thinker
 
 
@@ -44,7 +44,7 @@ class SpeechState(State):
     """Where the Talker stands.
 
     logits [B, C] and hidden [B, D] of the next frame, codes seen bool [B, C] in this turn, frames drawn [B]; frame
-    [B, D], the embedding sum of the frame that waits to be read.
+    [B, Di], the embedding sum of the frame that waits to be read, as wide as the Talker's inputs.
     """
 
     decoder: DecoderState
@@ -56,7 +56,7 @@ class SpeechState(State):
     frame: Tensor
 
     @classmethod
-    def create(cls, talker: Talker, rows: int, capacity: int) -> SpeechState:
+    def create(cls, talker: TalkerDecoder, rows: int, capacity: int) -> SpeechState:
         """Nothing read yet."""
         weight = talker.codec_head.weight
         logits, hidden = weight.new_zeros(rows, weight.shape[0]), weight.new_zeros(rows, weight.shape[1])
@@ -67,7 +67,7 @@ class SpeechState(State):
             hidden=hidden,
             seen=torch.zeros_like(logits, dtype=torch.bool),
             steps=torch.zeros(rows, dtype=torch.int64, device=weight.device),
-            frame=torch.zeros_like(hidden),
+            frame=weight.new_zeros(rows, talker.codec_embedding.embedding_dim),
         )
 
 
@@ -88,7 +88,7 @@ def read_token(steps: Steps, thinker: Thinker, state: TextState, ids: Tensor, ac
 
 def draw_frame(
     steps: Steps,
-    talker: Talker,
+    talker: TalkerDecoder,
     state: SpeechState,
     codes: RowSampling,
     residual: RowSampling,
@@ -116,7 +116,7 @@ def draw_frame(
 
 
 def read_frame(
-    steps: Steps, talker: Talker, state: SpeechState, text: Tensor, active: Tensor, span: int | None
+    steps: Steps, talker: TalkerDecoder, state: SpeechState, text: Tensor, active: Tensor, span: int | None
 ) -> None:
     """The Talker reads the frame that waits and the text vectors [B, D] that follow it."""
     logits, hidden = steps.talker(talker, state.frame + text, state.decoder, span)

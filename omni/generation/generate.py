@@ -146,7 +146,7 @@ def _read_user_part(rows: Rows, prompt: Prompt, hidden: Tensor, row: int, turn: 
     """Give the Talker the user's turns; the assistant's part follows with the first word of the reply."""
     model = rows.model
     embeds, segments = user_part(model, prompt, hidden, row)
-    positions, turn.speech_start = prompt_positions(segments, model.talker.config.position_id_per_seconds)
+    positions, turn.speech_start = prompt_positions(segments, model.talker.config.position_rule)
     if len(embeds):
         turn.speech_highest = float(positions.max())
         rows.read_speech(row, embeds, positions.to(embeds.device))

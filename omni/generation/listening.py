@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni.config_positions import PositionRule
 from omni.encoders.resample import StreamingResampler
 from omni.generation.conversation import Conversation
 from omni.processing.processor import OmniProcessor
@@ -161,12 +162,13 @@ class OpenVideo:
         ear = None if self.ear is None else self.ear.clone()
         return replace(self, ear=ear, frames=list(self.frames), grids=deque(self.grids), sounds=deque(self.sounds))
 
-    def write(self, conversation: Conversation, tokens: Any, rate: float, *, closing: bool = False) -> None:
+    def write(self, conversation: Conversation, tokens: Any, rule: PositionRule, *, closing: bool = False) -> None:
         """Write, in the order of time, all that nothing still to come can precede."""
+        rate = rule.rate
         while self.grids or self.sounds:
             due = bool(self.grids) and (self.ear is None or self.grids[0][0] * rate <= self.heard)
             if due or (self.grids and closing and not self.sounds):
-                self._write_grid(conversation, tokens.video, rate)
+                self._write_grid(conversation, tokens.video, rule)
             elif self.sounds and (closing or self.heard < self._next_grid_s() * rate):
                 self._write_sound(conversation, tokens.audio, rate, closing=closing)
             else:
@@ -178,9 +180,9 @@ class OpenVideo:
             return self.grids[0][0]
         return self.frames[0][0] - self.first_s if self.frames else self.last_s - self.first_s
 
-    def _write_grid(self, conversation: Conversation, token: int, rate: float) -> None:
+    def _write_grid(self, conversation: Conversation, token: int, rule: PositionRule) -> None:
         time_s, embeds, taps, height, width = self.grids.popleft()
-        offsets, _ = segment_positions(Video((time_s,), height, width), 0.0, rate)
+        offsets, _ = segment_positions(Video((time_s,), height, width), 0.0, rule)
         conversation.write_at([token] * len(embeds), offsets, embeds, taps)
         self._note("video", float(offsets.max()))
 

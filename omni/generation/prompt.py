@@ -63,7 +63,7 @@ def encode_prompt(model: OmniModel, inputs: OmniInputs, *, touch_absent: bool = 
     positions = torch.zeros(3, *ids.shape)
     following = []
     for row, row_segments in enumerate(segments):
-        row_positions, _ = prompt_positions(row_segments, config.position_id_per_seconds)
+        row_positions, _ = prompt_positions(row_segments, config.position_rule)
         positions[:, row, : row_positions.shape[1]] = row_positions
         following.append(reply_position(row_positions))
     next_position = torch.tensor(following, dtype=torch.float32, device=device)

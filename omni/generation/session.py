@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from omni.config_positions import PositionRule
 from omni.generation.arguments import resolve
 from omni.generation.conversation import Conversation, Place
 from omni.generation.events import Event
@@ -133,7 +134,7 @@ class OmniSession:
         tokens = self.processor.tokens
         if self._video is not None and self._video.ear is not None:
             self._video.sounds.extend(self._video.ear.push(wave, sample_rate))
-            self._video.write(self._conversation, tokens, self._rate)
+            self._video.write(self._conversation, tokens, self._rule)
             return
         self._close_video()
         self._write_pending_text()
@@ -183,7 +184,7 @@ class OmniSession:
         video.last_s = float(time_s)
         if len(video.frames) == self.processor.vision.temporal_patch_size:
             self._encode_frames(video)
-        video.write(self._conversation, self.processor.tokens, self._rate)
+        video.write(self._conversation, self.processor.tokens, self._rule)
 
     def _new_ear(self) -> Ear:
         stage = self._conversation.rows.stage
@@ -233,7 +234,7 @@ class OmniSession:
             self._encode_frames(video)
         if video.ear is not None:
             video.sounds.extend(video.ear.finish())
-        video.write(self._conversation, self.processor.tokens, self._rate, closing=True)
+        video.write(self._conversation, self.processor.tokens, self._rule, closing=True)
         self._conversation.move_on(video.tail + 1)
         ends = [self.processor.audio_end_id] if video.ear is not None else []
         self._conversation.write_text([*ends, self.processor.vision_end_id])
@@ -437,5 +438,5 @@ class OmniSession:
         return [self.model.config.im_end_token_id, *self.processor.encode_text("\n")]
 
     @property
-    def _rate(self) -> float:
-        return self.model.config.thinker_config.position_id_per_seconds
+    def _rule(self) -> PositionRule:
+        return self.model.config.thinker_config.position_rule

@@ -22,7 +22,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig, qk_norm: bool) -> None:
         super().__init__()
-        dim, bias = config.hidden_size, config.attention_bias
+        dim, bias = config.hidden_size, config.qkv_bias
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(dim, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, dim, bias=config.output_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
 
@@ -67,9 +67,9 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer around self-attention and any feed-forward module (`SwiGLU` or `MoE`)."""
 
-    def __init__(self, config: DecoderConfig, mlp: nn.Module, qk_norm: bool = True) -> None:
+    def __init__(self, config: DecoderConfig, mlp: nn.Module) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, qk_norm)
+        self.self_attn = SelfAttention(config, config.qk_norm)
         self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer of every decoder."""
+"""The gated feed-forward layer of every decoder, and of the Qwen2.5 vision encoder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch.nn import functional as F
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (Shazeer, 2020). x [..., D] -> [..., D]."""
+    """down(silu(gate(x)) * up(x)), without biases by default (Shazeer, 2020). x [..., D] -> [..., D]."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -130,7 +130,8 @@ class OmniInputs:
         rows = []
         for ids, mask in zip(self.input_ids.tolist(), self.attention_mask.tolist()):
             kept = [token for token, keep in zip(ids, mask) if keep]
-            rows.append(parse_segments(kept, tokens, images, videos, audios))
+            joint_marks = config.position_rule.joint_marks
+            rows.append(parse_segments(kept, tokens, images, videos, audios, joint_marks))
         for kind, rest in (("image", images), ("video", videos), ("audio clip", audios)):
             _check_exhausted(kind, rest)
         with_sound = sum(isinstance(segment, AudioVideo) for row in rows for segment in row)

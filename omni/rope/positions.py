@@ -1,24 +1,29 @@
-"""Segments: what lies where in a prompt, and the TM-RoPE positions that follow (Qwen3-Omni, section 2.2).
+"""Segments: what lies where in a prompt, and the TM-RoPE positions that follow (Qwen3-Omni and Qwen2.5-Omni, 2.2).
 
 A prompt is a list of segments that cover its tokens without gaps. Begin and end tokens of media are `Text`. Positions
-are fp32 [3, T], rows (time, height, width); times of videos are fractional and never rounded.
+are fp32 [3, T], rows (time, height, width). A `PositionRule` says what the families do differently: by default times of
+videos are fractional and never rounded. `rate` is such a rule, or positions a second under the default one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 
+from omni.config_positions import PositionRule
+
 
 @dataclass(frozen=True)
 class Text:
-    """`length` ordinary tokens."""
+    """`length` ordinary tokens; `joint` ones, the marks around a video with sound, share one position."""
 
     length: int
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Video:
 
 @dataclass(frozen=True)
 class AudioVideo:
-    """A video and its sound, token by token in the order of time.
+    """A video and its sound, whose tokens take turns.
 
     `order` says for every token whether it is a video token; None means the order of `interleave`.
     """
@@ -70,6 +75,7 @@ class AudioVideo:
 
 
 Segment = Union[Text, Audio, Image, Video, AudioVideo]
+Rule = Union[PositionRule, float]
 
 
 class MediaTokens(NamedTuple):
@@ -82,25 +88,61 @@ class MediaTokens(NamedTuple):
     vision_start: int
 
 
-def interleave(segment: AudioVideo, rate: float) -> tuple[bool, ...]:
-    """Order of the tokens of a video with sound: True for video. On equal time the video token comes first.
+def interleave(segment: AudioVideo, rate: Rule) -> tuple[bool, ...]:
+    """Order of the tokens of a video with sound: True for video. One audio token takes one position.
 
-    `rate` is positions a second; one audio token takes one position.
+    Token by token in the order of time, the video's first where times are equal; or by chunks of time, each with its
+    video tokens first.
     """
     if segment.order is not None:
         return segment.order
-    tokens = segment.video.height * segment.video.width
+    rule = PositionRule.of(rate)
     order: list[bool] = []
+    if rule.chunk_s is not None:
+        video, audio = _pieces(segment, rule, rule.chunk_s)
+        for seen, heard in zip_longest(video, audio, fillvalue=0):
+            order += [True] * seen + [False] * heard
+        return tuple(order)
+    tokens = segment.video.height * segment.video.width
     heard = 0
     for time in segment.video.times:
-        while heard < segment.audio.length and heard < time * rate:
+        while heard < segment.audio.length and heard < time * rule.rate:
             order.append(False)
             heard += 1
         order.extend([True] * tokens)
     return (*order, *[False] * (segment.audio.length - heard))
 
 
-def placeholder_ids(segment: Segment, tokens: MediaTokens, rate: float) -> list[int]:
+def _pieces(segment: AudioVideo, rule: PositionRule, chunk_s: float) -> tuple[list[int], list[int]]:
+    """Tokens of the video and of its sound in each chunk of time.
+
+    Piece k ends before the first token at or beyond k chunks. So after a gap of more than a chunk there are pieces of
+    one token until their number has caught up with the time (as released).
+    """
+    tokens = segment.video.height * segment.video.width
+    size = int(rule.rate * chunk_s)
+    seen = _places(segment.video, rule).repeat_interleave(tokens).tolist()
+    return _cut(seen, size), _cut(range(segment.audio.length), size)
+
+
+def _cut(places: Sequence[float], size: int) -> list[int]:
+    lengths = [0]
+    for place in places:
+        if place >= size * len(lengths):
+            lengths.append(0)
+        lengths[-1] += 1
+    return lengths
+
+
+def _last_piece(segment: AudioVideo, order: tuple[bool, ...], rule: PositionRule) -> int:
+    """Tokens of a video with sound in its last chunk (of the track that ends it), or after the other track's end."""
+    if rule.chunk_s is not None:
+        pairs = [*zip_longest(*_pieces(segment, rule, rule.chunk_s), fillvalue=0)]
+        return next(length for seen, heard in reversed(pairs) for length in (heard, seen) if length)
+    return next((i for i, video in enumerate(reversed(order)) if video != order[-1]), len(order))
+
+
+def placeholder_ids(segment: Segment, tokens: MediaTokens, rate: Rule) -> list[int]:
     """The token ids that stand for a media segment in the prompt (without begin and end tokens)."""
     if isinstance(segment, Audio):
         return [tokens.audio] * segment.length
@@ -111,6 +153,12 @@ def placeholder_ids(segment: Segment, tokens: MediaTokens, rate: float) -> list[
     if isinstance(segment, AudioVideo):
         return [tokens.video if video else tokens.audio for video in interleave(segment, rate)]
     raise TypeError(f"{type(segment).__name__} has no placeholder")
+
+
+def _places(video: Video, rule: PositionRule) -> Tensor:
+    """fp32 [steps]: positions of a video's times from its beginning."""
+    places = torch.tensor(video.times, dtype=torch.float32) * rule.rate
+    return places.floor() if rule.whole else places
 
 
 def _grid_positions(times: Tensor, height: int, width: int, start: float) -> Tensor:
@@ -128,34 +176,36 @@ def _run(length: int, start: float) -> Tensor:
     return (torch.arange(length, dtype=torch.float32) + torch.tensor(start, dtype=torch.float32)).expand(3, -1)
 
 
-def segment_positions(segment: Segment, start: float, rate: float) -> tuple[Tensor, float]:
+def segment_positions(segment: Segment, start: float, rate: Rule) -> tuple[Tensor, float]:
     """Positions of one segment that begins at `start`, and the position where the next one begins.
 
     The next start is the maximum + 1 of the segment's last piece. In a video with sound that piece is what remains of
-    one track after the other has ended, so a tall frame early on does not push what follows (as released).
+    one track after the other has ended, or the last chunk's part of the track that comes last, so a tall frame early on
+    does not push what follows (as released).
     """
+    rule = PositionRule.of(rate)
     if segment.length == 0:
         return torch.zeros(3, 0), start
-    if isinstance(segment, (Text, Audio)):
+    if isinstance(segment, Text) and segment.joint:
+        positions = _run(1, start).expand(3, segment.length)
+    elif isinstance(segment, (Text, Audio)):
         positions = _run(segment.length, start)
     elif isinstance(segment, Image):
         positions = _grid_positions(torch.zeros(1), segment.height, segment.width, start)
     elif isinstance(segment, Video):
-        times = torch.tensor(segment.times, dtype=torch.float32) * rate
-        positions = _grid_positions(times, segment.height, segment.width, start)
+        positions = _grid_positions(_places(segment, rule), segment.height, segment.width, start)
     else:
-        order = torch.tensor(interleave(segment, rate))
-        video, _ = segment_positions(segment.video, start, rate)
+        turns = interleave(segment, rule)
+        order = torch.tensor(turns)
+        video, _ = segment_positions(segment.video, start, rule)
         positions = torch.empty(3, segment.length)
         positions[:, order] = video
         positions[:, ~order] = _run(segment.audio.length, start)
-        other = torch.where(order != order[-1])[0]
-        tail = int(other[-1]) + 1 if len(other) else 0
-        return positions, float(positions[:, tail:].max()) + 1
+        return positions, float(positions[:, -_last_piece(segment, turns, rule) :].max()) + 1
     return positions, float(positions.max()) + 1
 
 
-def prompt_positions(segments: Sequence[Segment], rate: float, start: float = 0.0) -> tuple[Tensor, float]:
+def prompt_positions(segments: Sequence[Segment], rate: Rule, start: float = 0.0) -> tuple[Tensor, float]:
     """Positions fp32 [3, T] of a prompt and where a further segment of it would begin.
 
     A reply begins elsewhere: see `reply_position`.
@@ -180,7 +230,7 @@ def slice_segments(segments: Sequence[Segment], start: int, stop: int) -> list[S
         first, last = max(start, offset), min(stop, offset + segment.length)
         if first < last:
             if isinstance(segment, Text):
-                kept.append(Text(last - first))
+                kept.append(replace(segment, length=last - first))
             elif last - first == segment.length:
                 kept.append(segment)
             else:
@@ -190,13 +240,19 @@ def slice_segments(segments: Sequence[Segment], start: int, stop: int) -> list[S
 
 
 def parse_segments(
-    ids: Sequence[int], tokens: MediaTokens, images: Iterator[Image], videos: Iterator[Video], audios: Iterator[Audio]
+    ids: Sequence[int],
+    tokens: MediaTokens,
+    images: Iterator[Image],
+    videos: Iterator[Video],
+    audios: Iterator[Audio],
+    joint_marks: bool = False,
 ) -> list[Segment]:
     """Read the segments back from one row of prompt ids (padding removed).
 
     The iterators yield the media in the order in which they stand in the batch. A video is one with sound where its
-    content follows `vision_start, audio_start`; its order is then taken from the ids. Raises ValueError where the ids
-    and the media disagree.
+    content follows `vision_start, audio_start`; its order is then taken from the ids. joint_marks: the two tokens
+    before and the two after such a video share their position (see `PositionRule`). Raises ValueError where the ids and
+    the media disagree.
     """
     segments: list[Segment] = []
     media = {tokens.audio, tokens.image, tokens.video}
@@ -230,9 +286,8 @@ def parse_segments(
                     f"{segment.video.length}"
                 )
             segment = AudioVideo(segment.video, segment.audio, order)
-        if i > text_from:
-            segments.append(Text(i - text_from))
-        segments.append(segment)
+        opens = joint_marks and isinstance(segment, AudioVideo)
+        segments += [*_text_run(i - text_from, segments, opens, joint_marks), segment]
         i += segment.length
         text_from = i
         if i < len(ids) and ids[i] in wanted:
@@ -240,9 +295,16 @@ def parse_segments(
                 f"the prompt has more placeholder tokens at token {i} than its {type(segment).__name__} needs "
                 f"({segment.length}); the ids and the media features do not belong together"
             )
-    if len(ids) > text_from:
-        segments.append(Text(len(ids) - text_from))
-    return segments
+    return segments + _text_run(len(ids) - text_from, segments, False, joint_marks)
+
+
+def _text_run(length: int, before: Sequence[Segment], opens: bool, joint_marks: bool) -> list[Text]:
+    """A run of text after the segments `before`, which may close one video with sound and open another."""
+    closes = joint_marks and bool(before) and isinstance(before[-1], AudioVideo)
+    end = min(2, length) if closes else 0
+    begin = min(2, length - end) if opens else 0
+    runs = (Text(end, joint=True), Text(length - end - begin), Text(begin, joint=True))
+    return [run for run in runs if run.length]
 
 
 def _media_run(ids: Sequence[int], start: int, media: set[int]) -> set[int]:

@@ -1,4 +1,4 @@
-"""The Thinker: a mixture-of-experts decoder with TM-RoPE over text, sound and vision (Qwen3-Omni, section 2.1).
+"""The Thinker: a decoder, dense or of experts, with TM-RoPE over text, sound and vision (Qwen3-Omni, section 2.1).
 
 Shapes: B rows, T new tokens, D width, V vocabulary. Rows are left-aligned: padding, if any, comes after the tokens.
 """
@@ -51,7 +51,7 @@ class Thinker(nn.Module):
         text = config.text_config
         self.config = config
         self.accept_layer = text.num_hidden_layers if accept_layer is None else accept_layer
-        self.rope = rope or TMRope(text.head_size, text.theta, text.mrope_section)
+        self.rope = rope or TMRope.of(text)
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(text, MoE(text) if text.is_sparse(i) else SwiGLU(text.hidden_size, text.intermediate_size))

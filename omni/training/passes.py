@@ -168,7 +168,7 @@ def _lay_out(model: OmniModel, prompt: Prompt, row: int, turn: SpokenTurn) -> _L
     spans = user_spans(ids[: turn.header], c.im_start_token_id, c.user_token_id)
     segments = [s for start, stop in spans for s in slice_segments(prompt.segments[row], start, stop)]
     user = torch.tensor([i for start, stop in spans for i in range(start, stop)], dtype=torch.int64)
-    positions, start = prompt_positions(segments, t.position_id_per_seconds)
+    positions, start = prompt_positions(segments, t.position_rule)
     prefix = start + torch.arange(PREFIX_LENGTH, dtype=torch.float32)
     highest = max(float(positions.max()) if len(user) else -1.0, float(prefix[-1]))
     frames = turn.codes.shape[1]

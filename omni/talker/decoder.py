@@ -1,0 +1,110 @@
+"""What the Talkers of all families share: a decoder that reads vectors and writes the logits of codebook 0.
+
+Shapes: B rows, T tokens or frames, D Talker width, Di width of its inputs, V codec vocabulary, K codebooks. Rows are
+left-aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from omni.layers.cache import LayerCache
+from omni.layers.decoder_layer import Tables, run_layer
+from omni.layers.decoder_state import DecoderState
+from omni.layers.moe import MoE
+from omni.layers.packing import PackedBlocks
+
+
+class TalkerOutput(NamedTuple):
+    """logits [B, T, V] of codebook 0; hidden [B, T, D] after the final norm, which the residual-code head reads."""
+
+    logits: Tensor
+    hidden: Tensor
+    router_logits: list[Tensor] | None = None
+
+
+class TalkerDecoder(nn.Module):
+    """The passes of a Talker; a family's class builds the modules named here."""
+
+    config: Any
+    rope: Callable[[Tensor], Tables]
+    codec_embedding: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    codec_head: nn.Linear
+    mtp: Any  # the residual-code head, or what stands in for it where there is one codebook
+    reads_replies = False  # whether a reply token's hidden state is needed before it is spoken
+
+    def init_state(self, batch_size: int, capacity: int = 256) -> DecoderState:
+        """An empty state for `batch_size` rows; `capacity` positions are reserved, more on demand."""
+        weight = self.codec_embedding.weight
+        return DecoderState.create(self.config.text_config, batch_size, capacity, weight.device, weight.dtype)
+
+    def project_input(self, embeds: Tensor) -> Tensor:
+        """Inputs [..., Di] -> [..., D]; where the two widths are one, nothing is done."""
+        return embeds
+
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        state: DecoderState | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        blocks: PackedBlocks | None = None,
+        with_logits: bool = True,
+        with_router_logits: bool = False,
+    ) -> TalkerOutput:
+        """Read embeds [B, T, Di] at positions fp32 [3, B, T] after what the state holds.
+
+        lengths: inputs of each row, the rest is padding (None: all T). blocks: several turns in one row (B = 1), which
+        do not see each other (training; takes no state). Without `with_logits` they are [B, 0, V].
+        """
+        x = self.project_input(embeds)
+        router_logits: list[Tensor] | None = [] if with_router_logits else None
+        tables = self.rope(positions)
+        cache = state.cache if state is not None else None
+        views: Sequence[LayerCache | PackedBlocks | None] = [blocks] * len(self.layers)
+        assert blocks is None or cache is None, "a packed row is read at once"
+        if cache is not None:
+            cache.reserve(x.shape[1])
+            views = cache.layers(x.shape[1])
+        for layer, view in zip(self.layers, views):
+            x = layer(x, tables, view, router_logits if isinstance(layer.mlp, MoE) else None)
+        if cache is not None:
+            cache.advance(lengths or [x.shape[1]] * x.shape[0])
+        x = self.norm(x)
+        return TalkerOutput(self.codec_head(x if with_logits else x[:, :0]), x, router_logits)
+
+    def step(self, embeds: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """One further frame a row: embeds [B, Di] -> (logits of codebook 0 [B, V], hidden [B, D]).
+
+        Rows where `active` is False stand still; their outputs mean nothing.
+        """
+        moves = [True] * len(embeds) if active is None else list(active)
+        state.cache.reserve(1)
+        logits, hidden = self.decode(embeds, state.step_positions(), state.cache.layers(1))
+        state.step(torch.tensor(moves, device=embeds.device))
+        state.cache.count(moves)
+        return logits, hidden
+
+    def decode(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        run: Callable[..., Tensor] = run_layer,
+    ) -> tuple[Tensor, Tensor]:
+        """The same as a function of tensors alone: embeds [B, Di], positions fp32 [3, B, 1], one view of the cache a
+        layer. The caller counts the frame (`DecoderState.step`, `KVCache.count`); `run` is how a layer is run.
+        """
+        x = self.project_input(embeds)[:, None]
+        tables = self.rope(positions)
+        for layer, cache in zip(self.layers, caches):
+            x = run(layer, x, tables, cache)
+        hidden = self.norm(x)[:, 0]
+        return self.codec_head(hidden), hidden

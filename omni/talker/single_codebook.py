@@ -1,0 +1,97 @@
+"""The Talker over a single codebook: dense, conditioned on the Thinker's states (Qwen2.5-Omni, section 2.3).
+
+Its inputs have the Thinker's width and meet the decoder's through one projection. They are
+
+    prompt    every token, system and earlier turns included: hidden state + token embedding (media: hidden state alone)
+    prefix    the voice's token embedding + codec pad,   first reply token's vector + codec bos
+    frame t   embedding of code t + vector of reply token t + 2 (from 1), then the end of text once, then text padding
+
+where the vector of a reply token is its hidden state + its embedding, so the Thinker has to read a token before it can
+be spoken. The ends of text and of padding are plain embeddings.
+
+Shapes: B rows, N frames, T tokens, D Talker width, Dt Thinker width, V codec vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omni.config_qwen2_5_decoder import DenseTalkerConfig
+from omni.layers.cache import KVCache
+from omni.layers.decoder_layer import DecoderLayer
+from omni.layers.norm import RMSNorm
+from omni.layers.swiglu import SwiGLU
+from omni.rope.tm_rope import TMRope
+from omni.talker.decoder import TalkerDecoder
+
+PREFIX_LENGTH = 2
+
+
+class NoResidualCodes(nn.Module):
+    """Stands in for the residual-code head where a frame has one code: nothing is predicted."""
+
+    lm_head: tuple[nn.Module, ...] = ()
+
+    def init_cache(self, batch_size: int) -> KVCache:
+        """A cache without layers."""
+        return KVCache.create(0, batch_size, 1, 1, 2, torch.device("cpu"), torch.float32)
+
+    def generate(self, hidden: Tensor, first: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As `MTP.generate`: no codes int64 [B, 0], and zero [B, Dt] as the sum of their embeddings."""
+        return torch.zeros(len(first), 0, dtype=torch.int64, device=first.device), torch.zeros_like(first)
+
+
+class SingleCodebookTalker(TalkerDecoder):
+    """Codec embedding, input projection, decoder and codec head."""
+
+    config: DenseTalkerConfig
+    reads_replies = True
+
+    def __init__(self, config: DenseTalkerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = TMRope.of(config)
+        self.input_projection = nn.Linear(config.thinker_hidden_size, config.hidden_size)
+        self.codec_embedding = nn.Embedding(config.vocab_size, config.thinker_hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, SwiGLU(config.hidden_size, config.intermediate_size))
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.codec_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = NoResidualCodes()
+
+    def project_input(self, embeds: Tensor) -> Tensor:
+        return self.input_projection(embeds)
+
+    def suppressed(self) -> Tensor:
+        """bool [V]: codec ids that are never drawn: the begin of speech (as released)."""
+        return self._among([self.config.codec_bos_id])
+
+    def seen_at_first(self) -> Tensor:
+        """bool [V]: codec ids that the repetition penalty counts from the start: those of the prompt (as released)."""
+        return self._among([self.config.codec_mask_id, self.config.codec_pad_id, self.config.codec_bos_id])
+
+    def embed_frames(self, codes: Tensor) -> Tensor:
+        """codes int64 [N, 1] -> each frame's embedding [N, Dt]."""
+        return self.codec_embedding(codes[:, 0])
+
+    def prompt_vectors(self, embeds: Tensor, hidden: Tensor, media: Tensor) -> Tensor:
+        """The prompt as the Talker hears it: embeds and hidden [T, Dt], media bool [T] -> [T, Dt]."""
+        return self.reply_vectors(embeds.masked_fill(media[:, None], 0), hidden)
+
+    def reply_vectors(self, embeds: Tensor, hidden: Tensor) -> Tensor:
+        """Tokens that the Thinker has read: embeds and hidden (after its final norm) [T, Dt] -> [T, Dt]."""
+        return embeds + hidden
+
+    def assistant_prefix(self, voice: Tensor, first: Tensor) -> Tensor:
+        """The two slots before the first frame [2, Dt]: the voice's token embedding [Dt] and the first reply vector."""
+        ids = torch.tensor([self.config.codec_pad_id, self.config.codec_bos_id], device=first.device)
+        return torch.stack((voice, first)) + self.codec_embedding(ids)
+
+    def _among(self, ids: list[int]) -> Tensor:
+        every = torch.arange(self.config.vocab_size, device=self.codec_embedding.weight.device)
+        return (every[:, None] == torch.tensor(ids, device=every.device)).any(1)

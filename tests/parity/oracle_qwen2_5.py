@@ -1,0 +1,93 @@
+"""Random tiny decoders of the second family's reference, and the same in omni."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from oracle import randomise
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SPECIAL = {"audio_token_index": 275, "image_token_index": 265, "video_token_index": 266, "audio_start_token_id": 269}
+SPECIAL |= {"vision_start_token_id": 262, "audio_end_token_id": 270, "vision_end_token_id": 263}
+
+
+def _decoder(rng: random.Random) -> dict[str, Any]:
+    head_dim, kv = rng.choice((8, 16, 24)), rng.choice((1, 2))
+    heads = kv * rng.choice((1, 2, 3))
+    first, second = sorted((rng.randint(0, head_dim // 2), rng.randint(0, head_dim // 2)))
+    section = [first, second - first, head_dim // 2 - second]  # any, also an axis without pairs
+    rope = {"rope_theta": rng.choice((1e4, 1e6)), "mrope_section": section, "rope_type": "default"}
+    return {
+        "num_hidden_layers": rng.randint(1, 3),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": rng.choice((24, 40)),
+        "max_position_embeddings": 4096,
+        "rope_parameters": rope,
+        "head_dim": head_dim,
+    }
+
+
+def config_values(seed: int) -> dict[str, Any]:
+    """A tiny `config.json` of the family: released keys, random sizes."""
+    rng = random.Random(seed)
+    values = json.loads((CONFIGS / "qwen2_5_omni_7b.json").read_text())
+    thinker, talker = values["thinker_config"], values["talker_config"]
+    text = _decoder(rng)
+    del text["head_dim"]  # the Thinker has none of its own
+    values.update(im_start_token_id=257, im_end_token_id=258, user_token_id=277, assistant_token_id=278)
+    values["dtype"] = "float32"
+    thinker.update(**SPECIAL, audio_config=None, vision_config=None)
+    talker.update(
+        **SPECIAL, **_decoder(rng), vocab_size=96, embedding_size=text["hidden_size"],
+        tts_codec_start_token_id=81, tts_codec_end_token_id=82, tts_codec_pad_token_id=80, tts_codec_mask_token_id=84,
+        tts_text_start_token_id=310, tts_text_end_token_id=311, tts_text_pad_token_id=309,
+        speaker_id={"eve": 300, "bob": 301},
+    )  # fmt: skip
+    thinker["text_config"].update(text, vocab_size=320)
+    for decoder in (thinker["text_config"], talker):
+        del decoder["rope_theta"], decoder["rope_scaling"]
+    return values
+
+
+@cache
+def reference_parts(seed: int) -> tuple[Any, Any]:
+    """The reference's Thinker decoder with head, and its Talker: fp32, random weights, evaluation mode."""
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import (
+        Qwen2_5OmniTalkerConfig,
+        Qwen2_5OmniTextConfig,
+    )
+
+    values = copy.deepcopy(config_values(seed))
+    text = Qwen2_5OmniTextConfig(**values["thinker_config"]["text_config"])
+    thinker = torch.nn.Module()
+    thinker.model = modeling.Qwen2_5OmniThinkerTextModel(text)
+    thinker.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+    talker = modeling.Qwen2_5OmniTalkerForConditionalGeneration(Qwen2_5OmniTalkerConfig(**values["talker_config"]))
+    for number, part in enumerate((thinker, talker)):
+        randomise(part.eval(), 10 * seed + number)
+    return thinker, talker
+
+
+@cache
+def converted_parts(seed: int) -> tuple[Any, Any]:
+    """The same Thinker and Talker in omni, by way of the file's key names."""
+    from omni.checkpoint.keys import QWEN2_5_OMNI
+    from omni.config import OmniConfig
+    from omni.talker.single_codebook import SingleCodebookTalker
+    from omni.thinker.thinker import Thinker
+
+    config = OmniConfig.from_dict(config_values(seed))
+    parts = {"thinker": Thinker(config.thinker_config), "talker": SingleCodebookTalker(config.talker_config)}
+    for (name, part), reference in zip(parts.items(), reference_parts(seed)):
+        found = {QWEN2_5_OMNI.slot(f"{name}.{key}").name: value for key, value in reference.state_dict().items()}
+        part.eval().load_state_dict({key.removeprefix(name + "."): value for key, value in found.items()})
+    return parts["thinker"], parts["talker"]
