@@ -1,11 +1,11 @@
 """Seeing, first step: each token of the vision encoder comes to name what is drawn where it looks.
 
-    python recipes/nano/name_cells.py MODEL FOLDER [--pictures 40000]
+    python recipes/nano/name_cells.py MODEL FOLDER [--pictures 60000]
 
 A picture of the small world is 3 x 3 tokens, one a cell; a frame of a clip is 6 x 6. A token is trained towards the sum
 of the Thinker's embeddings of what is there: colour and shape, and in a picture the words of the place; towards
 `world.NO_WORD` where nothing is. As with hearing, the Thinker then meets tokens that point where words point that it
-knows. It takes no part in this, so a second has hundreds of pictures instead of tens.
+knows. It takes no part in this, so a core looks at sixty pictures a second instead of seven.
 """
 
 from __future__ import annotations
