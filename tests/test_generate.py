@@ -401,27 +401,23 @@ def test_misspelt_arguments_name_the_right_one(model: OmniModel) -> None:
     assert model.speak([]) == []
 
 
-def test_null_values_in_generation_config_mean_the_release(model: OmniModel) -> None:
+def test_null_values_in_generation_config_mean_the_release(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = model.processor(chat("abc"))
     plain = model.generate(inputs, max_new_tokens=3, max_frames=4, seed=2)
-    model.generation_config = {"talker_temperature": None, "talker_top_k": None, "talker_top_p": None}
-    try:
-        nulls = model.generate(inputs, max_new_tokens=3, max_frames=4, seed=2)
-    finally:
-        model.generation_config = {}
+    nulls = {"talker_temperature": None, "talker_top_k": None, "talker_top_p": None}
+    monkeypatch.setattr(model, "generation_config", nulls)
+    nulls = model.generate(inputs, max_new_tokens=3, max_frames=4, seed=2)
     assert torch.equal(plain.codes[0], nulls.codes[0])
 
 
-def test_generation_config_says_how_residual_codes_are_drawn(model: OmniModel) -> None:
+def test_generation_config_says_how_residual_codes_are_drawn(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without sampling, two seeds speak alike; with the release's hard-coded sampling they do not."""
     inputs = model.processor(chat("abc"))
 
     def codes(seed: int, **given: Any) -> torch.Tensor:
-        model.generation_config = {"talker_do_sample": False, "talker_repetition_penalty": 1.0, **given}
-        try:
-            return model.generate(inputs, max_new_tokens=3, max_frames=6, seed=seed).codes[0]
-        finally:
-            model.generation_config = {}
+        values = {"talker_do_sample": False, "talker_repetition_penalty": 1.0, **given}
+        monkeypatch.setattr(model, "generation_config", values)
+        return model.generate(inputs, max_new_tokens=3, max_frames=6, seed=seed).codes[0]
 
     assert torch.equal(codes(1, code_predictor_do_sample=False), codes(2, code_predictor_do_sample=False))
     assert torch.equal(codes(1, code_predictor_top_k=1), codes(2, code_predictor_top_k=1))

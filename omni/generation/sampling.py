@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni.layers.splitmix import GOLDEN, mix, shift_right, signed
 from omni.layers.state import State
 
 TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM = 1, 2, 3
 
 _TIES = 32  # tokens as likely as the k-th that top-k keeps at most
-
-_GOLDEN = 0x9E3779B97F4A7C15  # the constants of splitmix64 (Steele, Lea and Flood, 2014)
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 @dataclass(frozen=True)
@@ -73,24 +71,6 @@ class SamplingConfig:
         return cls(**value)
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same bits as a 64-bit unsigned value."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64: a bijection of int64 whose output bits look independent."""
-    for bits, factor in _MIX:
-        x = (x ^ _shift_right(x, bits)) * _signed(factor)
-    return x ^ _shift_right(x, 31)
-
-
 def gumbel_noise(seeds: Tensor, stream: int, steps: Tensor, tokens: int | Tensor) -> Tensor:
     """Standard Gumbel noise fp32 [B, n] for int64 seeds [B] and steps [B] of one stream.
 
@@ -100,14 +80,14 @@ def gumbel_noise(seeds: Tensor, stream: int, steps: Tensor, tokens: int | Tensor
 
 
 def _stream_keys(seeds: Tensor, stream: int) -> Tensor:
-    return _mix(seeds + _signed(_GOLDEN * stream))
+    return mix(seeds + signed(GOLDEN * stream))
 
 
 def _noise(keys: Tensor, steps: Tensor, tokens: int | Tensor) -> Tensor:
     if isinstance(tokens, int):
         tokens = torch.arange(tokens, device=keys.device)
-    key = _mix(keys + steps * _signed(_GOLDEN))
-    bits = _shift_right(_mix(key[:, None] + (tokens + 1) * _signed(_GOLDEN)), 12)
+    key = mix(keys + steps * GOLDEN)
+    bits = shift_right(mix(key[:, None] + (tokens + 1) * GOLDEN), 12)
     uniform = (bits.double() + 0.5) * 2.0**-52  # 52 bits: exact in float64 with the half that follows
     return -(-uniform.log()).log().float()
 

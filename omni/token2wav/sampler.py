@@ -15,12 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omni.layers.splitmix import GOLDEN, mix, shift_right, signed
 from omni.token2wav.dit import DiT
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (time [], state) -> slope of the state
-
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: the constants of splitmix64 (Steele, Lea and Flood, 2014)
-_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 
 def euler(velocity: Velocity, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -123,32 +121,14 @@ def position_noise(
     A value is a function of its row's seed, its frame and its bin: any window of a signal gets the same noise as the
     whole. Counters go through splitmix64, pairs of uniforms through Box and Muller's transform (1958).
     """
-    keys = _mix(torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64, device=device) + _GOLDEN)
+    keys = mix(torch.tensor([signed(seed) for seed in seeds], dtype=torch.int64, device=device) + GOLDEN)
     frames = torch.arange(start, stop, device=device)
-    keys = _mix(keys[:, None] + (frames + 1) * _GOLDEN)[:, :, None]
+    keys = mix(keys[:, None] + (frames + 1) * GOLDEN)[:, :, None]
     columns = 2 * torch.arange(bins, device=device)
-    radius, angle = (_uniform(_mix(keys + (columns + i + 1) * _GOLDEN)) for i in range(2))
+    radius, angle = (_uniform(mix(keys + (columns + i + 1) * GOLDEN)) for i in range(2))
     return ((-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()).float()
-
-
-def _signed(value: int) -> int:
-    """An integer modulo 2**64 as int64."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser: a bijection of int64 whose output bits look independent."""
-    for shift, factor in _MIX:
-        x = (x ^ _shift_right(x, shift)) * factor
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """x >> bits of unsigned integers kept in int64."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _uniform(bits: Tensor) -> Tensor:
     """int64 -> fp64 in (0, 1], from the upper 53 bits."""
-    return (_shift_right(bits, 11).double() + 1) * 2.0**-53
+    return (shift_right(bits, 11).double() + 1) * 2.0**-53

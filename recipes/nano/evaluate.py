@@ -10,6 +10,7 @@ pocketsphinx. Every figure is a share of right answers unless it says otherwise.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -161,8 +162,10 @@ def groups(held_out: bool = True) -> Iterator[tuple[str, str, Callable[[random.R
 
 def understanding(folder: Path, questions: int, workers: int, partial: Path | None) -> dict[str, dict[str, float]]:
     """Share of right answers by group and skill, measured by so many processes. partial: a file that keeps what is
-    measured, for a run that goes on from there."""
-    known = {} if partial is None or not partial.exists() else json.loads(partial.read_text(encoding="utf-8"))
+    measured, for a run on the same weights and as many questions that goes on from there."""
+    of = f"{_weights_hash(folder)}, {questions} questions"
+    kept = json.loads(partial.read_text(encoding="utf-8")) if partial is not None and partial.exists() else {}
+    known = kept["shares"] if kept.get("of") == of else {}
     left = [place for place, (group, skill, _, _) in enumerate(groups()) if f"{group}: {skill}" not in known]
     with ProcessPoolExecutor(workers, get_context("spawn"), _load, (folder,)) as pool:
         waiting = [pool.submit(_score, place, questions) for place in left]
@@ -170,13 +173,21 @@ def understanding(folder: Path, questions: int, workers: int, partial: Path | No
             name, share = done.result()
             known[name] = share
             if partial is not None:
-                partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+                partial.write_text(json.dumps({"of": of, "shares": known}, indent=1) + "\n", encoding="utf-8")
     scores: dict[str, dict[str, float]] = {}
     for group, skill, _, _ in groups():
         scores.setdefault(group, {})[skill] = known[f"{group}: {skill}"]
     for skills in scores.values():
         skills["all"] = sum(skills.values()) / len(skills)
     return scores
+
+
+def _weights_hash(folder: Path) -> str:
+    """Of the bytes of a checkpoint's weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 _loaded: list[OmniModel] = []  # of a worker
