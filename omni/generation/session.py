@@ -170,9 +170,8 @@ class OmniSession:
             self._close_media()
             self._write_pending_text()
             ear = self._new_ear() if self.use_audio_in_video else None
-            tokens = self.processor.tokens
-            self._conversation.write_text([tokens.vision_start, *([tokens.audio_start] if ear else [])])
             self._video = OpenVideo(float(time_s), ear, last_s=-math.inf)
+            self._video.begin(self._conversation, self.processor.tokens, self._rule)
         video = self._video
         if not time_s > video.last_s:
             raise ValueError(f"frame times must grow: {time_s} s comes after {video.last_s} s")
@@ -235,9 +234,8 @@ class OmniSession:
         if video.ear is not None:
             video.sounds.extend(video.ear.finish())
         video.write(self._conversation, self.processor.tokens, self._rule, closing=True)
-        self._conversation.move_on(video.tail + 1)
         ends = [self.processor.audio_end_id] if video.ear is not None else []
-        self._conversation.write_text([*ends, self.processor.vision_end_id])
+        video.end(self._conversation, [*ends, self.processor.vision_end_id], self._rule)
 
     def _write_pending_text(self) -> None:
         text, self._text = "".join(self._text), []

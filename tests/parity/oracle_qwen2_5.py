@@ -18,6 +18,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = Path(__file__).parents[2] / "omni" / "demo_data"
 SPECIAL = {"audio_token_index": 275, "image_token_index": 265, "video_token_index": 266, "audio_start_token_id": 269}
 SPECIAL |= {"vision_start_token_id": 262, "audio_end_token_id": 270, "vision_end_token_id": 263}
+# Tiny encoders.
+AUDIO = {
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "d_model": 32,
+    "num_hidden_layers": 2,
+}
+VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 44, "num_heads": 4, "fullatt_block_indexes": [1]}
 
 
 def _decoder(rng: random.Random) -> dict[str, Any]:

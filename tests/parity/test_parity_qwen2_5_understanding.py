@@ -10,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 from oracle import assert_close, randomise
-from oracle_qwen2_5 import SPECIAL, config_values
+from oracle_qwen2_5 import AUDIO, SPECIAL, VISION, config_values
 from safetensors.torch import load_file, save_file
 
 from omni import OmniConfig, OmniInputs, OmniModel
 from omni.encoders.whisper_audio import num_whisper_tokens
 
 SEEDS = range(6)
-AUDIO = {
-    "encoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "d_model": 32,
-    "num_hidden_layers": 2,
-}
-VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 44, "num_heads": 4, "fullatt_block_indexes": [1]}
 
 
 def whole_values(seed: int) -> dict[str, Any]:
