@@ -72,7 +72,8 @@ def sizes_from_files(folder: Path, family: str) -> tuple[dict[str, PartSize], in
 
 
 def sizes_from_config(config: OmniConfig) -> dict[str, PartSize]:
-    """Sizes of the parts as the config describes them, in its own dtype (float32 if it names none)."""
+    """Sizes of the parts as the config describes them, in its own dtype (float32 if it names none, and of parts that
+    compute in nothing else)."""
     import torch
 
     from omni.model import OmniModel
@@ -80,10 +81,11 @@ def sizes_from_config(config: OmniConfig) -> dict[str, PartSize]:
     dtype = config.dtype if config.dtype in _BYTES else "float32"
     with torch.device("meta"):
         model = OmniModel(config)
+    wide = {name for name, part in model.named_children() if getattr(part, "always_float32", False)}
     sizes: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        size = sizes.setdefault(part_of(name), PartSize())
-        size.add(parameter.shape, dtype, parameter.numel() * _BYTES[dtype])
+        own = "float32" if name.partition(".")[0] in wide else dtype
+        sizes.setdefault(part_of(name), PartSize()).add(parameter.shape, own, parameter.numel() * _BYTES[own])
     return sizes
 
 

@@ -43,6 +43,7 @@ from omni.talker.single_codebook import SingleCodebookTalker
 from omni.talker.talker import Talker
 from omni.thinker.thinker import Thinker, ThinkerOutput
 from omni.token2wav.token2wav import Token2Wav
+from omni.token2wav.voices import Voice, find_voices, save_voice_files
 
 if TYPE_CHECKING:
     from omni.generation.arguments import PerRow
@@ -67,7 +68,8 @@ class OmniModel(nn.Module):
 
     Attributes: `audio_encoder`, `vision_encoder`, `thinker`, `talker`, `code2wav`, each None where the variant or
     `parts` leaves it out; `config`; `processor`, attached by `from_pretrained` where tokenizer files are;
-    `generation_config`, the values of generation_config.json.
+    `generation_config`, the values of generation_config.json; `voices`, the recordings by name that some codec decoders
+    need.
 
     `OmniModel(config)` draws random weights (reproducible under `torch.manual_seed`). A keyword replaces a part by
     a module of your own with the same contract: `audio_encoder=Mine(...)`, `code2wav=Mine(...)` and so on.
@@ -104,6 +106,7 @@ class OmniModel(nn.Module):
         self.config = config
         self.processor: OmniProcessor | None = None
         self.generation_config: dict[str, Any] = {}
+        self.voices: dict[str, Voice] = {}
         own = (audio_encoder, vision_encoder, thinker, talker, code2wav)
         given = {name for name, part in zip(CHILDREN, own) if part is not None}
         thinks, speaks = "thinker" in parts, config.has_talker
@@ -339,6 +342,8 @@ class OmniModel(nn.Module):
             local_files_only=local_files_only,
         )
         config = OmniConfig.from_pretrained(folder)
+        voices = {} if parts == ("thinker",) else find_voices(folder)
+        config = _with_speakers(config, _speaker_ids(voices))
         with MetaBuild():
             model = cls(config, parts)
         model.load_report = load_weights(
@@ -349,6 +354,7 @@ class OmniModel(nn.Module):
         path = folder / "generation_config.json"
         model.generation_config = read_json(path) if path.is_file() else {}
         model.processor = _attached_processor(folder)
+        model.voices = voices if model.code2wav is not None else {}
         return model.eval()
 
     def _initialise_only(self, names: set[str]) -> None:
@@ -371,6 +377,8 @@ class OmniModel(nn.Module):
         if (self.talker is None) != (self.code2wav is None):
             raise ValueError("only one of talker and code2wav is loaded; load both, or neither, before saving")
         config = self.config.replace(enable_audio_output=self.talker is not None)
+        if self.voices and config.talker_config and _speaker_ids(self.voices) == config.talker_config.speaker_id:
+            config = _with_speakers(config, type(config.talker_config)().speaker_id)  # they are in the voices' files
         values = {**config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         with atomic_folder(Path(folder)) as target:
             (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -379,11 +387,22 @@ class OmniModel(nn.Module):
                 (target / "generation_config.json").write_text(text, encoding="utf-8")
             if self.processor is not None:
                 self.processor.save_pretrained(target)
+            save_voice_files(self.voices, target)
             save_weights(self, target, table=self.key_table, max_shard_size=max_shard_size, experts=experts)
 
 
 def _build(config: Any) -> nn.Module:
     return BUILDERS[type(config)](config)
+
+
+def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
+    """The speakers' ids that a checkpoint keeps beside their recordings."""
+    return {name.lower(): voice.bos_token for name, voice in voices.items() if voice.bos_token is not None}
+
+
+def _with_speakers(config: OmniConfig, ids: dict[str, int] | None) -> OmniConfig:
+    talker = config.talker_config
+    return config.replace(talker_config=talker.replace(speaker_id=ids)) if ids and talker is not None else config
 
 
 def _check_parts(parts: Sequence[str]) -> tuple[str, ...]:
