@@ -198,8 +198,8 @@ class OpenVideo:
     def clone(self) -> OpenVideo:
         """An independent copy."""
         ear = None if self.ear is None else self.ear.clone()
-        copied = {"frames": list(self.frames), "grids": deque(self.grids), "sounds": deque(self.sounds)}
-        return replace(self, ear=ear, turns=replace(self.turns), **copied)
+        grids, sounds = deque(self.grids), deque(self.sounds)
+        return replace(self, ear=ear, frames=list(self.frames), grids=grids, sounds=sounds, turns=replace(self.turns))
 
     def begin(self, conversation: Conversation, tokens: Any, rule: PositionRule) -> None:
         """Write the marks before the video."""

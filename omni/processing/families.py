@@ -38,7 +38,7 @@ class ProcessorFamily:
     rule: PositionRule
     n_window: int
     clip_end: str
-    audio_tokens: Callable[[int, int], int]
+    audio_tokens: Callable[..., int]
     frame_pixels: tuple[int, int]
     preprocessor: Path
     speech_system: str | None = None

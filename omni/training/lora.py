@@ -158,13 +158,14 @@ def save_lora(
     """
     if names not in ("transformers", "hub"):
         raise ValueError(f"names {names!r} is neither 'transformers' nor 'hub'")
-    table = table or getattr(model, "key_table", QWEN3_OMNI)
+    own: Any = getattr(model, "key_table", QWEN3_OMNI)
+    family: KeyTable = own if table is None else table
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     parameters: list[str] = []
     rank, alpha, dropout = 0, 0.0, 0.0
     for name, layer in _required(model):
-        saved = _saved_name(name, names, table)
+        saved = _saved_name(name, names, family)
         if isinstance(layer, LoRAExperts):
             rank, alpha = layer.rank, layer.alpha
             for depth, stacked in enumerate(_STACKED):

@@ -128,8 +128,8 @@ def _talker(model: OmniModel) -> tuple[Talker, TalkerConfig]:
     model.require("talker")
     if not isinstance(model.config.talker_config, TalkerConfig):
         raise ValueError(
-            "a voice of this model is a recording beside the checkpoint (model.voices), not a row of the Talker's codec "
-            "embedding; add a Voice there instead"
+            "a voice of this model is a recording beside the checkpoint (model.voices), not a row of the Talker's "
+            "codec embedding; add a Voice there instead"
         )
     return model.talker, model.config.talker_config
 
