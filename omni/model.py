@@ -43,6 +43,7 @@ from omni.talker.single_codebook import SingleCodebookTalker
 from omni.talker.talker import Talker
 from omni.thinker.thinker import Thinker, ThinkerOutput
 from omni.token2wav.token2wav import Token2Wav
+from omni.token2wav.voices import Voice
 
 if TYPE_CHECKING:
     from omni.generation.arguments import PerRow
@@ -67,7 +68,8 @@ class OmniModel(nn.Module):
 
     Attributes: `audio_encoder`, `vision_encoder`, `thinker`, `talker`, `code2wav`, each None where the variant or
     `parts` leaves it out; `config`; `processor`, attached by `from_pretrained` where tokenizer files are;
-    `generation_config`, the values of generation_config.json.
+    `generation_config`, the values of generation_config.json; `voices`, the recordings by name that some codec decoders
+    need.
 
     `OmniModel(config)` draws random weights (reproducible under `torch.manual_seed`). A keyword replaces a part by
     a module of your own with the same contract: `audio_encoder=Mine(...)`, `code2wav=Mine(...)` and so on.
@@ -104,6 +106,7 @@ class OmniModel(nn.Module):
         self.config = config
         self.processor: OmniProcessor | None = None
         self.generation_config: dict[str, Any] = {}
+        self.voices: dict[str, Voice] = {}
         own = (audio_encoder, vision_encoder, thinker, talker, code2wav)
         given = {name for name, part in zip(CHILDREN, own) if part is not None}
         thinks, speaks = "thinker" in parts, config.has_talker
@@ -198,7 +201,8 @@ class OmniModel(nn.Module):
     ) -> OmniOutput:
         """Answer a batch of prompts in text and, if the model can and `return_audio` is not False, in speech.
 
-        max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release).
+        max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release, 20 ms in
+        Qwen2.5-Omni's).
         text_sampling, audio_sampling (codebook 0), residual_sampling: `SamplingConfig` or a dict of its fields; None
         is what generation_config.json says, else the release's way. speaker: a name of the config, in any case; None is
         the checkpoint's default. seed: makes sampling reproducible; None draws one from torch's global generator.
@@ -236,7 +240,8 @@ class OmniModel(nn.Module):
         The first sound follows the first word of the answer. The prompt is read and the arguments are checked by this
         call; the rest runs while the events are taken, and ends when the iterator is closed. `streaming` sets chunk
         sizes, how far text runs ahead of speech, and whether runaway speech is ended (None: it is not, as in
-        `generate`; sessions do it by default).
+        `generate`; sessions do it by default). A codec decoder that draws sound by windows gives what its
+        schedule of chunks gives, an approximation of `generate`'s sound (`streaming.codec_schedule`).
         """
         return generation.stream(
             self,
@@ -264,7 +269,8 @@ class OmniModel(nn.Module):
     ) -> Any:
         """Speech for a given text: float32 [samples] on the CPU at `code2wav.sample_rate` (a list for a list of texts).
 
-        The Talker reads a reply by its token embeddings alone, so any text can drive it; the user's part is empty.
+        A Talker that hears a reply by its token embeddings alone needs no Thinker's thoughts; the user's part is empty.
+        For one that hears hidden states too, the Thinker reads the text as its own reply to an empty user's turn.
         """
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"speak takes a text or a list of texts, got {type(text).__name__}")
