@@ -80,8 +80,11 @@ def agreement(
     """Compare two models of one config on replies that `reference` gives to `inputs`, the release's way of sampling.
 
     Deterministic for a seed. Each model's Talker hears its own Thinker, and its residual codes follow its own Talker,
-    so that errors add up as they do in use. Raises ValueError as `OmniModel.generate`.
+    so that errors add up as they do in use. Raises ValueError as `OmniModel.generate`, and for the speech of a Talker
+    that reads replies, which is not compared.
     """
+    if return_audio is not False and reference.talker is not None and reference.talker.reads_replies:
+        raise ValueError("the speech of a Talker that reads replies is not compared; pass return_audio=False")
     out = reference.generate(
         inputs,
         max_new_tokens=max_new_tokens,

@@ -56,7 +56,8 @@ def resolve(
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_frames", max_frames, 0)):
         if not _whole(value) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    speakers, voices = None, [None] * rows
+    speakers: list[int] | None = None
+    voices: list[Voice | None] = [None] * rows
     if wants_audio(model, return_audio):
         names = [speaker_name(model, v) for v in per_row(speaker, rows, "speaker")]
         speakers, voices = [speaker_ids(model)[name] for name in names], [_voice(model, name) for name in names]

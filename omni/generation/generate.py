@@ -206,12 +206,13 @@ def speak(model: OmniModel, texts: Sequence[str], **arguments: Any) -> list[Tens
         raise ValueError("this variant has no talker: it answers in text only and cannot speak")
     for part in ("thinker", "talker", "code2wav"):
         model.require(part)
-    if model.processor is None:
+    processor = model.processor
+    if processor is None:
         raise ValueError(
             "speak needs a tokenizer: load the model from a folder with tokenizer files, or set model.processor"
         )
     args = resolve(model, len(texts), max_new_tokens=1, text_sampling=None, return_audio=True, **arguments)
-    replies = [_ids_to_speak(model.processor, text) for text in texts]
+    replies = [_ids_to_speak(processor, text) for text in texts]
     rows = Rows(model, len(texts))
     for row, ids in enumerate(replies):
         reader = ReplyReader(None)
@@ -221,7 +222,7 @@ def speak(model: OmniModel, texts: Sequence[str], **arguments: Any) -> list[Tens
         turn = new_turn(model, args, row, OFFLINE, **known)
         turn.text_reason = "stop"
         if model.talker.reads_replies:
-            _read_given_reply(rows, row, turn, ids)
+            _read_given_reply(rows, row, turn, ids, processor)
         else:
             limit_frames(model, turn, 0)
         rows.begin(row, turn)
@@ -238,11 +239,10 @@ def _ids_to_speak(processor: OmniProcessor, text: str) -> list[int]:
     return ids
 
 
-def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int]) -> None:
+def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int], processor: OmniProcessor) -> None:
     """Let the Thinker read a text as its own reply to an empty user's turn, and the Talker hear what it should."""
     model = rows.model
-    inputs: OmniInputs = model.processor([{"role": "user", "content": ""}])  # type: ignore[misc, assignment]
-    prompt = encode_prompt(model, inputs)
+    prompt = encode_prompt(model, processor([{"role": "user", "content": ""}]))
     hidden = rows.read_text(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
     _read_heard_part(rows, prompt, hidden, 0, turn, row)
     embeds = model.thinker.embed_tokens(torch.tensor(ids, device=model.device))

@@ -33,14 +33,15 @@ _Due = list[tuple[int, Turn]]
 def write_sound(rows: Rows, events: list[Event]) -> None:
     """Decode what is due in all running rows."""
     codec = rows.model.code2wav
-    due: dict[tuple[int, bool, int], _Due] = {}
+    due: dict[tuple[Any, ...], _Due] = {}
     for row, turn in rows.running():
         if codec is None:
             turn.decoded = len(turn.codes)
         frames = turn.chunk_due()
         if frames:
-            received = getattr(turn.codec, "received", 0)
-            due.setdefault((frames, turn.codec is None, received), []).append((row, turn))
+            s, received = turn.streaming, getattr(turn.codec, "received", 0)
+            alike = frames, turn.codec is None, received, s.codec_schedule, s.codec_ode
+            due.setdefault(alike, []).append((row, turn))
     for (frames, *_), group in due.items():
         with rows.stage("codec"):
             waves = _decode(rows, group, frames)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from omni.token2wav.sampler import ODEConfig
 from omni.token2wav.streaming import ChunkSchedule
@@ -44,7 +45,8 @@ class StreamingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive or None, got {value!r}")
-        for name, kind in (("codec_schedule", ChunkSchedule), ("codec_ode", ODEConfig)):
+        kinds: dict[str, Any] = {"codec_schedule": ChunkSchedule, "codec_ode": ODEConfig}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):  # of a saved session
                 object.__setattr__(self, name, kind(**value))
