@@ -59,6 +59,7 @@ class Rows:
         self.text.steps[row] = 0
         if self.speech is not None:
             self.speech.steps[row] = 0
+            assert self.runner.seen_at_first is not None
             self.speech.seen[row] = self.runner.seen_at_first
             self._endings = turn.text_end, turn.text_pad = self._text_endings()
         turn.spent_before = dict(self.seconds)
