@@ -8,12 +8,13 @@ kept in `extra` and written back unchanged.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omni.config_decoder import DecoderConfig, MoEConfig
+from omni.config_decoder import DecoderConfig, MoEConfig, SpeechRules
 from omni.config_positions import PositionRule
 from omni.config_reading import (
     Config,
@@ -246,7 +247,7 @@ class MTPConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class TalkerConfig(Config):
+class TalkerConfig(SpeechRules, Config):
     """The Talker: decoder, residual-code head, codec control ids and voices."""
 
     text_config: TalkerTextConfig = nested(TalkerTextConfig)
@@ -329,10 +330,12 @@ class Code2WavConfig(DecoderConfig):
     @property
     def hop_length(self) -> int:
         """Samples a frame (released: 1920)."""
-        hop = 1
-        for rate in (*self.upsampling_ratios, *self.upsample_rates):
-            hop *= rate
-        return hop
+        return math.prod((*self.upsampling_ratios, *self.upsample_rates))
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of a codebook that can be decoded."""
+        return self.codebook_size
 
     def validate(self, where: str) -> None:
         super().validate(where)

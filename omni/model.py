@@ -201,7 +201,8 @@ class OmniModel(nn.Module):
     ) -> OmniOutput:
         """Answer a batch of prompts in text and, if the model can and `return_audio` is not False, in speech.
 
-        max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release).
+        max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release, 20 ms in
+        Qwen2.5-Omni's).
         text_sampling, audio_sampling (codebook 0), residual_sampling: `SamplingConfig` or a dict of its fields; None
         is what generation_config.json says, else the release's way. speaker: a name of the config, in any case; None is
         the checkpoint's default. seed: makes sampling reproducible; None draws one from torch's global generator.
@@ -239,7 +240,8 @@ class OmniModel(nn.Module):
         The first sound follows the first word of the answer. The prompt is read and the arguments are checked by this
         call; the rest runs while the events are taken, and ends when the iterator is closed. `streaming` sets chunk
         sizes, how far text runs ahead of speech, and whether runaway speech is ended (None: it is not, as in
-        `generate`; sessions do it by default).
+        `generate`; sessions do it by default). A codec decoder that draws sound by windows gives what its
+        schedule of chunks gives, an approximation of `generate`'s sound (`streaming.codec_schedule`).
         """
         return generation.stream(
             self,
@@ -267,7 +269,8 @@ class OmniModel(nn.Module):
     ) -> Any:
         """Speech for a given text: float32 [samples] on the CPU at `code2wav.sample_rate` (a list for a list of texts).
 
-        The Talker reads a reply by its token embeddings alone, so any text can drive it; the user's part is empty.
+        A Talker that hears a reply by its token embeddings alone needs no Thinker's thoughts; the user's part is empty.
+        For one that hears hidden states too, the Thinker reads the text as its own reply to an empty user's turn.
         """
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"speak takes a text or a list of texts, got {type(text).__name__}")

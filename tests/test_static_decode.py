@@ -124,6 +124,21 @@ def test_a_cache_that_moves_is_captured_again(
     same(whole, model.generate(inputs, max_new_tokens=9, max_frames=200, **GREEDY))
 
 
+def test_a_cache_that_a_prompt_has_moved_is_captured_again(
+    model: OmniModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also graphs of a short span, which a later turn may need again."""
+    monkeypatch.setattr(graphs, "_CAPACITY", 8)
+    session = OmniSession(model, model.processor)
+    runner = session._conversation.rows.runner
+    captured: list[list[Replay]] = []
+    for text in ("hi", "a long story " * 60):
+        session.push_text(text)
+        list(session.respond(max_new_tokens=4, max_frames=4, **GREEDY))
+        captured.append(list(runner._graphs.values()))
+    assert captured[0] and not any(old is new for old in captured[0] for new in captured[1])
+
+
 def test_sessions_and_engines_answer_alike_with_graphs(model: OmniModel, recorder: Recorder) -> None:
     def talk(session: OmniSession) -> tuple[list[int], torch.Tensor]:
         ids, sound = [], []

@@ -11,8 +11,6 @@ from omni.config import OmniConfig
 from omni.layers.init import initialise
 from omni.talker.conditioning import (
     PREFIX_LENGTH,
-    assistant_prefix,
-    project_user,
     trailing_text_ids,
     user_spans,
 )
@@ -103,7 +101,7 @@ def test_assistant_prefix_has_nine_slots(talker: Talker) -> None:
     header, (pad, bos, first) = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
     table = talker.codec_embedding.weight
     c = CONFIG
-    slots = assistant_prefix(talker, header, pad, bos, first, speaker=318)
+    slots = talker.assistant_prefix(torch.stack((*header, pad, bos)), first, speaker=318)
     golden = [
         header[0],
         header[1],
@@ -123,7 +121,7 @@ def test_text_enters_by_embedding_and_media_by_hidden_state(talker: Talker) -> N
     torch.manual_seed(6)
     embeds, hidden = torch.randn(2, 4, 32)
     media = torch.tensor([False, True, True, False])
-    out = project_user(talker, embeds, hidden, media)
+    out = talker.prompt_vectors(embeds, hidden, media)
     torch.testing.assert_close(out[~media], talker.text_projection(embeds[~media]))
     torch.testing.assert_close(out[media], talker.hidden_projection(hidden[media]))
 

@@ -16,10 +16,10 @@ from omni.generation.arguments import PerRow, per_row, speaker_id, stop_ids
 from omni.generation.generate import assistant_header
 from omni.generation.prompt import Prompt, encode_prompt
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
-from omni.generation.speech import user_part
+from omni.generation.speech import heard_part
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import prompt_positions
-from omni.talker.conditioning import PREFIX_LENGTH, assistant_prefix, trailing_text_ids
+from omni.talker.conditioning import trailing_text_ids
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
@@ -80,8 +80,11 @@ def agreement(
     """Compare two models of one config on replies that `reference` gives to `inputs`, the release's way of sampling.
 
     Deterministic for a seed. Each model's Talker hears its own Thinker, and its residual codes follow its own Talker,
-    so that errors add up as they do in use. Raises ValueError as `OmniModel.generate`.
+    so that errors add up as they do in use. Raises ValueError as `OmniModel.generate`, and for the speech of a Talker
+    that reads replies, which is not compared.
     """
+    if return_audio is not False and reference.talker is not None and reference.talker.reads_replies:
+        raise ValueError("the speech of a Talker that reads replies is not compared; pass return_audio=False")
     out = reference.generate(
         inputs,
         max_new_tokens=max_new_tokens,
@@ -155,13 +158,13 @@ def _talker_inputs(model: OmniModel, prompt: Prompt, row: int, hidden: Tensor, s
     following = trailing_text_ids(speech.spoken, len(codes) - 1, c.tts_eos_token_id, c.tts_pad_token_id)
     special = [c.tts_pad_token_id, c.tts_bos_token_id, speech.spoken[0]]
     tokens = torch.tensor([*speech.header, *special, *following], device=codes.device)
-    text = talker.text_projection(model.thinker.embed_tokens(tokens))
-    prefix = assistant_prefix(talker, text[:3], text[3], text[4], text[5], speech.speaker)
+    text = talker.text_vectors(model.thinker.embed_tokens(tokens))
+    prefix = talker.assistant_prefix(text[:5], text[5], speech.speaker)
     frames = talker.embed_frames(codes[:-1]) + text[6:]
-    user, segments = user_part(model, prompt, hidden, row)
+    user, segments = heard_part(model, prompt, hidden, row)
     positions, start = prompt_positions(segments, talker.config.position_rule)
-    highest = max(float(positions.max()) if len(user) else 0.0, start + PREFIX_LENGTH - 1)
-    steps = torch.cat((start + torch.arange(PREFIX_LENGTH), highest + 1 + torch.arange(len(frames))))
+    highest = max(float(positions.max()) if len(user) else 0.0, start + len(prefix) - 1)
+    steps = torch.cat((start + torch.arange(len(prefix)), highest + 1 + torch.arange(len(frames))))
     places = torch.cat((positions, steps.expand(3, -1)), dim=1).to(codes.device, torch.float32)
     return torch.cat((user, prefix, frames)), places
 

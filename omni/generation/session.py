@@ -255,8 +255,10 @@ class OmniSession:
 
     def _events_of(self, turn: Turn, produce: Callable[[], list[Event]]) -> ReplyEvents:
         codec = self.model.code2wav
-        hop, lookahead = (1, 0) if codec is None else (int(codec.hop_length), int(codec.lookahead))
-        return ReplyEvents(turn, produce, self._finish, self.interrupt, hop, lookahead)
+        hop, missing = 1, 0
+        if codec is not None:
+            hop, missing = int(codec.hop_length), int(getattr(codec, "missing_samples", codec.lookahead))
+        return ReplyEvents(turn, produce, self._finish, self.interrupt, hop, missing)
 
     def _tick(self) -> list[Event]:
         with self._lock:
@@ -331,8 +333,10 @@ class OmniSession:
         user += 0 if conversation.in_user else 2 + closing
         conversation.check_room(user + len(conversation.owed) + 2 + closing)
         if speaks:
-            waiting = sum(len(ids) for ids, by_user in conversation.waiting if by_user)
-            check_talker_room(self.model, conversation.talker.tokens + waiting + user)
+            heard = user + sum(len(ids) for ids, by_user in conversation.waiting if conversation.hears(by_user))
+            if conversation.hears(False):
+                heard += len(conversation.owed) + 2 + closing
+            check_talker_room(self.model, conversation.talker.tokens + heard)
 
     def _finish(self, kept: list[int] | None = None) -> None:
         """Take the turn out of its row and its reply (or the part that is kept) into the history."""
@@ -343,7 +347,7 @@ class OmniSession:
         tail = self._closing()[1 if closed else 0 :]
         with self._lock:
             self._conversation.rows.release(self._conversation.row)
-            self._conversation.end_reply(prompt, reply, min(turn.read_tokens, len(reply)), tail)
+            self._conversation.end_reply(prompt, reply, min(turn.read_tokens, len(reply)), tail, turn.vectors)
 
     def interrupt(self, played_ms: float | None = None) -> Kept:
         """Cut the reply to what was heard and return that.

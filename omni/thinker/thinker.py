@@ -122,7 +122,7 @@ class Thinker(nn.Module):
         """
         moves = [True] * len(ids) if active is None else list(active)
         state.cache.reserve(1)
-        logits = self.decode(ids, state.step_positions(), state.cache.layers(1))
+        logits, _ = self.decode(ids, state.step_positions(), state.cache.layers(1))
         state.step(torch.tensor(moves, device=ids.device))
         state.cache.count(moves)
         return logits
@@ -133,14 +133,16 @@ class Thinker(nn.Module):
         positions: Tensor,
         caches: Sequence[LayerCache],
         run: Callable[..., Tensor] = run_layer,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """The same as a function of tensors alone: ids [B], positions fp32 [3, B, 1], one view of the cache a layer.
 
-        Nothing is allocated for keeps, nothing read back from the device, nothing decided by values; the caller
-        counts the token (`DecoderState.step`, `KVCache.count`). `run` is how a layer is run.
+        Returns the logits [B, V] and the output of the final norm [B, D]. Nothing is allocated for keeps, nothing read
+        back from the device, nothing decided by values; the caller counts the token (`DecoderState.step`,
+        `KVCache.count`). `run` is how a layer is run.
         """
         x = self.embed_tokens(ids)[:, None]
         tables = self.rope(positions)
         for layer, cache in zip(self.layers, caches):
             x = run(layer, x, tables, cache)
-        return self.lm_head(self.norm(x))[:, 0]
+        final = self.norm(x)
+        return self.lm_head(final)[:, 0], final[:, 0]

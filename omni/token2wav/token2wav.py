@@ -34,6 +34,8 @@ class Token2Wav(nn.Module):
     """
 
     always_float32 = True  # for the loading of checkpoints
+    needs_voice = True
+    missing_samples = 0  # the vocoder's first samples come late, but they come
 
     def __init__(self, config: Token2WavConfig) -> None:
         super().__init__()
@@ -72,6 +74,12 @@ class Token2Wav(nn.Module):
     def lookahead(self) -> int:
         """Samples of the future that the vocoder looks ahead; what the mel waits for is the schedule's."""
         return (self.bigvgan.reach[1] + 1) * self.bigvgan.hop_length - 1
+
+    def whole_schedule(self) -> ChunkSchedule:
+        """All codes in one window, which is not an approximation, as far as positions reach (released: 327 s)."""
+        sizes = self.config.dit_config
+        blocks = sizes.max_position_embeddings // sizes.block_size
+        return ChunkSchedule(max(1, blocks) * sizes.block_codes, left_codes=0, lookahead_codes=0)
 
     @torch.no_grad()
     def embed_voice(self, voice: AnyVoice, rows: int = 1) -> VoiceEmbedding:

@@ -13,7 +13,7 @@ from oracle import assert_close, randomise
 from oracle_qwen2_5 import AUDIO, SPECIAL, VISION, config_values
 from safetensors.torch import load_file, save_file
 
-from omni import OmniConfig, OmniInputs, OmniModel
+from omni import OmniInputs, OmniModel
 from omni.encoders.whisper_audio import num_whisper_tokens
 
 SEEDS = range(6)
@@ -114,9 +114,3 @@ def test_saved_again_it_is_the_same(tmp_path: Path) -> None:
     again = OmniModel.from_pretrained(tmp_path / "again", parts=["thinker"], dtype="float32", device="cpu")
     inputs = OmniInputs(**prompts(0))
     assert torch.equal(again(inputs).logits, model(inputs).logits)
-
-
-def test_speech_is_refused_in_words() -> None:
-    model = OmniModel(OmniConfig.from_dict(whole_values(0)), parts=["thinker", "talker"])
-    with pytest.raises(ValueError, match="return_audio=False"):
-        model.generate(OmniInputs(**prompts(0)), max_new_tokens=2)
