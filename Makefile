@@ -26,7 +26,7 @@ help:  ## list these targets
 
 setup: $(READY)  ## install omni and all it needs into .venv/ (again when pyproject.toml changes)
 
-demo: $(READY)  ## ask the bundled spoken question about the bundled picture and video; writes out.wav and out.png
+demo: $(READY)  ## three questions to the bundled model omni-nano; writes out.wav and out.png
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m omni.cli demo
 
 nano: $(READY)  ## train omni-nano from nothing, hours (WORK=folder; the same command goes on where it was)
@@ -54,7 +54,7 @@ lint: $(READY)  ## only ruff (rules and format) and mypy
 	$(BIN)/python -m mypy || status=$$?; exit $$status
 
 clean:  ## remove .venv/, caches and the demo's output
-	rm -rf .venv .venv-uv *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis out.wav out.png
+	rm -rf .venv .venv-uv *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis out.wav out.png answer_?.wav
 	find omni tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv, not pip, chooses the wheels: it takes torch, torchaudio and torchvision builds that load beside each other.

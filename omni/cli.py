@@ -39,6 +39,7 @@ examples:
   omni eval test.jsonl --model ./checkpoint
 """
 _MODEL_HELP = "checkpoint folder or Hub id"
+_NANO = "omni-nano"  # as `omni.nano` says; not imported, so that `omni --help` answers at once
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,13 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="answer a packaged conversation with sound, picture and video",
-        description="Answers a spoken question about a picture and a small video with sound, on a tiny random "
-        "model; all are packaged. Prints the answer and a time table; writes out.wav, and out.png with its "
-        "waveform and mel spectrogram.",
+        help="put three packaged questions to the packaged model omni-nano",
+        description="omni-nano, the small trained model that is part of omni, answers a spoken request, a spoken "
+        "question about a picture, and a clip that asks in its sound. Prints each answer as it comes and a table of "
+        "latencies; writes answer_1.wav to answer_3.wav, and all of them as out.wav with its picture, out.png.",
     )
     demo.add_argument("--out-dir", type=Path, default=Path(), metavar="DIR", help="where to write (default: here)")
-    demo.add_argument("--seed", type=int, default=0, help="weights and sampling of the demo (default: 0)")
     demo.set_defaults(run=_run_demo)
 
     chat = commands.add_parser(
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the text; both together are a video with that sound.",
     )
     chat.add_argument("text", nargs="?", help="what to say; may be left out when there is audio")
-    chat.add_argument("--model", required=True, metavar="DIR", help=_MODEL_HELP)
+    chat.add_argument("--model", metavar="DIR", help=f"{_MODEL_HELP} (default: {_NANO}, which is part of omni)")
     for kind in ("audio", "image", "video"):
         chat.add_argument(f"--{kind}", action="append", default=[], metavar="F", help=f"{kind} file or address")
     chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound too")
@@ -95,11 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     speak = commands.add_parser(
         "speak",
         help="say a text",
-        description="Writes speech for a given text. Without --model, the packaged tiny model with random weights "
-        "makes a few seconds of noise.",
+        description="Writes speech for a given text. Without --model it is spoken by omni-nano, which knows about "
+        "a hundred words.",
     )
     speak.add_argument("text", help="what to say")
-    speak.add_argument("--model", metavar="DIR", help=_MODEL_HELP)
+    speak.add_argument("--model", metavar="DIR", help=f"{_MODEL_HELP} (default: {_NANO}, which is part of omni)")
     _add_speech_arguments(speak, None)
     speak.set_defaults(run=_run_speak, misuse=speak.error)
 
@@ -225,14 +225,24 @@ def _load(args: argparse.Namespace, console: Console, parts: Sequence[str]) -> O
     if args.quantize and args.device == "auto":
         args.misuse("--quantize packs a model on one device; leave --device auto out")
     placement = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
+    dtype = "float32" if args.model == _NANO else "auto"  # small enough, and faster on a CPU than bfloat16
     with console.status(f"loading {args.model} ..."):
-        return OmniModel.from_pretrained(args.model, parts=parts, quantize=args.quantize, **placement)
+        return OmniModel.from_pretrained(args.model, parts=parts, dtype=dtype, quantize=args.quantize, **placement)
+
+
+def _or_nano(args: argparse.Namespace, progress: Console) -> None:
+    """The packaged model where no other is named, and a line that says so."""
+    if args.model is None:
+        from omni.nano import NOTICE
+
+        args.model = _NANO
+        progress.print(NOTICE, style="yellow", markup=False, highlight=False)
 
 
 def _run_demo(args: argparse.Namespace) -> None:
-    from omni.demo import run_demo
+    from omni.nano import run_demo
 
-    run_demo(*_consoles(), args.out_dir, args.seed)
+    run_demo(*_consoles(), args.out_dir)
 
 
 def _run_chat(args: argparse.Namespace) -> None:
@@ -241,6 +251,7 @@ def _run_chat(args: argparse.Namespace) -> None:
     if speaks:
         _check_sound_path(path)
     console, progress = _consoles()
+    _or_nano(args, progress)
     model = _load(args, progress, ("thinker", "talker", "code2wav") if speaks else ("thinker",))
     if model.processor is None:
         raise ValueError(f"{args.model} holds no tokenizer files; `omni chat` needs them to read and write text")
@@ -362,18 +373,13 @@ def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _run_speak(args: argparse.Namespace) -> None:
-    from omni.demo import MAX_FRAMES, RANDOM_WEIGHTS, demo_model, write_sound
+    from omni.demo import write_sound
 
     _check_sound_path(args.out)
     console, progress = _consoles()
-    if args.model is None:
-        progress.print(RANDOM_WEIGHTS, style="yellow")
-        model = demo_model()
-        if args.quantize:
-            model.quantize(args.quantize)
-    else:
-        model = _load(args, progress, ("thinker", "talker", "code2wav"))
-    max_frames = args.max_frames or (MAX_FRAMES if args.model is None else 4095)
+    _or_nano(args, progress)
+    model = _load(args, progress, ("thinker", "talker", "code2wav"))
+    max_frames = args.max_frames or 4095
     with progress.status("speaking ..."):
         samples = model.speak(args.text, speaker=args.speaker, max_frames=max_frames, seed=args.seed)
     assert model.code2wav is not None

@@ -19,7 +19,7 @@ from PIL import Image
 from omni.cli import main
 from omni.demo import DEMO_DATA, demo_model
 from omni.info import format_bytes, sizes_from_config, sizes_from_files
-from omni.plot import LEFT, MEL, TITLE, WAVE, WIDTH, save_sound_picture
+from omni.plot import LEFT, MEL, TITLE, WAVE, save_sound_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 Capture = pytest.CaptureFixture[str]
@@ -37,22 +37,7 @@ def fails(capsys: Capture, *argv: str | Path, code: int = 1) -> str:
     return lines[0]
 
 
-# --- demo
-
-
-def test_demo_writes_sound_and_picture(tmp_path: Path, capsys: Capture) -> None:
-    out_dir = tmp_path / "new"
-    assert main(["demo", "--out-dir", str(out_dir)]) == 0
-    captured = capsys.readouterr()
-    assert "random" in captured.out and "answer" in captured.out
-    for stage in ("encoders", "thinker prefill", "talker", "codec", "total"):
-        assert stage in captured.out
-    assert "answering: done" in captured.err
-    samples, sample_rate = soundfile.read(out_dir / "out.wav")
-    assert sample_rate == 24000 and len(samples) > 1000 and 0.001 < np.abs(samples).max() <= 1
-    with Image.open(out_dir / "out.png") as image:
-        assert image.format == "PNG" and image.width == WIDTH
-    assert sorted(os.listdir(out_dir)) == ["out.png", "out.wav"]
+# --- the packaged toy
 
 
 def test_demo_model_is_reproducible() -> None:
@@ -74,14 +59,6 @@ def test_packaged_media_are_small() -> None:
 # --- speak and chat
 
 
-def test_speak_without_a_model(tmp_path: Path, capsys: Capture) -> None:
-    path = tmp_path / "hello.flac"
-    assert main(["speak", "Hello there.", "--out", str(path), "--max-frames", "3", "--seed", "1"]) == 0
-    captured = capsys.readouterr()
-    assert "random" in captured.err and str(path) in captured.out
-    assert 0 < soundfile.info(path).frames <= 3 * 1920 and soundfile.info(path).samplerate == 24000
-
-
 def test_speak_with_a_checkpoint_is_reproducible(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     def speak(name: str, *more: str) -> np.ndarray:
         path = tmp_path / name
@@ -92,7 +69,7 @@ def test_speak_with_a_checkpoint_is_reproducible(tiny_checkpoint: Path, tmp_path
     one = speak("1.wav", "--seed", "1", "--speaker", "ETHAN")
     assert np.array_equal(one, speak("2.wav", "--seed", "1", "--speaker", "Ethan"))
     assert not np.array_equal(one, speak("3.wav", "--seed", "2", "--speaker", "Ethan"))
-    assert "random" not in capsys.readouterr().err
+    assert "omni-nano" not in capsys.readouterr().err
 
 
 def test_chat_with_all_media(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -198,7 +175,6 @@ def test_info_of_a_text_only_variant(tmp_path: Path, capsys: Capture) -> None:
 def test_misuse_is_one_line_and_code_2(capsys: Capture) -> None:
     assert "command" in fails(capsys, code=2)
     assert "demo" in fails(capsys, "dmo", code=2)
-    assert "--model" in fails(capsys, "chat", "Hello", code=2)
     assert "--out" in fails(capsys, "speak", "Hello", code=2)
     assert "nothing is asked" in fails(capsys, "chat", "--model", "x", code=2)
     assert "--no-audio" in fails(capsys, "chat", "--model", "x", "--no-audio", "--out", "a.wav", "Hi", code=2)
@@ -227,7 +203,7 @@ def test_the_output_path_is_checked_before_the_model_is_loaded(tmp_path: Path, c
 def test_an_unknown_speaker_is_answered_with_the_known_ones(tmp_path: Path, capsys: Capture) -> None:
     assert main(["speak", "Hi", "--out", str(tmp_path / "a.wav"), "--speaker", "nobody"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("omni: error:") and "nobody" in line and "ethan" in line and not any(tmp_path.iterdir())
+    assert line.startswith("omni: error:") and "nobody" in line and "slt" in line and not any(tmp_path.iterdir())
 
 
 def test_unforeseen_errors(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -41,6 +41,7 @@ GROUP = {
     "bench": "cli",
     "demo": "cli",
     "info": "cli",
+    "nano": "cli",
     "plot": "cli",
     "eval_command": "cli",
     "realtime": "cli",

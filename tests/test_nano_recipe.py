@@ -106,7 +106,7 @@ def test_the_smoke_recipe_learns(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "what each stage bought" in done.stdout
-    for name in ("1_code2wav", "2_text", "3_hearing", "4_seeing", "5_understanding", "6_talker_pairs"):
+    for name in ("1_code2wav", "2_text", "3_hearing", "3_cells", "3_thinking", "4_talker_pairs"):
         folder = name.split("_", 1)[1]
         rows = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
         totals = [row["loss"] for row in rows if "losses" in row]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # weights, configs, tokenizer, chat template; of pickles only the voices, which are read as tensors and nothing else
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "spk_dict.pt"]
+PACKAGED = {"omni-nano": Path(__file__).resolve().parent.parent / "nano_data"}  # checkpoints that come with omni
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -18,7 +19,8 @@ def resolve_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """An existing folder as it is; otherwise the Hub repository of that id, downloaded or from the cache.
+    """An existing folder as it is; a checkpoint that comes with omni (`PACKAGED`) by its name; otherwise the Hub
+    repository of that id, downloaded or from the cache.
 
     What cannot be a Hub id fails at once. Raises FileNotFoundError when there is neither, OSError when the download
     fails, ValueError when it is a file, TypeError for anything else.
@@ -31,6 +33,8 @@ def resolve_folder(
         return path
     if name and path.exists():
         raise ValueError(f"{path} is a file; pass the folder that holds config.json and the weights")
+    if name in PACKAGED:
+        return PACKAGED[name]
     if isinstance(folder_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"folder {name!r} does not exist; pass a checkpoint folder or a Hub id such as org/name"

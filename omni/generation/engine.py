@@ -225,6 +225,12 @@ class EngineSession(OmniSession):
         self.engine.sessions[row] = other
         return other
 
+    def __enter__(self) -> EngineSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End a running turn and give the row back; the session cannot be used any more."""
         with self.engine.changed:

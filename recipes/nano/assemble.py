@@ -1,6 +1,6 @@
 """Puts parts that were trained apart into one checkpoint.
 
-    python recipes/nano/assemble.py FOLDER --config start --thinker understanding/model --code2wav code2wav/model
+    python recipes/nano/assemble.py FOLDER --config start --thinker thinking/model --code2wav code2wav/model
 
 Parts that are not named have new random weights; so have the encoders with `--fresh-encoders`, drawn by their fan-in:
 the config's 0.02 is for wide layers, and at this width a sound would hardly reach the first norm. `--fresh-talker` does

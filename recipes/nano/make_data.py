@@ -30,7 +30,6 @@ SIZES = {  # rows of each manifest at scale 1
     "text": 120_000,
     "sentences": 9000,
     "questions": 16_000,
-    "scenes": 24_000,
     "pictures": 10_000,
     "clips": 7000,
     "spoken_pairs": 6000,
@@ -90,13 +89,8 @@ class Maker:
         """Typed questions that need no picture, two in five as the audio encoder will spell them."""
 
         def make(rng: random.Random, number: int) -> dict[str, Any]:
-            make_task = rng.choices(
-                (world.jumble, world.repeat, world.arithmetic, world.unknown, world.misspelt), (4, 2, 6, 2, 1)
-            )[0]
-            task = make_task(rng)
-            if rng.random() < 0.4 and make_task is not world.misspelt:
-                return conversation(world.spelled(task.question, rng), task)
-            return conversation(world.written(task, rng), task)
+            question, task = world.language(rng)
+            return conversation(question, task)
 
         self.write("text", self.each("text", make))
 
@@ -139,15 +133,6 @@ class Maker:
         assert task.picture is not None
         draw_picture(task.picture).save(self.folder / (path := f"pictures/{name}.png"), compress_level=1)
         return task, {"images": [path]}
-
-    def scenes(self) -> None:
-        """Pictures with several typed questions each."""
-
-        def make(rng: random.Random, number: int) -> dict[str, Any]:
-            task, shown = self.picture(rng, f"s{number}")
-            return interview(task, rng, "<image>", 6) | shown
-
-        self.write("scenes", self.each("scenes", make))
 
     def pictures(self) -> None:
         """Questions about pictures, most of them spoken, and dialogues of two turns."""

@@ -1,6 +1,6 @@
 """Seeing, first step: each token of the vision encoder comes to name what is drawn where it looks.
 
-    python recipes/nano/name_cells.py MODEL FOLDER [--pictures 60000]
+    python recipes/nano/name_cells.py MODEL FOLDER [--pictures 160000]
 
 A picture of the small world is 3 x 3 tokens, one a cell; a frame of a clip is 6 x 6. A token is trained towards the sum
 of the Thinker's embeddings of what is there: colour and shape, and in a picture the words of the place; towards
@@ -26,7 +26,10 @@ from torch.nn import functional as F
 from omni import OmniModel
 from omni.training.optimiser import lr_factor
 
-_BATCH = 32  # pictures; every fourth batch is as many frames of clips
+_BATCH = 32  # pictures, or as many frames of clips
+# Kinds of batches in turn. In a clip one token of 36 has a name, and two frames half a second apart share it: harder.
+_KINDS = ("clips", "pictures", "clips", "digits", "clips", "pictures", "clips", "clips")
+_NAMED = {"clips": 6.0, "pictures": 2.0, "digits": 2.0}  # weight of a token that has a name
 _LEARNING_RATE, _WARMUP = 2e-3, 50
 _LOGGED = 20  # steps
 _VIDEO_SIDE = 6  # tokens of a frame's side
@@ -51,6 +54,9 @@ def words_of_frames(clip: world.Clip, middle: tuple[float, float]) -> list[list[
     return cells
 
 
+Batch = tuple[Tensor, Tensor, list[list[str]]]  # patches, grids, and what each token is to name
+
+
 class Namer:
     """Draws batches and says what their tokens are to be."""
 
@@ -72,15 +78,15 @@ class Namer:
         """[cells, D]: sums of embeddings."""
         return torch.stack([sum(map(self.embedding, words or [world.NO_WORD]), 0 * self.table[0]) for words in cells])
 
-    def pictures(self, rng: random.Random) -> tuple[Tensor, Tensor, list[list[str]]]:
-        """Patches, grids, and what each token is to name."""
-        drawn = [world.SKILLS[rng.choice((*world.PICTURE_SKILLS, "dialogue"))](rng).picture for _ in range(_BATCH)]
+    def pictures(self, rng: random.Random, skills: Sequence[str]) -> Batch:
+        """Pictures that such questions are asked about."""
+        drawn = [world.SKILLS[rng.choice(skills)](rng).picture for _ in range(_BATCH)]
         asked = [[{"role": "user", "content": [{"type": "image", "image": draw_picture(p)}]}] for p in drawn]
         inputs = self.processor(asked)
         return inputs.pixel_values, inputs.image_grid_thw, [words for p in drawn for words in words_of(p)]
 
-    def frames(self, rng: random.Random) -> tuple[Tensor, Tensor, list[list[str]]]:
-        """The same of grid steps of clips: two frames half a second apart."""
+    def frames(self, rng: random.Random) -> Batch:
+        """Grid steps of clips: two frames half a second apart."""
         patches, grids, cells = [], [], []
         for _ in range(_BATCH // 4):
             clip = world.moving(rng).clip
@@ -99,12 +105,13 @@ class Namer:
         return torch.cat(patches), torch.tensor(grids), cells
 
 
-def batches(namer: Namer) -> Iterator[tuple[Tensor, Tensor, list[list[str]]]]:
-    """Endless: three of pictures, one of clips."""
+def batches(namer: Namer) -> Iterator[tuple[str, Batch]]:
+    """Endless: kinds and batches."""
+    skills = {"pictures": (*world.PICTURE_SKILLS, "dialogue"), "digits": ("digit",)}
     number = 0
     while True:
-        rng = random.Random(f"cells {number}")
-        yield namer.frames(rng) if number % 4 == 3 else namer.pictures(rng)
+        rng, kind = random.Random(f"cells {number}"), _KINDS[number % len(_KINDS)]
+        yield kind, namer.frames(rng) if kind == "clips" else namer.pictures(rng, skills[kind])
         number += 1
 
 
@@ -120,12 +127,13 @@ def name_cells(source: Path, folder: Path, pictures: int) -> float:
     learner = torch.optim.AdamW(eyes.parameters(), lr=_LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     folder.parent.mkdir(parents=True, exist_ok=True)
     log: list[dict[str, object]] = []
+    logged = min(_LOGGED, max(1, steps // 10))
     recent: list[tuple[float, float]] = []
     start = time.perf_counter()
-    for step, (patches, grids, cells) in zip(range(steps), batches(namer)):
+    for step, (kind, (patches, grids, cells)) in zip(range(steps), batches(namer)):
         wanted = namer.targets(cells) / namer.size
         seen = eyes(patches, grids).embeds / namer.size
-        weights = torch.tensor([2.0 if words else 1.0 for words in cells])
+        weights = torch.tensor([_NAMED[kind] if words else 1.0 for words in cells])
         loss = (weights * F.mse_loss(seen, wanted, reduction="none").mean(1)).sum() / weights.sum()
         learner.zero_grad()
         loss.backward()
@@ -133,11 +141,13 @@ def name_cells(source: Path, folder: Path, pictures: int) -> float:
         for group in learner.param_groups:
             group["lr"] = _LEARNING_RATE * lr_factor(step, steps=steps, warmup_steps=_WARMUP, min_lr_ratio=0.03)
         learner.step()
-        recent = [*recent[1 - _LOGGED :], (loss.item(), named_right(seen.detach(), wanted, cells))]
-        if (step + 1) % _LOGGED == 0 or step + 1 == steps:
+        recent = [*recent, (loss.item(), named_right(seen.detach(), wanted, cells))][-logged:]
+        if (step + 1) % logged == 0 or step + 1 == steps:
             error, right = (sum(values) / len(recent) for values in zip(*recent))
             seconds = (time.perf_counter() - start) / (step + 1)
-            log.append({"step": step + 1, "losses": {"cells": error, "named": right}, "seconds": seconds})
+            log.append(
+                {"step": step + 1, "losses": {"cells": error, "named": right}, "loss": error, "seconds": seconds}
+            )
             (folder.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n", encoding="utf-8")
     model.save_pretrained(folder)
     return sum(right for _, right in recent) / len(recent)
@@ -154,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--pictures", type=int, default=160_000)
     args = parser.parse_args()
     print(f"named right: {name_cells(args.model, args.folder, args.pictures):.3f}")
 

@@ -30,6 +30,7 @@ from make_model import make_model
 from name_cells import name_cells
 from rich.console import Console
 from rich.table import Table
+from think import encode, think
 
 from omni.training.stages import build_run
 from omni.training.train_config import TrainConfig
@@ -42,13 +43,12 @@ SMOKE = {
     "1_code2wav": ("train.steps=12", "objective.batch_size=3", "eval.every=0"),
     "2_text": ("train.steps=20", "data.max_tokens=384"),
     "3_hearing": ("train.steps=10", "objective.batch_size=8"),
-    "4_seeing": ("train.steps=12", "data.max_tokens=512", "data.bucket=16"),
-    "5_understanding": ("train.steps=12", "data.max_tokens=512", "data.bucket=16"),
-    "6_talker_pairs": ("train.steps=10", "data.max_tokens=384"),
-    "7_talker_fours": ("train.steps=6", "data.max_tokens=384"),
-    "8_talker": ("train.steps=6", "data.max_tokens=384"),
-    "9_talker_in_context": ("train.steps=4", "data.max_tokens=384", "data.bucket=16"),
+    "4_talker_pairs": ("train.steps=10", "data.max_tokens=384"),
+    "5_talker_fours": ("train.steps=6", "data.max_tokens=384"),
+    "6_talker": ("train.steps=6", "data.max_tokens=384"),
+    "7_talker_in_context": ("train.steps=4", "data.max_tokens=384", "data.bucket=16"),
 }
+ENCODED = {"questions": 0.2, "sentences": 0.08, "pictures": 0.1, "clips": 0.2}  # manifests, how often to think of each
 _BRIEF = ("optimiser.warmup_steps=2", "log.every=1")
 
 
@@ -90,11 +90,21 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
 
         write_card(Path("model"), json.loads(Path("report.json").read_text(encoding="utf-8")))
 
+    def encode_all() -> None:
+        for name in ENCODED:
+            if not (path := Path(f"encoded/{name}.safetensors")).exists():
+                encode(Path("thinking_start"), Path(f"data/{name}.jsonl"), path)
+        Path("encoded/done").touch()
+
+    def think_all() -> None:
+        files = {Path(f"encoded/{name}.safetensors"): share for name, share in ENCODED.items()}
+        think(Path("thinking_start"), Path("thinking/model"), files, *((12, 256) if smoke else (6000,)))
+
     encoders = joined("encoders", "perceiving_start", thinker="text")
-    cells = (Path("perceiving_start"), Path("cells/model"), 64 if smoke else 60_000)
+    cells = (Path("perceiving_start"), Path("cells/model"), 192 if smoke else 160_000)
     speaking = joined("speaking", "speaking_start", thinker="text")
-    hearing = (Path("hearing/model"), Path("seeing/model"), Path("data/sentences.jsonl"), Path("understanding_start"))
-    model = joined("model", "model", thinker="understanding", talker="talker_in_context", code2wav="code2wav")
+    hearing = (Path("hearing/model"), Path("cells/model"), Path("data/sentences.jsonl"), Path("thinking_start"))
+    model = joined("model", "model", thinker="thinking", talker="talker_in_context", code2wav="code2wav")
     plan = [
         Step("data", "data/spoken_context.jsonl", partial(make_data, Path("data"), scale)),
         Step("start", "start/config.json", partial(make_model, Path("start"))),
@@ -104,15 +114,15 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
         Step(encoders.name, encoders.makes, partial(encoders.do, fresh_encoders=True)),
         stage("3_hearing"),
         Step("cells", "cells/model/config.json", partial(name_cells, *cells)),
-        stage("4_seeing"),
-        Step("join", "understanding_start/config.json", partial(join_hearing, *hearing)),
-        stage("5_understanding"),
+        Step("join", "thinking_start/config.json", partial(join_hearing, *hearing)),
+        Step("encode", "encoded/done", encode_all),
+        Step("think", "thinking/model/config.json", think_all),
         Step(speaking.name, speaking.makes, partial(speaking.do, fresh_talker=True)),
-        stage("6_talker_pairs"),
-        stage("7_talker_fours"),
-        stage("8_talker"),
-        joined("context", "context_start", thinker="understanding", talker="talker"),
-        stage("9_talker_in_context"),
+        stage("4_talker_pairs"),
+        stage("5_talker_fours"),
+        stage("6_talker"),
+        joined("context", "context_start", thinker="thinking", talker="talker"),
+        stage("7_talker_in_context"),
         Step(model.name, model.makes, partial(model.do, dtype=torch.bfloat16)),
         Step("report", "report.json", report),
         Step("card", "model/README.md", card),
@@ -147,7 +157,7 @@ def losses(log: Path) -> list[dict[str, float]]:
 def bought(work: Path) -> Table:
     """What each stage bought: its losses at the start and the end, means over a tenth of the log."""
     table = Table("stage", "loss", "first", "last", "steps", title="what each stage bought")
-    for name in sorted([path.stem for path in STAGES.glob("*.toml")] + ["4_cells"]):
+    for name in sorted([path.stem for path in STAGES.glob("*.toml")] + ["3_cells", "3_thinking"]):
         log = work / folder_of(name) / "log.jsonl"
         if not log.exists():
             continue

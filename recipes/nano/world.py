@@ -378,6 +378,15 @@ def spelled(text: str, rng: random.Random) -> str:
     return written
 
 
+def language(rng: random.Random) -> tuple[str, Task]:
+    """A typed question that needs no picture, two in five as the audio encoder will spell them; and its task."""
+    make_task = rng.choices((jumble, repeat, arithmetic, unknown, misspelt), (4, 2, 6, 2, 1))[0]
+    task = make_task(rng)
+    if rng.random() < 0.4 and make_task is not misspelt:
+        return spelled(task.question, rng), task
+    return written(task, rng), task
+
+
 def all_answers() -> list[str]:
     """Every answer but the sentences that are repeated: all of them must be spoken well."""
     moves = [f"the {color} {shape}" for color in COLORS for shape in SHAPES]
