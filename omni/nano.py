@@ -84,8 +84,8 @@ def run_demo(console: Console, progress: Console, out_dir: Path) -> None:
         processor = model.processor
         assert processor is not None and model.code2wav is not None
         sample_rate = int(model.code2wav.sample_rate)
-        for _ in model.stream(processor([{"role": "user", "content": "say one"}]), max_frames=_MAX_FRAMES):
-            pass  # the first steps of a process are slow, and are not what is to be timed
+        # the first steps of a process are slow, and are not what is to be timed
+        list(model.stream(processor([{"role": "user", "content": "say one"}]), max_frames=_MAX_FRAMES))
     replies = []
     for number, question in enumerate(QUESTIONS, 1):
         files = ", ".join(name for _, name in question.items)

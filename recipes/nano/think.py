@@ -6,7 +6,8 @@
 By now the encoders spell what they hear and name what they see in the Thinker's own embeddings, so little is left for
 them to learn, and most of the time of a step through them would be theirs. Their tokens are therefore kept, and what is
 typed or drawn needs no file at all: typed questions are made as they are needed, and a picture is the words of its nine
-cells (`name_cells.words_of`), with some noise. A step is ten times faster than with media, and no question comes twice.
+cells (`name_cells.words_of`), with some noise. A step takes a quarter of the time of one with media (0.5 s instead of
+1.9 s for 1024 tokens, one thread of a busy machine), and what is made as it goes hardly ever comes twice.
 """
 
 from __future__ import annotations
