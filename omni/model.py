@@ -270,7 +270,8 @@ class OmniModel(nn.Module):
         """Speech for a given text: float32 [samples] on the CPU at `code2wav.sample_rate` (a list for a list of texts).
 
         A Talker that hears a reply by its token embeddings alone needs no Thinker's thoughts; the user's part is empty.
-        For one that hears hidden states too, the Thinker reads the text as its own reply to an empty user's turn.
+        For one that hears hidden states too, the Thinker reads the text as its own reply to an empty user's turn, after
+        the system text that the family's speech needs.
         """
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"speak takes a text or a list of texts, got {type(text).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from omni import (
     TextDelta,
     TurnEnd,
 )
+from omni.generation.agreement import _speech, agreement, teacher_forced
 from omni.generation.arguments import default_codes
 from omni.generation.graphs import GraphPool, Outputs, Replay
+from omni.generation.prompt import encode_prompt
 from omni.generation.sampling import SOUND_STREAM, SamplingConfig, stream_seed
 from omni.token2wav.streaming import ChunkSchedule
 
@@ -241,6 +244,40 @@ def test_speak_lets_the_thinker_read_the_text_as_its_reply(speaker_model: OmniMo
     assert out.replies[0] == reply
     close(said, out.audio[0])
     assert said.shape != other.shape or not torch.allclose(said, other)
+
+
+def test_teacher_forcing_finds_the_choices_of_generation(speaker_model: OmniModel) -> None:
+    model, inputs = speaker_model, speaker_model.processor(BATCH)
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+    out = model.generate(inputs, 5, max_frames=9, text_sampling=greedy, audio_sampling=greedy, seed=3)
+    prompt, banned = encode_prompt(model, inputs), model.talker.suppressed()
+    for row, (reply, codes) in enumerate(zip(out.replies, out.codes)):
+        assert codes.shape[1] > len(reply) + 1  # the text ends within the speech
+        speech = _speech(model, prompt.row_ids(row), reply, codes, None)
+        forced = teacher_forced(model, prompt, row, reply, speech)
+        assert forced.text.argmax(-1).tolist() == reply and len(forced.codes) == 1
+        assert forced.codes[0].masked_fill(banned, float("-inf")).argmax(-1).tolist() == codes[0].tolist()
+    same = agreement(model, model, inputs, max_new_tokens=3, max_frames=4)
+    assert same.frames > 4 and same.code_kl == (0.0,) and same.code_agreement == (1.0,)
+
+
+def test_sessions_and_speak_know_the_system_text_of_the_speech(
+    speaker_model: OmniModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = speaker_model, speaker_model.processor
+    arguments = {key: PLAIN[key] for key in ("audio_sampling", "seed", "max_frames")}
+    plain = model.speak("a text", **arguments)
+    monkeypatch.setattr(processor, "speech_system", "speak well")
+    for system in (None, "be brief"):
+        monkeypatch.setattr(processor, "_warned", False)
+        with pytest.warns(UserWarning, match="speech may fail"):
+            OmniSession(model, system=system).push_text("hello")
+    monkeypatch.setattr(processor, "_warned", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OmniSession(model, system="speak well").push_text("hello")
+        taught = model.speak("a text", **arguments)
+    assert taught.shape != plain.shape or not torch.equal(taught, plain)
 
 
 def test_voices_are_needed_and_named(speaker_model: OmniModel) -> None:

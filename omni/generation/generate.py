@@ -241,8 +241,9 @@ def _ids_to_speak(processor: OmniProcessor, text: str) -> list[int]:
 
 def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int], processor: OmniProcessor) -> None:
     """Let the Thinker read a text as its own reply to an empty user's turn, and the Talker hear what it should."""
-    model = rows.model
-    prompt = encode_prompt(model, processor([{"role": "user", "content": ""}]))
+    model, system = rows.model, processor.speech_system
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    prompt = encode_prompt(model, processor([*messages, {"role": "user", "content": ""}]))
     hidden = rows.read_text(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
     _read_heard_part(rows, prompt, hidden, 0, turn, row)
     embeds = model.thinker.embed_tokens(torch.tensor(ids, device=model.device))

@@ -1,8 +1,7 @@
 """OmniSession: a conversation as an object. Push what is heard and seen, respond, interrupt, fork, save.
 
 The work runs inside the calls. What is pushed is read by the Thinker and the Talker at once, as far as it is decided,
-so that little is left to do when `respond` is called. The Thinker's cache stays from turn to turn; the Talker's keeps
-the user's turns.
+so that little is left to do when `respond` is called. The caches stay; the Talker's keeps what it hears.
 """
 
 from __future__ import annotations
@@ -73,8 +72,13 @@ class OmniSession:
 
     def _write_system(self, system: str | None) -> None:
         if system is not None:
+            self._check_system(system)
             self._header("system")
             self._conversation.write_text([*self.processor.encode_text(system), *self._closing()])
+
+    def _check_system(self, system: str | None) -> None:
+        if self.model.talker is not None:
+            self.processor.check_speech_system(system)
 
     def _set_up(
         self,
@@ -215,6 +219,8 @@ class OmniSession:
         if not self._conversation.in_user:
             self._conversation.pay()
             self._prompt = None
+            if not self.ids:
+                self._check_system(None)
             self._conversation.open_user_turn()
             self._header("user")
 

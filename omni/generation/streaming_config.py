@@ -20,9 +20,10 @@ class StreamingConfig:
     streams of an engine do not wait long. audio_window_s: attention window of the audio encoder in seconds of a
     session's input (None: the checkpoint's, 8 s in the release); a shorter one lets reading follow speech closely.
     silence_s, loop_frames: speech is ended as runaway after that much silence, or when codebook 0 has repeated itself
-    with one period for that many frames. codec_schedule, codec_ode: of a codec decoder that draws sound by windows
-    (`Token2Wav`): how codes are cut (None: its own way; "whole": all at once when the last has come, as the reference
-    does) and how its flow is integrated (None: as released).
+    with one period for that many frames (the default is 20 s in the release, 5 s in Qwen2.5-Omni's). codec_schedule,
+    codec_ode: of a codec decoder that draws sound by windows (`Token2Wav`): how codes are cut (None: its own way;
+    "whole": all at once when the last has come, as the reference does) and how its flow is integrated (None: as
+    released).
     """
 
     chunk_frames: tuple[int, ...] = (1, 1, 2, 4, 8)

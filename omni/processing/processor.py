@@ -180,19 +180,20 @@ class OmniProcessor:
         batch = _Batch()
         rows = []
         for conversation in map(read_conversation, split_batch(messages)):
-            self._check_system(conversation.messages)
+            first = conversation.messages[0]
+            self.check_speech_system(first["content"] if first["role"] == "system" else None)
             ids = self.chat.encode_chat(conversation.messages, tools, **template_options)
             rows.append(self._expand(ids, conversation.media, options, batch))
         if use_audio_in_video and batch.silent and not batch.with_sound:
             raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")
         return self._pack(rows, batch).to(options.device)
 
-    def _check_system(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Warn once where a conversation does not begin with the system text that the family's speech needs."""
-        if self.speech_system is None or self._warned:
-            return
-        first = messages[0]
-        if first["role"] == "system" and first["content"] == self.speech_system:
+    def check_speech_system(self, system: Any) -> None:
+        """Warn once where a conversation does not begin with the system text that the family's speech needs.
+
+        system: the conversation's system message, None without one.
+        """
+        if self._warned or self.speech_system in (None, system):
             return
         self._warned = True
         warnings.warn(

@@ -49,9 +49,3 @@ def control_ids(talker: Talker, speaker: int) -> list[int]:
 def add_control(text: Tensor, control: Tensor) -> Tensor:
     """The prefix from its text side [9, D] and the embeddings of its control ids [6, D]."""
     return torch.cat((text[:-6], text[-6:] + control))
-
-
-def trailing_text_ids(reply: Sequence[int], frames: int, tts_eos: int, tts_pad: int) -> list[int]:
-    """The token whose vector follows each frame: the reply from its second token, tts_eos, then tts_pad."""
-    ids = [*reply[1:], tts_eos][:frames]
-    return ids + [tts_pad] * (frames - len(ids))
