@@ -205,6 +205,20 @@ def print_info(console: Console, path: Path) -> None:
     if config.has_talker and config.talker_config is not None:
         speakers = sorted(config.talker_config.speaker_id or {})
         console.print(f"speakers: {', '.join(speakers) or 'none named'}", highlight=False)
+        if isinstance(config.code2wav_config, Token2WavConfig):
+            console.print(_windows(config.code2wav_config), highlight=False)
+
+
+def _windows(config: Token2WavConfig) -> str:
+    """How sound comes while codes are drawn, by the usual schedule."""
+    from omni.token2wav.streaming import ChunkSchedule, first_audio
+
+    schedule = ChunkSchedule.usual(config)
+    first = first_audio(config, schedule)
+    return (
+        f"streaming: windows of {schedule.chunk_codes} codes; the first {first.audio_ms:.0f} ms of sound need "
+        f"{first.codes} codes, {first.wait_ms:.0f} ms of speech, and the time to compute them"
+    )
 
 
 def _parts_table(sizes: dict[str, PartSize], words: dict[str, str]) -> Table:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class Speech(NamedTuple):
-    """The spoken side of a turn: codes int64 [K, n]; the ids that are said, and the places in the reply of those that the
-    model wrote; the assistant's header, the speaker."""
+    """The spoken side of a turn: codes int64 [K, n]; the ids that are said, and the places in the reply of those that
+    the model wrote; the assistant's header, the speaker."""
 
     codes: Tensor
     spoken: list[int]

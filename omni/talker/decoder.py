@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from omni.layers.cache import LayerCache
 from omni.layers.decoder_layer import Tables, run_layer
-from omni.layers.decoder_state import DecoderState
+from omni.layers.decoder_state import DecoderState, layer_views
 from omni.layers.moe import MoE
 from omni.layers.packing import PackedBlocks
 from omni.talker.conditioning import user_spans
@@ -113,16 +113,11 @@ class TalkerDecoder(nn.Module):
         x = self.project_input(embeds)
         router_logits: list[Tensor] | None = [] if with_router_logits else None
         tables = self.rope(positions)
-        cache = state.cache if state is not None else None
-        views: Sequence[LayerCache | PackedBlocks | None] = [blocks] * len(self.layers)
-        assert blocks is None or cache is None, "a packed row is read at once"
-        if cache is not None:
-            cache.reserve(x.shape[1])
-            views = cache.layers(x.shape[1])
+        views = layer_views(state, blocks, len(self.layers), x.shape[1])
         for layer, view in zip(self.layers, views):
             x = layer(x, tables, view, router_logits if isinstance(layer.mlp, MoE) else None)
-        if cache is not None:
-            cache.advance(lengths or [x.shape[1]] * x.shape[0])
+        if state is not None:
+            state.cache.advance(lengths or [x.shape[1]] * x.shape[0])
         x = self.norm(x)
         return TalkerOutput(self.codec_head(x if with_logits else x[:, :0]), x, router_logits)
 
@@ -131,11 +126,9 @@ class TalkerDecoder(nn.Module):
 
         Rows where `active` is False stand still; their outputs mean nothing.
         """
-        moves = [True] * len(embeds) if active is None else list(active)
         state.cache.reserve(1)
         logits, hidden = self.decode(embeds, state.step_positions(), state.cache.layers(1))
-        state.step(torch.tensor(moves, device=embeds.device))
-        state.cache.count(moves)
+        state.count_step(active)
         return logits, hidden
 
     def decode(

@@ -25,7 +25,7 @@ from omni.generation.sampling import SOUND_STREAM, stream_seed
 from omni.token2wav.sampler import position_noise
 from omni.token2wav.voices import Voice
 
-SEEDS = range(3)
+SEEDS = range(6)
 TOKENS, CODES = 6, 15
 ROW_SEEDS = [5, 8]
 VOICES = {"Eve": 300, "bob": 301}
