@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_token2wav import FAST, SIZES, make_model, make_voice
 
-from omni import OmniConfig, OmniInputs, OmniModel, OmniProcessor, OmniSession
+from omni import AudioChunk, OmniConfig, OmniInputs, OmniModel, OmniProcessor, OmniSession, StreamingConfig
 from omni.processing import vision
 from omni.processing.video_file import VideoClip
 from omni.rope.positions import Audio, AudioVideo, Text, Video, placeholder_ids, prompt_positions
+from omni.token2wav.streaming import ChunkSchedule
 
 sys.path.append(str(Path(__file__).parent / "parity"))
 from oracle_qwen2_5 import AUDIO, VISION, config_values, write_processor
@@ -24,8 +26,8 @@ SIDE = 56  # pixels of a frame, made larger by the processor unless its limits a
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> OmniModel:
-    """A tiny Thinker of the family with both encoders, and its processor."""
-    values = {**config_values(3), "system_token_id": 276}
+    """A tiny model of the family with both encoders, its processor and a voice."""
+    values = {**config_values(3), "system_token_id": 276, "token2wav_config": SIZES}
     values["thinker_config"]["text_config"]["vocab_size"] = 512  # the demo's
     width = values["thinker_config"]["text_config"]["hidden_size"]
     values["thinker_config"] |= {
@@ -33,11 +35,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> OmniModel:
         "vision_config": {**VISION, "out_hidden_size": width},
     }
     torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_dict(values), parts=["thinker"])
+    model = OmniModel(OmniConfig.from_dict(values))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.startswith("code2wav"):
                 parameter.mul_(10)
+        model.talker.codec_head.weight[[80, 82]] = 0  # greedy speech goes on to its limit
+    model.code2wav = make_model()
+    model.voices = {"eve": make_voice(1), "bob": make_voice(2)}
     model.processor = OmniProcessor.from_pretrained(write_processor(tmp_path_factory.mktemp("files")))
     model.processor.vision.frame_pixels = (SIDE * SIDE, SIDE * SIDE)
     return model
@@ -123,7 +128,7 @@ def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypa
         session.push_video_frame(frames[i], times[i])
         session.push_audio(sound[8000 * i : 8000 * (i + 1)])
     session.push_text("and now?")
-    events = list(session.respond(max_new_tokens=6))
+    events = list(session.respond(max_new_tokens=6, return_audio=False))
     read = vision.load_video
     monkeypatch.setattr(
         vision, "load_video", lambda *given: VideoClip(read(*given).frames, read(*given).times_s, sound)
@@ -135,8 +140,34 @@ def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypa
     inputs = processor(messages, use_audio_in_video=True, mel_level="causal")
     prompt = inputs.input_ids[0].tolist()
     assert session.ids[: len(prompt)] == prompt and events[-1].usage["prompt_tokens"] == len(prompt)
-    fresh = model.generate(inputs, max_new_tokens=6)
+    fresh = model.generate(inputs, max_new_tokens=6, return_audio=False)
     assert session.ids[len(prompt) :][: len(fresh.replies[0])] == fresh.replies[0]
+
+
+def test_a_spoken_reply_to_sound_and_a_picture_is_that_of_a_fresh_stream(model: OmniModel) -> None:
+    """In the second turn too, where the first reply and its media have been heard."""
+    processor, sound = model.processor, 0.1 * torch.randn(30000, generator=torch.Generator().manual_seed(1))
+    picture = np.random.default_rng(0).integers(0, 255, (112, 84, 3), np.uint8)
+    greedy = {"audio_sampling": {"temperature": 0, "repetition_penalty": 1.3}, "seed": 3, "speaker": "bob"}
+    asked: dict[str, Any] = {**greedy, "max_new_tokens": 5, "max_frames": 18}
+    windows = StreamingConfig(codec_schedule=ChunkSchedule(4, 2, 2), codec_ode=FAST, silence_s=None)
+    messages: list[Any] = [{"role": "system", "content": processor.speech_system}]
+    session = OmniSession(model, system=processor.speech_system, streaming=windows)
+    for question in ("what is it?", "and now?"):
+        session.push_image(picture)
+        for piece in sound.split(7000):
+            session.push_audio(piece)
+        session.push_text(question)
+        events = list(session.respond(**asked))
+        messages.append({"role": "user", "content": [{"image": picture}, {"audio": sound}, question]})
+        inputs = processor(messages, mel_level="causal")
+        fresh = list(model.stream(inputs, streaming=windows, **asked))
+        assert inputs.input_ids[0].tolist() == session.ids[: inputs.input_ids.shape[1]]
+        assert events[-1].usage == fresh[-1].usage and events[-1].usage["frames"] > 8
+        assert events[-1].text == fresh[-1].text
+        mine, theirs = (torch.cat([e.samples for e in run if isinstance(e, AudioChunk)]) for run in (events, fresh))
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        messages.append({"role": "assistant", "content": events[-1].text})
 
 
 def test_chunks_are_read_while_the_user_speaks(model: OmniModel) -> None:
@@ -180,7 +211,8 @@ def test_an_open_video_is_copied_and_saved(model: OmniModel, how: str, tmp_path:
     for one in (session, other):
         push(one, 5, 9)
         one.push_text("?")
-    replies = [
-        [e.token_ids for e in one.respond(max_new_tokens=4) if hasattr(e, "token_ids")] for one in (session, other)
-    ]
+    replies = []
+    for one in (session, other):
+        events = one.respond(max_new_tokens=4, return_audio=False)
+        replies.append([e.token_ids for e in events if hasattr(e, "token_ids")])
     assert session.ids == other.ids and replies[0] == replies[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,12 @@ import torch
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import prompt_positions
+from omni.training.batches import collate
 from omni.training.lora import add_lora, save_lora
 from omni.training.objectives import Supervised
 from omni.training.passes import talker_pass, thinker_pass
-from omni.training.samples import IGNORED, SpokenTurn, TrainingBatch
+from omni.training.preference_objective import DPO
+from omni.training.samples import IGNORED, Pair, Sample, SpokenTurn, TrainingBatch
 from omni.training.speakers import add_speaker
 from omni.training.spoken_turns import turns_of
 from omni.training.stages import Run, build_run
@@ -130,9 +134,6 @@ def test_the_pass_is_the_published_layout(model: OmniModel, frames: int) -> None
 
 @torch.no_grad()
 def test_turns_beside_each_other_are_those_alone(model: OmniModel) -> None:
-    from omni.training.batches import collate
-    from omni.training.samples import Sample
-
     ones = [
         spoken(model, text, reply, torch.randint(0, 80, (1, n)), voice)
         for text, reply, n, voice in (("Well?", "So it is.", 4, "eve"), ("And a long question?", "No.", 7, "bob"))
@@ -185,6 +186,30 @@ def test_what_cannot_be_spoken_is_named(model: OmniModel) -> None:
     assert turns_of(model.talker.config).prefix_length == 2
     with pytest.raises(ValueError, match=r"model\.voices"):
         add_speaker(model, "robin")
+
+
+def test_preference_of_one_way_to_speak_over_another(model: OmniModel) -> None:
+    """DPO over codes: it begins at log 2, prefers the chosen codes, moves the Talker alone."""
+    talking = copy.deepcopy(model)
+    for name, p in talking.named_parameters():
+        p.requires_grad_(name.startswith("talker."))
+    before = {name: p.clone() for name, p in talking.named_parameters()}
+    ways = [spoken(talking, "Well?", "So it is.", torch.randint(0, 80, (1, n)), "eve") for n in (4, 6)]
+    samples = [Sample(way.inputs, way.labels[0], [way.speech[0][1]], "row") for way in ways]
+    given = collate([Pair(*samples)])
+    objective = DPO(talking, text=False, speech=True)
+    optimizer = torch.optim.AdamW([p for p in talking.parameters() if p.requires_grad], 1e-3, weight_decay=0)
+    losses = []
+    for _ in range(5):
+        found = objective.losses(talking, objective.prepare(talking, given))
+        losses.append(found["speech_preference"].total)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(losses[0].detach()) == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.5 * losses[0] and found["reward_margin"].total > 0
+    changed = {name for name, p in talking.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all(name.startswith("talker.") for name in changed)
 
 
 def make(folder: Path, **changes: Any) -> Run:
