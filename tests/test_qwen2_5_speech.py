@@ -28,6 +28,7 @@ from omni.generation.agreement import _speech, agreement, teacher_forced
 from omni.generation.arguments import default_codes
 from omni.generation.graphs import GraphPool, Outputs, Replay
 from omni.generation.prompt import encode_prompt
+from omni.generation.rows import Rows
 from omni.generation.sampling import SOUND_STREAM, SamplingConfig, stream_seed
 from omni.token2wav.streaming import ChunkSchedule
 
@@ -250,7 +251,7 @@ def test_teacher_forcing_finds_the_choices_of_generation(speaker_model: OmniMode
     model, inputs = speaker_model, speaker_model.processor(BATCH)
     greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
     out = model.generate(inputs, 5, max_frames=9, text_sampling=greedy, audio_sampling=greedy, seed=3)
-    prompt, banned = encode_prompt(model, inputs), model.talker.suppressed()
+    prompt, banned = encode_prompt(model, inputs), Rows(model, 1).runner.banned
     for row, (reply, codes) in enumerate(zip(out.replies, out.codes)):
         assert codes.shape[1] > len(reply) + 1  # the text ends within the speech
         speech = _speech(model, prompt.row_ids(row), reply, codes, None)

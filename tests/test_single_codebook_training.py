@@ -200,7 +200,7 @@ def test_preference_of_one_way_to_speak_over_another(model: OmniModel) -> None:
     objective = DPO(talking, text=False, speech=True)
     optimizer = torch.optim.AdamW([p for p in talking.parameters() if p.requires_grad], 1e-3, weight_decay=0)
     losses = []
-    for _ in range(5):
+    for _ in range(20):
         found = objective.losses(talking, objective.prepare(talking, given))
         losses.append(found["speech_preference"].total)
         losses[-1].backward()
