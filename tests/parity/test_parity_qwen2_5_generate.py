@@ -125,7 +125,8 @@ def check(seed: int, inputs: dict[str, torch.Tensor], speaker: str, monkeypatch:
             continue  # the reference speaks something for an empty reply
         assert out.codes[row][0].tolist() == codes[row].tolist()
         assert out.audio[row].shape == waves[row].shape
-        assert_close(out.audio[row], waves[row], 1e-4)
+        if waves[row].numel():
+            assert_close(out.audio[row], waves[row], 1e-4)
     spoken = [row for row, sound in enumerate(out.audio) if sound.numel()]
     assert spoken and all(out.audio[row].abs().max() > 0.01 for row in spoken)
 
