@@ -254,6 +254,7 @@ def test_a_model_changed_after_compiling_is_not_taken_for_what_it_was() -> None:
     assert seen
 
 
+@pytest.mark.slow  # a minute of compiling; the same steps are traced and run above
 def test_compiled_turns_equal_turns_as_written_and_compile_nothing_more(model: OmniModel) -> None:
     inputs = model.processor(BATCH[1])
     variants: list[dict[str, Any]] = [GREEDY, {"seed": 5}]
