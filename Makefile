@@ -12,6 +12,8 @@ UV = $$(command -v uv || echo .venv-uv/bin/uv)
 
 # The tests and the demo are many small operations: more threads than this only wait for each other.
 export OMP_NUM_THREADS ?= 2
+# Without compiled bytecode every process that the tests start would compile its imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Wheels of several hundred megabytes on a slow line take longer than uv's usual 30 seconds.
 export UV_HTTP_TIMEOUT ?= 300
 # A machine whose pip is pointed at a mirror by a variable wants the same mirror here.

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     for kind in ("audio", "image", "video"):
         chat.add_argument(f"--{kind}", action="append", default=[], metavar="F", help=f"{kind} file or address")
     chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound too")
-    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt (default: what its speech needs, if anything)")
     chat.add_argument("--max-new-tokens", type=_count, default=1024, metavar="N", help="default: 1024")
     chat.add_argument("--no-audio", action="store_true", help="answer in text only; the Talker is not loaded")
     _add_speech_arguments(chat, "out.wav")
@@ -256,6 +256,8 @@ def _run_chat(args: argparse.Namespace) -> None:
     if model.processor is None:
         raise ValueError(f"{args.model} holds no tokenizer files; `omni chat` needs them to read and write text")
     speaks = speaks and model.config.has_talker
+    if speaks and args.system is None:
+        args.system = model.processor.speech_system
     if args.out and not speaks:
         raise ValueError(f"{args.model} answers in text only; leave --out out")
     arguments = {
@@ -368,7 +370,7 @@ def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
         content = [{**item, "use_audio_in_video": True} if item["type"] == "video" else item for item in content]
     if args.text:
         content.append({"type": "text", "text": args.text})
-    system = [{"role": "system", "content": args.system}] if args.system else []
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
     return [*system, {"role": "user", "content": content}]
 
 

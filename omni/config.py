@@ -8,12 +8,14 @@ kept in `extra` and written back unchanged.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omni.config_decoder import DecoderConfig, MoEConfig
+from omni.config_audio import AudioTransformerConfig
+from omni.config_decoder import DecoderConfig, MoEConfig, SpeechRules
 from omni.config_positions import PositionRule
 from omni.config_reading import (
     Config,
@@ -48,47 +50,27 @@ class ThinkerTextConfig(MoEConfig):
 
 
 @dataclass(frozen=True)
-class AudioEncoderConfig(Config):
+class AudioEncoderConfig(AudioTransformerConfig):
     """AuT, the audio encoder.
 
     `n_window` and `n_window_infer` count mel frames: half a conv chunk, and one attention window.
     """
 
-    num_mel_bins: int = 128
-    encoder_layers: int = 32
-    encoder_attention_heads: int = 20
-    encoder_ffn_dim: int = 5120
-    d_model: int = 1280
-    activation_function: str = "gelu"
-    initializer_range: float = 0.02
     n_window: int = 50
     n_window_infer: int = 800
     downsample_hidden_size: int = 480
-    output_dim: int = 3584
     model_type: str = "qwen3_omni_moe_audio_encoder"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
-    @property
-    def chunk_frames(self) -> int:
-        """Mel frames in one convolution chunk (released: 100, one second)."""
-        return 2 * self.n_window
-
     def validate(self, where: str) -> None:
-        positive(self, where, "num_mel_bins", "encoder_attention_heads", "d_model", "n_window", "output_dim")
-        positive(self, where, "encoder_ffn_dim", "downsample_hidden_size")
-        not_negative(self, where, "encoder_layers", "initializer_range")
-        require(
-            self.d_model % self.encoder_attention_heads == 0,
-            f"{where}: d_model {self.d_model} is not a multiple of {self.encoder_attention_heads} heads",
-        )
-        require(self.d_model % 2 == 0 and self.d_model > 2, f"{where}.d_model must be even and above 2")
+        super().validate(where)
+        positive(self, where, "downsample_hidden_size")
         require(
             self.n_window_infer >= self.chunk_frames,
             f"{where}: n_window_infer {self.n_window_infer} is shorter than one chunk of 2 * n_window = "
             f"{self.chunk_frames} mel frames",
         )
-        require(self.activation_function == "gelu", f"{where}.activation_function must be 'gelu'")
 
 
 @dataclass(frozen=True)
@@ -246,7 +228,7 @@ class MTPConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class TalkerConfig(Config):
+class TalkerConfig(SpeechRules, Config):
     """The Talker: decoder, residual-code head, codec control ids and voices."""
 
     text_config: TalkerTextConfig = nested(TalkerTextConfig)
@@ -329,10 +311,12 @@ class Code2WavConfig(DecoderConfig):
     @property
     def hop_length(self) -> int:
         """Samples a frame (released: 1920)."""
-        hop = 1
-        for rate in (*self.upsampling_ratios, *self.upsample_rates):
-            hop *= rate
-        return hop
+        return math.prod((*self.upsampling_ratios, *self.upsample_rates))
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of a codebook that can be decoded."""
+        return self.codebook_size
 
     def validate(self, where: str) -> None:
         super().validate(where)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omni.config_reading import Config, check_theta, not_negative, optional, positive, require
 
@@ -160,3 +161,24 @@ class MoEConfig(LanguageConfig):
             0 < self.num_experts_per_tok <= max(self.num_experts, 1),
             f"{where}: num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts = {self.num_experts}",
         )
+
+
+class SpeechRules:
+    """Mixin of a Talker's config: what the reference does that no file says.
+
+    default_speaker: the voice where none is asked for; code_sampling: how codebook 0 is drawn.
+    """
+
+    default_speaker: ClassVar[str] = "ethan"
+    code_sampling: ClassVar[Mapping[str, float]] = {
+        "temperature": 0.9,
+        "top_k": 50,
+        "top_p": 1.0,
+        "repetition_penalty": 1.05,
+    }
+    codec_eos_token_id: int
+
+    @property
+    def codec_stop_ids(self) -> frozenset[int]:
+        """Codec ids that end speech."""
+        return frozenset((self.codec_eos_token_id,))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from omni.config import OmniConfig, ThinkerConfig
-from omni.config_decoder import LanguageConfig
+from omni.config_decoder import LanguageConfig, SpeechRules
 from omni.config_positions import PositionRule
 from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from omni.config_reading import extra_field, nested, require
@@ -91,7 +91,7 @@ class DenseThinkerConfig(ThinkerConfig):
 
 
 @dataclass(frozen=True)
-class DenseTalkerConfig(DenseConfig):
+class DenseTalkerConfig(SpeechRules, DenseConfig):
     """The Talker: a decoder over one codebook, whose values lie beside the codec and text ids of its prompt.
 
     `thinker_hidden_size` is the width of the Thinker's states and of the codec embedding alike.
@@ -133,6 +133,13 @@ class DenseTalkerConfig(DenseConfig):
 
     num_code_groups = 1
     accept_hidden_layer: ClassVar[None] = None  # it hears the Thinker's states after the final norm
+    default_speaker: ClassVar[str] = "chelsie"
+    code_sampling: ClassVar[Mapping[str, float]] = {
+        "temperature": 0.9,
+        "top_k": 40,
+        "top_p": 0.8,
+        "repetition_penalty": 1.05,
+    }
 
     @property
     def text_config(self) -> DenseTalkerConfig:

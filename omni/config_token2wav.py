@@ -192,6 +192,11 @@ class Token2WavConfig(Config):
     aliases: dict[str, str] = extra_field()
 
     @property
+    def num_codes(self) -> int:
+        """Codes that can be decoded (released: 8194)."""
+        return self.dit_config.num_embeds + 1
+
+    @property
     def hop_length(self) -> int:
         """Samples a code (released: 480, 20 ms)."""
         return self.dit_config.repeats * self.bigvgan_config.hop_length

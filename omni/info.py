@@ -72,7 +72,8 @@ def sizes_from_files(folder: Path, family: str) -> tuple[dict[str, PartSize], in
 
 
 def sizes_from_config(config: OmniConfig) -> dict[str, PartSize]:
-    """Sizes of the parts as the config describes them, in its own dtype (float32 if it names none)."""
+    """Sizes of the parts as the config describes them, in its own dtype (float32 if it names none, and of parts that
+    compute in nothing else)."""
     import torch
 
     from omni.model import OmniModel
@@ -80,10 +81,11 @@ def sizes_from_config(config: OmniConfig) -> dict[str, PartSize]:
     dtype = config.dtype if config.dtype in _BYTES else "float32"
     with torch.device("meta"):
         model = OmniModel(config)
+    wide = {name for name, part in model.named_children() if getattr(part, "always_float32", False)}
     sizes: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        size = sizes.setdefault(part_of(name), PartSize())
-        size.add(parameter.shape, dtype, parameter.numel() * _BYTES[dtype])
+        own = "float32" if name.partition(".")[0] in wide else dtype
+        sizes.setdefault(part_of(name), PartSize()).add(parameter.shape, own, parameter.numel() * _BYTES[own])
     return sizes
 
 
@@ -203,6 +205,20 @@ def print_info(console: Console, path: Path) -> None:
     if config.has_talker and config.talker_config is not None:
         speakers = sorted(config.talker_config.speaker_id or {})
         console.print(f"speakers: {', '.join(speakers) or 'none named'}", highlight=False)
+        if isinstance(config.code2wav_config, Token2WavConfig):
+            console.print(_windows(config.code2wav_config), highlight=False)
+
+
+def _windows(config: Token2WavConfig) -> str:
+    """How sound comes while codes are drawn, by the usual schedule."""
+    from omni.token2wav.streaming import ChunkSchedule, first_audio
+
+    schedule = ChunkSchedule.usual(config)
+    first = first_audio(config, schedule)
+    return (
+        f"streaming: windows of {schedule.chunk_codes} codes; the first {first.audio_ms:.0f} ms of sound need "
+        f"{first.codes} codes, {first.wait_ms:.0f} ms of speech, and the time to compute them"
+    )
 
 
 def _parts_table(sizes: dict[str, PartSize], words: dict[str, str]) -> Table:

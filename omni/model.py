@@ -43,6 +43,7 @@ from omni.talker.single_codebook import SingleCodebookTalker
 from omni.talker.talker import Talker
 from omni.thinker.thinker import Thinker, ThinkerOutput
 from omni.token2wav.token2wav import Token2Wav
+from omni.token2wav.voices import Voice, find_voices, save_voice_files
 
 if TYPE_CHECKING:
     from omni.generation.arguments import PerRow
@@ -67,7 +68,8 @@ class OmniModel(nn.Module):
 
     Attributes: `audio_encoder`, `vision_encoder`, `thinker`, `talker`, `code2wav`, each None where the variant or
     `parts` leaves it out; `config`; `processor`, attached by `from_pretrained` where tokenizer files are;
-    `generation_config`, the values of generation_config.json.
+    `generation_config`, the values of generation_config.json; `voices`, the recordings by name that some codec decoders
+    need.
 
     `OmniModel(config)` draws random weights (reproducible under `torch.manual_seed`). A keyword replaces a part by
     a module of your own with the same contract: `audio_encoder=Mine(...)`, `code2wav=Mine(...)` and so on.
@@ -104,6 +106,7 @@ class OmniModel(nn.Module):
         self.config = config
         self.processor: OmniProcessor | None = None
         self.generation_config: dict[str, Any] = {}
+        self.voices: dict[str, Voice] = {}
         own = (audio_encoder, vision_encoder, thinker, talker, code2wav)
         given = {name for name, part in zip(CHILDREN, own) if part is not None}
         thinks, speaks = "thinker" in parts, config.has_talker
@@ -198,7 +201,8 @@ class OmniModel(nn.Module):
     ) -> OmniOutput:
         """Answer a batch of prompts in text and, if the model can and `return_audio` is not False, in speech.
 
-        max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release).
+        max_new_tokens: reply ids at most; max_frames: frames of speech at most (80 ms each in the release, 20 ms in
+        Qwen2.5-Omni's).
         text_sampling, audio_sampling (codebook 0), residual_sampling: `SamplingConfig` or a dict of its fields; None
         is what generation_config.json says, else the release's way. speaker: a name of the config, in any case; None is
         the checkpoint's default. seed: makes sampling reproducible; None draws one from torch's global generator.
@@ -236,7 +240,8 @@ class OmniModel(nn.Module):
         The first sound follows the first word of the answer. The prompt is read and the arguments are checked by this
         call; the rest runs while the events are taken, and ends when the iterator is closed. `streaming` sets chunk
         sizes, how far text runs ahead of speech, and whether runaway speech is ended (None: it is not, as in
-        `generate`; sessions do it by default).
+        `generate`; sessions do it by default). A codec decoder that draws sound by windows gives what its
+        schedule of chunks gives, an approximation of `generate`'s sound (`streaming.codec_schedule`).
         """
         return generation.stream(
             self,
@@ -264,7 +269,9 @@ class OmniModel(nn.Module):
     ) -> Any:
         """Speech for a given text: float32 [samples] on the CPU at `code2wav.sample_rate` (a list for a list of texts).
 
-        The Talker reads a reply by its token embeddings alone, so any text can drive it; the user's part is empty.
+        A Talker that hears a reply by its token embeddings alone needs no Thinker's thoughts; the user's part is empty.
+        For one that hears hidden states too, the Thinker reads the text as its own reply to an empty user's turn, after
+        the system text that the family's speech needs.
         """
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"speak takes a text or a list of texts, got {type(text).__name__}")
@@ -339,6 +346,8 @@ class OmniModel(nn.Module):
             local_files_only=local_files_only,
         )
         config = OmniConfig.from_pretrained(folder)
+        voices = {} if parts == ("thinker",) else find_voices(folder)
+        config = _with_speakers(config, _speaker_ids(voices))
         with MetaBuild():
             model = cls(config, parts)
         model.load_report = load_weights(
@@ -349,6 +358,7 @@ class OmniModel(nn.Module):
         path = folder / "generation_config.json"
         model.generation_config = read_json(path) if path.is_file() else {}
         model.processor = _attached_processor(folder)
+        model.voices = voices if model.code2wav is not None else {}
         return model.eval()
 
     def _initialise_only(self, names: set[str]) -> None:
@@ -371,6 +381,8 @@ class OmniModel(nn.Module):
         if (self.talker is None) != (self.code2wav is None):
             raise ValueError("only one of talker and code2wav is loaded; load both, or neither, before saving")
         config = self.config.replace(enable_audio_output=self.talker is not None)
+        if self.voices and config.talker_config and _speaker_ids(self.voices) == config.talker_config.speaker_id:
+            config = _with_speakers(config, type(config.talker_config)().speaker_id)  # they are in the voices' files
         values = {**config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         with atomic_folder(Path(folder)) as target:
             (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -379,11 +391,22 @@ class OmniModel(nn.Module):
                 (target / "generation_config.json").write_text(text, encoding="utf-8")
             if self.processor is not None:
                 self.processor.save_pretrained(target)
+            save_voice_files(self.voices, target)
             save_weights(self, target, table=self.key_table, max_shard_size=max_shard_size, experts=experts)
 
 
 def _build(config: Any) -> nn.Module:
     return BUILDERS[type(config)](config)
+
+
+def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
+    """The speakers' ids that a checkpoint keeps beside their recordings."""
+    return {name.lower(): voice.bos_token for name, voice in voices.items() if voice.bos_token is not None}
+
+
+def _with_speakers(config: OmniConfig, ids: dict[str, int] | None) -> OmniConfig:
+    talker = config.talker_config
+    return config.replace(talker_config=talker.replace(speaker_id=ids)) if ids and talker is not None else config
 
 
 def _check_parts(parts: Sequence[str]) -> tuple[str, ...]:

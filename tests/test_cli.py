@@ -147,6 +147,9 @@ def test_info_from_a_config_alone(tmp_path: Path, capsys: Capture) -> None:
         assert main(["info", str(path)]) == 0
         printed = capsys.readouterr().out
         assert "35,259,818,545" in printed and "70.5 GB" in printed and "no weight files" in printed
+        assert "streaming" not in printed
+    assert main(["info", str(ROOT / "configs" / "qwen2_5_omni_7b.json")]) == 0
+    assert "the first 140 ms of sound need 36 codes, 720 ms of speech" in capsys.readouterr().out
 
 
 def test_info_sizes_agree_between_files_and_config(tiny_checkpoint: Path) -> None:

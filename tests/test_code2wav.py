@@ -18,8 +18,8 @@ from omni.code2wav.conv import (
     ConvNeXtBlock,
     DecoderBlock,
     ResidualUnit,
-    SnakeBeta,
     StreamingLayer,
+    StreamingSnake,
 )
 from omni.code2wav.window_transformer import windowed_attention
 from omni.config import Code2WavConfig
@@ -304,7 +304,7 @@ LAYERS: list[StreamingLayer] = [
     CausalConvTranspose1d(4, 6, kernel_size=6, stride=3),
     CausalConvTranspose1d(4, 6, kernel_size=6, stride=3, trim_start=False),
     CausalConvTranspose1d(4, 6, kernel_size=7, stride=2),
-    SnakeBeta(4),
+    StreamingSnake(4),
     ConvNeXtBlock(4),
     ResidualUnit(4, dilation=9),
     DecoderBlock(4, 2, rate=3, trim_start=True),
@@ -347,7 +347,7 @@ def test_matrix_products_equal_convolutions(
 
 
 def test_snake_beta_formula() -> None:
-    layer = SnakeBeta(2)
+    layer = StreamingSnake(2)
     with torch.no_grad():
         layer.alpha.copy_(torch.tensor([2.0, 3.0]).log())
         layer.beta.copy_(torch.tensor([4.0, 0.5]).log())

@@ -31,6 +31,7 @@ LEVELS = (
 )
 LEVEL = {group: level for level, groups in enumerate(LEVELS) for group in groups}
 GROUP = {
+    "config_audio": "config",
     "config_decoder": "config",
     "config_qwen2_5": "config",
     "config_positions": "config",

@@ -75,6 +75,7 @@ def test_split_layers_equal_one_process(folder: Path) -> None:
     run(worker.split_layers, 2, folder)
 
 
+@pytest.mark.slow  # four processes
 def test_two_kinds_at_once_equal_one_process(folder: Path) -> None:
     run(worker.four_processes, 4, folder)
 

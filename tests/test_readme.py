@@ -70,6 +70,13 @@ def test_figures_are_those_of_the_released_config() -> None:
     thinker = sum(sizes[part].bytes for part in ("thinker", "audio encoder", "vision encoder"))
     assert f"| {total / 1e9:.1f} GB |" in README and f"| {thinker / 1e9:.1f} GB |" in README
     assert f"{cache_bytes_per_token(config) * 1000 / 1e6:.1f} MB" in README
+    for size in ("7b", "3b"):
+        config = OmniConfig.from_pretrained(ROOT / "configs" / f"qwen2_5_omni_{size}.json")
+        sizes = sizes_from_config(config)
+        total = sum(part.bytes for part in sizes.values()) / 1e9
+        thinker = sum(sizes[part].bytes for part in ("thinker", "audio encoder", "vision encoder")) / 1e9
+        row = f"| {total:.1f} GB | {thinker:.1f} GB | {cache_bytes_per_token(config) / 1e3:.1f} MB |"
+        assert f"| Qwen2.5-Omni-{size.upper()} |" in README and row in README, row
 
 
 def test_the_page_on_streaming_is_true() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,10 @@ from omni import OmniConfig, OmniModel
 from omni.demo import DEMO_DATA
 from omni.training.stages import Run, build_run
 from omni.training.train_config import LogTable, TrainConfig
+
+sys.path.append(str(Path(__file__).parent / "parity"))
+from oracle_qwen2_5 import AUDIO, config_values, write_processor
+from test_token2wav import SIZES
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(path.stem.removeprefix("train_") for path in (ROOT / "configs").glob("train_*.toml"))
@@ -65,7 +70,11 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "new_voice": [{**spoken, "speaker": "robin"}],
         "pairs": [{**spoken, "rejected": {"content": "All right then.", "codes": codes(1, 40)}}],
         "questions": [{"messages": talk("What is two and two?", "4")}],
+        "spoken_alone": [{"messages": talk("Say it.", "All right then."), "codes": codes(2)[:1], "speaker": "eve"}],
+        "voices": [{"audio": "tone.wav", "speaker": "ann", "speaker_embedding": [1, i, -1]} for i in range(2)],
     }
+    for row in rows["voices"]:  # as many as the tiny decoder's 12 samples a code make of 1.5 s at 24 kHz
+        row["codes"] = [np.random.default_rng(0).integers(0, 20, 3000).tolist()]
     out = {}
     for name, content in rows.items():
         out[name] = folder / f"{name}.jsonl"
@@ -79,6 +88,8 @@ KIND = {
     "codec": "audio",
     "distillation": "questions",
     "gspo": "questions",
+    "qwen2_5_talker": "spoken_alone",
+    "qwen2_5_token2wav": "voices",
     "speaker": "new_voice",
     "talker_continued": "spoken",
     "talker_dpo": "pairs",
@@ -103,18 +114,44 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def second_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the second family, no parameter at zero."""
+    from omni import OmniProcessor
+
+    values = config_values(1)
+    text = values["thinker_config"]["text_config"]
+    text["vocab_size"] = 512
+    values["thinker_config"]["audio_config"] = {**AUDIO, "num_mel_bins": 128, "output_dim": text["hidden_size"]}
+    values["token2wav_config"] = SIZES
+    torch.manual_seed(0)
+    model = OmniModel(OmniConfig.from_dict(values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    files = tmp_path_factory.mktemp("second")
+    model.processor = OmniProcessor.from_pretrained(write_processor(files / "files"))
+    model.save_pretrained(files / "tiny")
+    values = json.loads((files / "tiny" / "config.json").read_text())
+    values |= {name: getattr(model.config, name) for name in CHAT_IDS}  # the tiny vocabulary's own, not in real files
+    (files / "tiny" / "config.json").write_text(json.dumps(values))
+    return files / "tiny"
+
+
+CHAT_IDS = ("im_start_token_id", "im_end_token_id", "user_token_id", "assistant_token_id")
 Make = Callable[..., Run]
 
 
 @pytest.fixture
-def make(manifests: dict[str, Path], checkpoint: Path) -> Make:
-    """A stage on the tiny model and the manifests of this file."""
+def make(manifests: dict[str, Path], checkpoint: Path, request: pytest.FixtureRequest) -> Make:
+    """A stage on the tiny model of its family and the manifests of this file."""
 
     def build(stage: str, **changes: Any) -> Run:
-        kind = KIND.get(stage, "mixed")
+        kind, second = KIND.get(stage, "mixed"), stage.startswith("qwen2_5")
+        folder = request.getfixturevalue("second_checkpoint") if second else checkpoint
         data = json.dumps(str(manifests[kind]))
         overrides = {
-            "model.checkpoint": json.dumps(str(checkpoint)),
+            "model.checkpoint": json.dumps(str(folder)),
             "model.dtype": '"float32"',
             "data.train": f"[{{ manifest = {data} }}]",
             "data.workers": "0",
@@ -140,6 +177,7 @@ def make(manifests: dict[str, Path], checkpoint: Path) -> Make:
         own = values.get("objective", {})
         own |= {key: value for key, value in small.items() if key in own}
         own |= {"judge_width": 4} if stage == "codec" else {}
+        own |= {"crop_s": 0.01, "reference_s": 0.004, "n_fft": 64} if stage == "qwen2_5_token2wav" else {}
         own.pop("encoder_folder", None)
         return build_run(TrainConfig.from_dict(values))
 
@@ -192,7 +230,8 @@ def test_every_expert_and_codebook_learns(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["codec", "s1_audio_adapter", "s1_vision_encoder", "speaker", "talker_mapping", "thinker_lora"]
+    "stage",
+    ["codec", "qwen2_5_talker", "s1_audio_adapter", "s1_vision_encoder", "speaker", "talker_mapping", "thinker_lora"],
 )
 def test_stages_run_in_bfloat16_as_their_files_say(make: Make, stage: str) -> None:
     """Frozen weights in bfloat16, those that learn in float32, the passes under autocast."""

@@ -124,6 +124,21 @@ def test_a_cache_that_moves_is_captured_again(
     same(whole, model.generate(inputs, max_new_tokens=9, max_frames=200, **GREEDY))
 
 
+def test_a_cache_that_a_prompt_has_moved_is_captured_again(
+    model: OmniModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also graphs of a short span, which a later turn may need again."""
+    monkeypatch.setattr(graphs, "_CAPACITY", 8)
+    session = OmniSession(model, model.processor)
+    runner = session._conversation.rows.runner
+    captured: list[list[Replay]] = []
+    for text in ("hi", "a long story " * 60):
+        session.push_text(text)
+        list(session.respond(max_new_tokens=4, max_frames=4, **GREEDY))
+        captured.append(list(runner._graphs.values()))
+    assert captured[0] and not any(old is new for old in captured[0] for new in captured[1])
+
+
 def test_sessions_and_engines_answer_alike_with_graphs(model: OmniModel, recorder: Recorder) -> None:
     def talk(session: OmniSession) -> tuple[list[int], torch.Tensor]:
         ids, sound = [], []
@@ -239,6 +254,7 @@ def test_a_model_changed_after_compiling_is_not_taken_for_what_it_was() -> None:
     assert seen
 
 
+@pytest.mark.slow  # a minute of compiling; the same steps are traced and run above
 def test_compiled_turns_equal_turns_as_written_and_compile_nothing_more(model: OmniModel) -> None:
     inputs = model.processor(BATCH[1])
     variants: list[dict[str, Any]] = [GREEDY, {"seed": 5}]

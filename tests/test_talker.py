@@ -9,13 +9,7 @@ import torch
 
 from omni.config import OmniConfig
 from omni.layers.init import initialise
-from omni.talker.conditioning import (
-    PREFIX_LENGTH,
-    assistant_prefix,
-    project_user,
-    trailing_text_ids,
-    user_spans,
-)
+from omni.talker.conditioning import PREFIX_LENGTH, user_spans
 from omni.talker.talker import Talker
 
 OMNI = OmniConfig.from_pretrained(Path(__file__).parents[1] / "configs" / "tiny.json")
@@ -103,7 +97,7 @@ def test_assistant_prefix_has_nine_slots(talker: Talker) -> None:
     header, (pad, bos, first) = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
     table = talker.codec_embedding.weight
     c = CONFIG
-    slots = assistant_prefix(talker, header, pad, bos, first, speaker=318)
+    slots = talker.assistant_prefix(torch.stack((*header, pad, bos)), first, speaker=318)
     golden = [
         header[0],
         header[1],
@@ -123,15 +117,9 @@ def test_text_enters_by_embedding_and_media_by_hidden_state(talker: Talker) -> N
     torch.manual_seed(6)
     embeds, hidden = torch.randn(2, 4, 32)
     media = torch.tensor([False, True, True, False])
-    out = project_user(talker, embeds, hidden, media)
+    out = talker.prompt_vectors(embeds, hidden, media)
     torch.testing.assert_close(out[~media], talker.text_projection(embeds[~media]))
     torch.testing.assert_close(out[media], talker.hidden_projection(hidden[media]))
-
-
-def test_text_track_ends_once_and_then_pads() -> None:
-    assert trailing_text_ids([5, 6, 7], 6, tts_eos=90, tts_pad=91) == [6, 7, 90, 91, 91, 91]
-    assert trailing_text_ids([5], 3, 90, 91) == [90, 91, 91]
-    assert trailing_text_ids([5, 6, 7], 1, 90, 91) == [6]
 
 
 def test_user_turns_of_all_the_conversation() -> None:

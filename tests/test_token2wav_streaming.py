@@ -157,8 +157,16 @@ def test_the_first_sound_comes_when_the_schedule_says(schedule: ChunkSchedule) -
 def test_delay_of_the_release() -> None:
     config = Token2WavConfig()
     assert first_audio(config, ChunkSchedule()) == (36, 720.0, 140.0)
+    assert ChunkSchedule.usual(config) == ChunkSchedule()
     early = ChunkSchedule(chunk_codes=12, left_codes=24, lookahead_codes=12, vocoder_lookahead_frames=6)
     assert first_audio(config, early) == (24, 480.0, 180.0)
+
+
+@pytest.mark.parametrize("block", [2, 10, 14, 24])
+def test_the_usual_schedule_fits_every_block(block: int) -> None:
+    config = Token2WavConfig.from_dict({"dit_config": {"block_size": block}})
+    usual = ChunkSchedule.usual(config)
+    assert usual.chunk_codes == block and first_audio(config, usual).audio_ms > 0
 
 
 def test_schedules_fit_the_blocks() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# weights, configs, tokenizer and chat template; never pickles
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+# weights, configs, tokenizer, chat template; of pickles only the voices, which are read as tensors and nothing else
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "spk_dict.pt"]
 PACKAGED = {"omni-nano": Path(__file__).resolve().parent.parent / "nano_data"}  # checkpoints that come with omni
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

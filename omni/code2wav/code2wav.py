@@ -22,14 +22,14 @@ from omni.code2wav.conv import (
     ConvNeXtBlock,
     ConvState,
     DecoderBlock,
-    SnakeBeta,
     StreamingChain,
+    StreamingSnake,
 )
 from omni.code2wav.window_transformer import WindowState, WindowTransformer
 from omni.config import Code2WavConfig
+from omni.layers.codec_decoder import CodecDecoder
 from omni.layers.state import State
 
-SAMPLE_RATE_HZ = 24000  # of the released codec; not part of the config
 _FRAMES_AT_ONCE = 256  # bounds the memory of decoding without gradients (20 s of speech, released config)
 
 
@@ -73,7 +73,7 @@ def _parts(state: State) -> Iterator[State]:
         yield state
 
 
-class Code2Wav(nn.Module):
+class Code2Wav(CodecDecoder):
     """The codec decoder.
 
     The released weights are trained with transposed convolutions that are trimmed at both ends: T frames give
@@ -97,23 +97,8 @@ class Code2Wav(nn.Module):
         for rate in config.upsample_rates:
             layers.append(DecoderBlock(channels, channels // 2, rate, trim_start=not strict_causal))
             channels //= 2
-        layers += [SnakeBeta(channels), CausalConv1d(channels, 1, kernel_size=7)]
+        layers += [StreamingSnake(channels), CausalConv1d(channels, 1, kernel_size=7)]
         self.decoder = StreamingChain(layers)
-
-    @property
-    def sample_rate(self) -> int:
-        """Samples a second."""
-        return SAMPLE_RATE_HZ
-
-    @property
-    def hop_length(self) -> int:
-        """Samples a frame."""
-        return self.config.hop_length
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames a second (released: 12.5)."""
-        return self.sample_rate / self.hop_length
 
     @property
     def num_codebooks(self) -> int:

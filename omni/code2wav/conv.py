@@ -7,8 +7,7 @@ and rows of a batch may stand still: `active` bool [B, 1, 1] is False where a ro
 A piece of one frame is only a few steps long in the wide layers. There the convolutions are written as matrix products
 on the parameters themselves: torch's CPU convolutions of such sizes are up to 10 times slower. Transposed convolutions
 are products at every length: as fast or faster there too.
-Sources: Snake (Ziyin et al., 2020) with a separate magnitude (BigVGAN, Lee et al., 2022); ConvNeXt (Liu et al., 2022);
-the dilated residual units of the SoundStream decoder (Zeghidour et al., 2021).
+Sources: ConvNeXt (Liu et al., 2022); the dilated residual units of the SoundStream decoder (Zeghidour et al., 2021).
 Shapes: B rows, C channels, T steps in time.
 """
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omni.layers.snake import SnakeBeta
 from omni.layers.state import State
 
 _SMALL_SIGNAL = 32768  # values; from here on torch's convolution is as fast as the matrix product or faster
@@ -174,23 +174,8 @@ class CausalConvTranspose1d(StreamingLayer):
         return (y.transpose(1, 2) + bias[:, None, None]).flatten(2)
 
 
-class SnakeBeta(StreamingLayer):
-    """x + sin^2(a x) / b, with a and b per channel, kept as logarithms."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def initialise(self, std: float) -> None:
-        """a = b = 1."""
-        nn.init.zeros_(self.alpha)
-        nn.init.zeros_(self.beta)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, scale = self.alpha.exp()[:, None], (self.beta.exp() + 1e-9).reciprocal()[:, None]
-        sine = (x * a).sin_()
-        return torch.addcmul(x, sine, sine * scale)
+class StreamingSnake(SnakeBeta, StreamingLayer):
+    """Snake among streaming layers."""
 
 
 class ConvNeXtBlock(StreamingLayer):
@@ -228,9 +213,9 @@ class ResidualUnit(StreamingLayer):
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
-        self.act1 = SnakeBeta(channels)
+        self.act1 = StreamingSnake(channels)
         self.conv1 = CausalConv1d(channels, channels, kernel_size=7, dilation=dilation)
-        self.act2 = SnakeBeta(channels)
+        self.act2 = StreamingSnake(channels)
         self.conv2 = CausalConv1d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -250,7 +235,7 @@ class DecoderBlock(StreamingLayer):
         super().__init__()
         self.block = StreamingChain(
             [
-                SnakeBeta(inputs),
+                StreamingSnake(inputs),
                 CausalConvTranspose1d(inputs, outputs, kernel_size=2 * rate, stride=rate, trim_start=trim_start),
                 *(ResidualUnit(outputs, dilation) for dilation in (1, 3, 9)),
             ]

@@ -19,6 +19,7 @@ from omni.encoders.checks import check_open, check_samples
 from omni.layers.state import State
 
 LEVELS = ("clip", "causal")  # reference levels, see LogMel
+ENDS = ("mirror", "silence")  # what follows a clip, see LogMel
 POWER_FLOOR = 1e-10  # silence, before the logarithm
 DYNAMIC_RANGE = 8.0  # log10 units kept below the reference level: 80 dB
 _FRAMES_AT_ONCE = 4096  # bounds the memory that a long clip needs
@@ -102,11 +103,14 @@ class LogMelState(State):
 class LogMel:
     """Log-mel features of one clip at a time; equals the reference's feature extractor on that clip alone.
 
-    Frames are centred (the clip is mirrored at its ends); n samples give n // hop_length frames. The reference level is
+    Frames are centred and the clip is mirrored at its start. Its `end` is mirrored too, and n samples give
+    n // hop_length frames ("mirror", Qwen3-Omni); or silence follows, as where clips are padded before they are
+    analysed, and a last frame that begins within the clip counts ("silence", Qwen2.5-Omni). The reference level is
     the loudest value of the whole clip (`level="clip"`, the reference's), which no stream knows, or the loudest value
     up to the end of the frame's own chunk of `chunk_frames` frames (`level="causal"`), which a stream knows as soon as
     the chunk is complete. `step` gives exactly the latter, however the samples are cut. Both levels agree on a clip
-    that lies within one chunk or is loudest in its first.
+    that lies within one chunk or is loudest in its first. (With silence behind it, the clip's level also knows the two
+    frames that reach back into the clip from there; they are no part of the features.)
     """
 
     def __init__(
@@ -116,7 +120,10 @@ class LogMel:
         hop_length: int = 160,
         num_mels: int = 128,
         chunk_frames: int = 100,  # one second, one chunk of the released audio encoder
+        end: str = "mirror",
     ) -> None:
+        if end not in ENDS:
+            raise ValueError(f"end {end!r} of a clip is not one of {', '.join(map(repr, ENDS))}")
         if chunk_frames < 1:
             raise ValueError(f"a chunk of {chunk_frames} frames is empty; chunk_frames must be at least 1")
         self.sample_rate = sample_rate
@@ -124,6 +131,7 @@ class LogMel:
         self.hop_length = hop_length
         self.num_mels = num_mels
         self.chunk_frames = chunk_frames
+        self.end = end
         self.edge = n_fft // 2  # samples mirrored at either end
         self.window = torch.hann_window(n_fft)
         self.filters = mel_filter_bank(num_mels, n_fft, sample_rate)
@@ -131,10 +139,10 @@ class LogMel:
 
     def num_frames(self, samples: int) -> int:
         """Feature frames of a clip of that many samples."""
-        return samples // self.hop_length
+        return -(-samples // self.hop_length) if self.end == "silence" else samples // self.hop_length
 
     def __call__(self, samples: Tensor, level: str = "clip") -> Tensor:
-        """Floating samples [n] in -1 .. 1 at `sample_rate` -> fp32 [num_mels, n // hop_length], on the same device.
+        """Floating samples [n] in -1 .. 1 at `sample_rate` -> fp32 [num_mels, num_frames(n)], on the same device.
 
         Raises TypeError for integer samples, ValueError for a clip that is not one-dimensional, is shorter than one
         hop, or holds NaN, infinite or absurdly large values, and for a level other than "clip" and "causal".
@@ -143,9 +151,11 @@ class LogMel:
             raise ValueError(f"reference level {level!r} is not one of {', '.join(map(repr, LEVELS))}")
         samples = check_samples(samples)
         self._check_length(samples.numel())
-        frames = frame_signal(self._mirror_end(self._mirror_start(samples)), self.n_fft, self.hop_length)
-        log_mel = self.log_mel(frames[: self.num_frames(samples.numel())])
-        return compress(log_mel, log_mel.max() if level == "clip" else running_level(log_mel, self.chunk_frames))
+        count = self.num_frames(samples.numel())
+        frames = frame_signal(self._continue(self._mirror_start(samples)), self.n_fft, self.hop_length)
+        log_mel = self.log_mel(frames if self.end == "silence" else frames[:count])
+        loudest, log_mel = log_mel.max(), log_mel[:, :count]
+        return compress(log_mel, loudest if level == "clip" else running_level(log_mel, self.chunk_frames))
 
     def log_mel(self, frames: Tensor) -> Tensor:
         """log10 mel powers [num_mels, F] of frames [F, n_fft], before any reference level."""
@@ -165,7 +175,7 @@ class LogMel:
 
     def init_state(self, device: torch.device | str | None = None) -> LogMelState:
         """The state before the first sample of a clip. Raises ValueError for a hop of half a window or more."""
-        if self.hop_length >= self.edge:  # `finish` mirrors the end, which the last frames must therefore reach
+        if self.hop_length >= self.edge:  # `finish` continues the end, which the last frames must therefore reach
             raise ValueError(
                 f"a hop of {self.hop_length} samples cannot be streamed; it must be below {self.edge}, half the window"
             )
@@ -195,14 +205,14 @@ class LogMel:
         return self._advance(state, log_mel, last=False)
 
     def finish(self, state: LogMelState) -> Tensor:
-        """The last frames [num_mels, m] of the clip, whose end is mirrored. The state takes no further samples.
+        """The last frames [num_mels, m] of the clip, continued as `end` says. The state takes no further samples.
 
         Raises ValueError for a clip shorter than one hop, as for a whole clip; the state is then as it was.
         """
         check_open(state.finished)
         self._check_length(state.received)
         started = state.received > self.edge
-        tail = self._mirror_end(state.tail if started else self._mirror_start(state.tail))
+        tail = self._continue(state.tail if started else self._mirror_start(state.tail))
         left = self.num_frames(state.received) - state.emitted - state.chunk.shape[1]
         frames = frame_signal(tail, self.n_fft, self.hop_length)[:left]
         log_mel = self.log_mel(frames)
@@ -226,8 +236,10 @@ class LogMel:
         samples = F.pad(samples, (0, max(0, self.edge + 1 - samples.numel())))
         return F.pad(samples[None], (self.edge, 0), mode="reflect")[0]
 
-    def _mirror_end(self, samples: Tensor) -> Tensor:
-        """The last samples of a clip followed by their reflection."""
+    def _continue(self, samples: Tensor) -> Tensor:
+        """The last samples of a clip followed by their reflection, or by silence for all frames that touch them."""
+        if self.end == "silence":
+            return F.pad(samples, (0, self.n_fft))
         return F.pad(samples[None], (0, self.edge), mode="reflect")[0]
 
     def _check_length(self, samples: int) -> None:

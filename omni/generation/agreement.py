@@ -1,7 +1,8 @@
 """How far a changed model (rounded weights, another dtype or backend) is from its reference, word by word and code by
 code: both read the same prompts, replies and codes, so that one early difference does not hide all that follow.
 
-Shapes: T reply tokens, n frames, K codebooks, V text vocabulary, C codec vocabulary.
+Shapes: T reply tokens, n frames, K codebooks, V text vocabulary, C codec vocabulary, Dt Thinker width, Di width of the
+Talker's inputs.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from omni.generation.arguments import PerRow, per_row, speaker_id, stop_ids
 from omni.generation.generate import assistant_header
 from omni.generation.prompt import Prompt, encode_prompt
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
-from omni.generation.speech import user_part
+from omni.generation.speech import heard_part
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import prompt_positions
-from omni.talker.conditioning import PREFIX_LENGTH, assistant_prefix, trailing_text_ids
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
 
 
 class Speech(NamedTuple):
-    """The spoken side of a turn: codes int64 [K, n], the ids that are said, the assistant's header, the speaker."""
+    """The spoken side of a turn: codes int64 [K, n]; the ids that are said, and the places in the reply of those that
+    the model wrote; the assistant's header, the speaker."""
 
     codes: Tensor
     spoken: list[int]
+    places: list[int]
     header: list[int]
     speaker: int
 
@@ -119,8 +121,11 @@ def _speech(model: OmniModel, ids: list[int], reply: list[int], codes: Tensor, s
     think, decode = (None, None) if processor is None else (processor.think_token_ids, processor.decode)
     head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
     reader, stops = ReplyReader(think, opened=head.opened, decode=decode), stop_ids(model)
-    answer = [token for token in reply if token not in stops and reader.feed(token) == ANSWER]
-    return Speech(codes, [*head.prefill, *answer], assistant_header(model, head.header), speaker_id(model, speaker))
+    places = [i for i, token in enumerate(reply) if token not in stops and reader.feed(token) == ANSWER]
+    heard = model.talker.hears_all  # then the assistant's head is part of the prompt
+    spoken = [*([] if heard else head.prefill), *(reply[i] for i in places)]
+    header = [] if heard else assistant_header(model, head.header)
+    return Speech(codes, spoken, places, header, speaker_id(model, speaker))
 
 
 @torch.no_grad()
@@ -129,39 +134,54 @@ def teacher_forced(
 ) -> TeacherForced:
     """Logits of the turn in one row: those that chose each of the reply's ids and each of the codes."""
     device, length = model.device, prompt.lengths[row]
-    embeds = torch.cat(
-        (prompt.embeds[row, :length], model.thinker.embed_tokens(torch.tensor(reply[:-1], device=device)))
-    )
-    following = prompt.next_position[row] + torch.arange(len(reply) - 1, device=device)
+    written = model.thinker.embed_tokens(torch.tensor(reply, device=device))
+    embeds = torch.cat((prompt.embeds[row, :length], written))
+    following = prompt.next_position[row] + torch.arange(len(reply), device=device)
     positions = torch.cat((prompt.positions[:, row, :length], following.expand(3, -1)), dim=1)
     taps = None if prompt.taps is None else prompt.taps[:, row, :length]
     if taps is not None:
-        taps = torch.cat((taps, taps.new_zeros(len(taps), len(reply) - 1, taps.shape[2])), dim=1)[:, None]
+        taps = torch.cat((taps, taps.new_zeros(len(taps), len(reply), taps.shape[2])), dim=1)[:, None]
     out = model.thinker(embeds[None], positions[:, None], taps=taps)
-    text = out.logits[0, length - 1 :]
+    text = out.logits[0, length - 1 : -1]
     if speech is None:
         return TeacherForced(text, [])
     codes = speech.codes.to(device).T  # [n, K]
-    x, places = _talker_inputs(model, prompt, row, out.hidden[0], speech)
+    x, places = _talker_inputs(model, prompt, row, out.hidden[0], written, speech)
     heard = model.talker(x[None], places[:, None])
-    hidden = heard.hidden[0, -len(codes) :]
-    residual = model.talker.mtp(hidden, model.talker.codec_embedding(codes[:, 0]), codes[:, 1:])
-    return TeacherForced(text, [heard.logits[0, -len(codes) :], *residual.unbind(1)])
+    hidden, logits = heard.hidden[0, -len(codes) :], [heard.logits[0, -len(codes) :]]
+    if codes.shape[1] > 1:
+        logits += model.talker.mtp(hidden, model.talker.codec_embedding(codes[:, 0]), codes[:, 1:]).unbind(1)
+    return TeacherForced(text, logits)
 
 
-def _talker_inputs(model: OmniModel, prompt: Prompt, row: int, hidden: Tensor, speech: Speech) -> tuple[Tensor, Tensor]:
-    """The Talker's prompt and all frames but the last: vectors [m, D] and positions fp32 [3, m]."""
+def _talker_inputs(
+    model: OmniModel, prompt: Prompt, row: int, hidden: Tensor, written: Tensor, speech: Speech
+) -> tuple[Tensor, Tensor]:
+    """The Talker's prompt and all frames but the last: vectors [m, Di] and positions fp32 [3, m].
+
+    hidden [prompt + T, Dt] of the whole turn, written [T, Dt]: embeddings of the reply.
+    """
     c, talker, codes = model.config, model.talker, speech.codes.to(model.device).T
-    following = trailing_text_ids(speech.spoken, len(codes) - 1, c.tts_eos_token_id, c.tts_pad_token_id)
-    special = [c.tts_pad_token_id, c.tts_bos_token_id, speech.spoken[0]]
-    tokens = torch.tensor([*speech.header, *special, *following], device=codes.device)
-    text = talker.text_projection(model.thinker.embed_tokens(tokens))
-    prefix = assistant_prefix(talker, text[:3], text[3], text[4], text[5], speech.speaker)
-    frames = talker.embed_frames(codes[:-1]) + text[6:]
-    user, segments = user_part(model, prompt, hidden, row)
+
+    def embed(ids: list[int]) -> Tensor:
+        vectors: Tensor = talker.text_vectors(model.thinker.embed_tokens(torch.tensor(ids, device=codes.device)))
+        return vectors
+
+    if talker.reads_replies:
+        places = torch.tensor(speech.places, device=codes.device)
+        spoken = talker.text_vectors(written[places], hidden[prompt.lengths[row] + places])
+    else:
+        spoken = embed(speech.spoken)
+    prefix_ids = talker.prefix_ids(speech.header, c.tts_pad_token_id, c.tts_bos_token_id, speech.speaker)
+    prefix = talker.assistant_prefix(embed(prefix_ids), spoken[0], speech.speaker)
+    # after frame t (from 0) comes spoken token t + 2 (from 1), then the end of text once, then text padding
+    text = torch.cat((spoken, embed([c.tts_eos_token_id, c.tts_pad_token_id])))
+    following = torch.arange(1, len(codes), device=codes.device).clamp(max=len(text) - 1)
+    frames = talker.embed_frames(codes[:-1]) + text[following]
+    user, segments = heard_part(model, prompt, hidden, row)
     positions, start = prompt_positions(segments, talker.config.position_rule)
-    highest = max(float(positions.max()) if len(user) else 0.0, start + PREFIX_LENGTH - 1)
-    steps = torch.cat((start + torch.arange(PREFIX_LENGTH), highest + 1 + torch.arange(len(frames))))
+    highest = max(float(positions.max()) if len(user) else 0.0, start + len(prefix) - 1)
+    steps = torch.cat((start + torch.arange(len(prefix)), highest + 1 + torch.arange(len(frames))))
     places = torch.cat((positions, steps.expand(3, -1)), dim=1).to(codes.device, torch.float32)
     return torch.cat((user, prefix, frames)), places
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omni.config_decoder import SpeechRules
 from omni.generation.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
+    from omni.token2wav.voices import Voice
 
-RELEASED_CODES = SamplingConfig(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.05)
 RELEASED_RESIDUAL = SamplingConfig(temperature=1.0, top_k=50, top_p=0.8)  # hard-coded in the reference
 
 PerRow = Any  # a value, or a list with one value a row
@@ -22,7 +23,10 @@ PerRow = Any  # a value, or a list with one value a row
 
 @dataclass
 class TurnArguments:
-    """Checked arguments of one batch of turns. speakers are codec ids, None without speech."""
+    """Checked arguments of one batch of turns.
+
+    speakers: ids of the voices, None without speech; voices: what the codec needs of each, None where it needs nothing.
+    """
 
     max_new_tokens: int
     max_frames: int
@@ -30,6 +34,7 @@ class TurnArguments:
     codes: list[SamplingConfig]
     residual: list[SamplingConfig]
     speakers: list[int] | None
+    voices: list[Voice | None]
     seeds: list[int]
     stop_ids: frozenset[int]
 
@@ -51,16 +56,20 @@ def resolve(
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_frames", max_frames, 0)):
         if not _whole(value) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    speaks = wants_audio(model, return_audio)
-    if speaks:
-        _check_tts_ids(model)
+    speakers: list[int] | None = None
+    voices: list[Voice | None] = [None] * rows
+    if wants_audio(model, return_audio):
+        names = [speaker_name(model, v) for v in per_row(speaker, rows, "speaker")]
+        speakers, voices = [speaker_ids(model)[name] for name in names], [_voice(model, name) for name in names]
+        _check_text_ids(model, dict(zip(names, speakers)))
     return TurnArguments(
         max_new_tokens,
         max_frames,
         _samplings(text_sampling, default_text(model), rows, "text_sampling"),
         _samplings(audio_sampling, default_codes(model), rows, "audio_sampling"),
         _samplings(residual_sampling, default_residual(model), rows, "residual_sampling"),
-        [speaker_id(model, v) for v in per_row(speaker, rows, "speaker")] if speaks else None,
+        speakers,
+        voices,
         _seeds(seed, rows),
         stop_ids(model),
     )
@@ -74,21 +83,22 @@ def wants_audio(model: OmniModel, return_audio: bool | None) -> bool:
         return_audio = model.talker is not None
     if return_audio:
         model.require("talker")
-        if getattr(model.talker, "reads_replies", False):
-            raise ValueError(
-                "this family answers in text only so far: its Talker needs hidden states of the reply, which are not "
-                "handed on yet; pass return_audio=False, or load parts=['thinker']"
-            )
     return return_audio
 
 
-def _check_tts_ids(model: OmniModel) -> None:
-    """Speech needs the text ids that pad and frame it."""
+def _check_text_ids(model: OmniModel, speakers: dict[str, int]) -> None:
+    """Speech needs the text ids that pad and frame it, and those that stand for a voice where there are such."""
     vocabulary = model.config.thinker_config.text_config.vocab_size
     for name in ("tts_pad_token_id", "tts_bos_token_id", "tts_eos_token_id"):
         value = getattr(model.config, name)
         if not 0 <= value < vocabulary:
             raise ValueError(f"{name} {value} lies outside the vocabulary of {vocabulary}; set it in config.json")
+    for name, value in speakers.items():
+        if max(model.talker.prefix_ids([], 0, 0, value)) >= vocabulary:
+            raise ValueError(
+                f"the voice {name!r} begins with the text token {value}, outside the vocabulary of {vocabulary}; it "
+                "belongs to another model"
+            )
 
 
 def per_row(value: PerRow, rows: int, name: str) -> list[Any]:
@@ -119,8 +129,9 @@ def default_text(model: OmniModel) -> SamplingConfig:
 
 
 def default_codes(model: OmniModel) -> SamplingConfig:
-    """Codebook-0 sampling: the talker_* values of generation_config.json, which the release sets to these defaults."""
-    return _speech_sampling(model, "talker", RELEASED_CODES)
+    """Codebook-0 sampling: the talker_* values of generation_config.json, else the family's released ones."""
+    rules = model.config.talker_config or SpeechRules
+    return _speech_sampling(model, "talker", SamplingConfig.of(rules.code_sampling))
 
 
 def default_residual(model: OmniModel) -> SamplingConfig:
@@ -140,17 +151,47 @@ def _speech_sampling(model: OmniModel, prefix: str, released: SamplingConfig) ->
     return SamplingConfig(**values)
 
 
-def speaker_id(model: OmniModel, name: str | None) -> int:
-    """The codec id of a voice; names are case-insensitive. Raises ValueError that lists the voices."""
+def speaker_ids(model: OmniModel) -> dict[str, int]:
+    """The ids of the voices by their names in lower case; where the model has voice files, of these.
+
+    Raises ValueError if there are none.
+    """
     talker = model.config.talker_config
-    voices = {key.lower(): value for key, value in ((talker and talker.speaker_id) or {}).items()}
-    if not voices:
+    ids = {key.lower(): value for key, value in ((talker and talker.speaker_id) or {}).items()}
+    ids |= {key.lower(): voice.bos_token for key, voice in model.voices.items() if voice.bos_token is not None}
+    if model.voices:
+        ids = {name: ids[name] for name in map(str.lower, model.voices) if name in ids}
+    if not ids:
         raise ValueError("the checkpoint names no speakers (talker_config.speaker_id is empty); it cannot speak")
+    return ids
+
+
+def speaker_name(model: OmniModel, name: str | None) -> str:
+    """The lower-case name of a voice given in any case; None is the default. Raises ValueError that lists them."""
+    ids = speaker_ids(model)
     if name is None:
-        return voices.get("ethan", next(iter(voices.values())))  # the reference's default voice
-    if not isinstance(name, str) or name.lower() not in voices:
-        raise ValueError(f"unknown speaker {name!r}; this checkpoint has {', '.join(sorted(voices))}")
-    return voices[name.lower()]
+        usual = (model.config.talker_config or SpeechRules).default_speaker
+        return usual if usual in ids else next(iter(ids))
+    if not isinstance(name, str) or name.lower() not in ids:
+        raise ValueError(f"unknown speaker {name!r}; this checkpoint has {', '.join(sorted(ids))}")
+    return name.lower()
+
+
+def speaker_id(model: OmniModel, name: str | None) -> int:
+    """The id of a voice: a codec id, or the text token that it begins with. Raises as `speaker_name`."""
+    return speaker_ids(model)[speaker_name(model, name)]
+
+
+def _voice(model: OmniModel, name: str) -> Voice | None:
+    """What the codec decoder needs of a voice. Raises ValueError if it is not there."""
+    if not getattr(model.code2wav, "needs_voice", False):
+        return None
+    if not model.voices:
+        raise ValueError(
+            "the codec decoder needs recordings of voices, and the model has none; read them with "
+            "omni.token2wav.voices.load_voices(path) into model.voices, or pass return_audio=False"
+        )
+    return next(voice for key, voice in model.voices.items() if key.lower() == name)
 
 
 def stop_ids(model: OmniModel) -> frozenset[int]:

@@ -6,7 +6,7 @@ begins, `highest` the largest position so far, after which a reply begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -55,10 +55,10 @@ class Entry:
 class Conversation:
     """What a row has read so far.
 
-    ids: all token ids in the Thinker's cache; thinker and talker: where their prompts stand (the Talker hears user
-    turns only); in_user: whether a user turn is open; owed: ids of the last reply that are still to be read; waiting:
-    text to be read with what follows, and whether the user said it; past: what was read, for `drop_turns`, with media
-    embeddings only if `keep_media`.
+    ids: all token ids in the Thinker's cache; thinker and talker: where their prompts stand (a Talker may hear the
+    user's turns only); in_user: whether a user turn is open; owed: ids of the last reply that are still to be read;
+    waiting: text to be read with what follows, and whether the user said it; past: what was read, for `drop_turns`,
+    with media embeddings only if `keep_media`.
     """
 
     rows: Rows
@@ -74,6 +74,7 @@ class Conversation:
     keep_media: bool = False
     past: list[Entry] = field(default_factory=list)
     before_reply: int = 0  # entries of the past when the last reply began
+    heard_before: Place = field(default_factory=Place)  # where the Talker's prompt stood then
 
     @property
     def model(self) -> OmniModel:
@@ -111,14 +112,19 @@ class Conversation:
 
     def _read_text(self, ids: list[int], said: list[bool]) -> None:
         """One pass over text; `said` tells which tokens are the user's."""
+        talker = self.model.talker
         embeds = self.model.thinker.embed_tokens(torch.tensor(ids, device=self.model.device))
         offsets = torch.arange(len(ids), dtype=torch.float32).expand(3, -1)
-        self._think(ids, offsets, embeds, None)
+        hidden = self._think(ids, offsets, embeds, None)
         self.thinker.start += len(ids)
-        if self.model.talker is not None and any(said):
-            heard = embeds[torch.tensor(said, device=embeds.device)]
-            self._hear(offsets[:, : len(heard)], self.model.talker.text_projection(heard))
+        if heard := [i for i, by_user in enumerate(said) if self.hears(by_user)]:
+            at = torch.tensor(heard, device=embeds.device)
+            self._hear(offsets[:, : len(heard)], talker.text_vectors(embeds[at], hidden[at]))
             self.talker.start += len(heard)
+
+    def hears(self, by_user: bool) -> bool:
+        """Whether the Talker hears what the user says, or what the user does not say."""
+        return self.model.talker is not None and (by_user or self.model.talker.hears_all)
 
     def write(self, ids: list[int], segment: Segment, embeds: Tensor, taps: Tensor | None = None) -> None:
         """Read a whole media segment: embeds [n, D], taps [n_taps, n, D]."""
@@ -134,8 +140,8 @@ class Conversation:
         for first in range(0, len(ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
             hidden = self._think(ids[part], offsets[:, part], embeds[part], None if taps is None else taps[:, part])
-            if self.model.talker is not None and self.in_user:
-                self._hear(offsets[:, part], self.model.talker.hidden_projection(hidden))
+            if self.hears(self.in_user):
+                self._hear(offsets[:, part], self.model.talker.media_vectors(hidden))
             if self.between is not None:
                 self.between()
         entry = Entry(list(ids), media=True, in_user=self.in_user)
@@ -148,7 +154,7 @@ class Conversation:
         self.flush()
         self.past.append(Entry([], length=length, in_user=self.in_user))
         self.thinker.start += length
-        if self.in_user:
+        if self.hears(self.in_user):
             self.talker.start += length
 
     def _think(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None) -> Tensor:
@@ -162,7 +168,7 @@ class Conversation:
         return hidden
 
     def _hear(self, offsets: Tensor, vectors: Tensor) -> None:
-        """The Talker reads a piece of the user's part: vectors [n, D]."""
+        """The Talker reads a piece of what it hears: vectors [n, Di]."""
         positions = offsets + torch.tensor(self.talker.start, dtype=torch.float32)
         with self.rows.stage("talker_prefill"):
             self.rows.read_speech(self.row, vectors, positions.to(vectors.device))
@@ -196,19 +202,23 @@ class Conversation:
     def begin_reply(self) -> None:
         """Read what waits and say where the reply's first token stands."""
         self.flush()
-        self.before_reply = len(self.past)
+        self.before_reply, self.heard_before = len(self.past), self.talker.copy()
         self.rows.text.decoder.next_position[self.row] = self.thinker.highest + 1
 
-    def end_reply(self, prompt: Place, reply: list[int], read: int, tail: list[int]) -> None:
+    @torch.no_grad()
+    def end_reply(
+        self, prompt: Place, reply: list[int], read: int, tail: list[int], vectors: Sequence[Tensor] = ()
+    ) -> None:
         """Take over a reply of which the Thinker has read the first `read` ids; `tail` closes it.
 
-        What is not read yet is owed and read before anything else. `prompt`: where the prompt stood. A reply begins
-        after the largest position, the same ids in a prompt where the last segment ended; where these differ the reply
-        is read again, so that what follows equals a run on the whole history.
+        vectors: of what was read, for a Talker that hears everything. What is not read yet is owed and read before
+        anything else. `prompt`: where the prompt stood. A reply begins after the largest position, the same ids in a
+        prompt where the last segment ended; where these differ the reply is read again, so that what follows equals a
+        run on the whole history.
         """
         del self.past[self.before_reply :]  # a reply may be cut a second time
-        if self.model.talker is not None:
-            assert self.rows.speech is not None
+        if self.rows.speech is not None:
+            self.talker = self.heard_before.copy()
             self.rows.speech.decoder.cache.truncate(self.row, self.talker.tokens)
         if prompt.highest + 1 != prompt.start:
             read = 0
@@ -220,6 +230,9 @@ class Conversation:
         self.thinker.highest = max(prompt.highest, self.thinker.start - 1)
         if kept:
             self.past.append(Entry(kept))
+            if self.hears(False):
+                self._hear(torch.arange(read, dtype=torch.float32).expand(3, -1), torch.stack(list(vectors[:read])))
+                self.talker.start += read
         self.owed = reply[read:] + tail
         seen = self.rows.text.seen
         seen[self.row] = False

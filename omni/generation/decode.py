@@ -2,7 +2,8 @@
 
 Rows where `active` bool [B] is False stand still. `span`: slots of the cache that a static step looks at, None for
 exactly those filled. States are updated in place, and the host counts tokens for itself (`KVCache.count`).
-Shapes: B rows, V text vocabulary, C codec vocabulary, K codebooks, D Talker width.
+Shapes: B rows, V text vocabulary, C codec vocabulary, K codebooks, D Talker width, Di width of its inputs, Dt Thinker
+width.
 """
 
 from __future__ import annotations
@@ -23,20 +24,27 @@ from omni.thinker.thinker import Thinker
 
 @dataclass
 class TextState(State):
-    """Where the Thinker stands: logits [B, V] of the next token, tokens seen bool [B, V], draws made [B]."""
+    """Where the Thinker stands.
+
+    logits [B, V] of the next token, tokens seen bool [B, V], draws made [B]; hidden [B, Dt], the final hidden state of
+    the reply token read last ([B, 0] where nobody asks for it).
+    """
 
     decoder: DecoderState
     logits: Tensor
     seen: Tensor
     steps: Tensor
+    hidden: Tensor
 
     @classmethod
-    def create(cls, thinker: Thinker, rows: int, capacity: int) -> TextState:
+    def create(cls, thinker: Thinker, rows: int, capacity: int, *, keep_hidden: bool = False) -> TextState:
         """Nothing read yet."""
         weight = thinker.lm_head.weight
         logits = weight.new_zeros(rows, weight.shape[0])
         steps = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        return cls(thinker.init_state(rows, capacity), logits, torch.zeros_like(logits, dtype=torch.bool), steps)
+        hidden = weight.new_zeros(rows, weight.shape[1] if keep_hidden else 0)
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        return cls(thinker.init_state(rows, capacity), logits, seen, steps, hidden)
 
 
 @dataclass
@@ -81,8 +89,10 @@ def draw_token(steps: Steps, state: TextState, sampling: RowSampling, active: Te
 
 def read_token(steps: Steps, thinker: Thinker, state: TextState, ids: Tensor, active: Tensor, span: int | None) -> None:
     """The Thinker reads the tokens int64 [B] that were drawn."""
-    logits = steps.thinker(thinker, ids, state.decoder, span)
+    logits, hidden = steps.thinker(thinker, ids, state.decoder, span)
     state.logits.copy_(torch.where(active[:, None], logits, state.logits))
+    if state.hidden.shape[1]:
+        state.hidden.copy_(torch.where(active[:, None], hidden, state.hidden))
     state.decoder.step(active)
 
 
@@ -118,7 +128,7 @@ def draw_frame(
 def read_frame(
     steps: Steps, talker: TalkerDecoder, state: SpeechState, text: Tensor, active: Tensor, span: int | None
 ) -> None:
-    """The Talker reads the frame that waits and the text vectors [B, D] that follow it."""
+    """The Talker reads the frame that waits and the text vectors [B, Di] that follow it."""
     logits, hidden = steps.talker(talker, state.frame + text, state.decoder, span)
     state.logits.copy_(torch.where(active[:, None], logits, state.logits))
     state.hidden.copy_(torch.where(active[:, None], hidden, state.hidden))

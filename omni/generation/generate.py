@@ -15,13 +15,12 @@ from omni.generation.output import OmniOutput
 from omni.generation.prompt import Prompt, encode_prompt
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
 from omni.generation.rows import Rows
-from omni.generation.speech import user_part
+from omni.generation.speech import heard_part
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
 from omni.generation.turn import Turn
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
 from omni.rope.positions import prompt_positions
-from omni.talker.conditioning import PREFIX_LENGTH
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
@@ -76,7 +75,7 @@ def start(model: OmniModel, inputs: OmniInputs, args: TurnArguments, streaming: 
         turn = _new_turn(model, prompt, row, args, streaming)
         if turn.speaker is not None:
             with rows.stage("talker_prefill"):
-                _read_user_part(rows, prompt, hidden[row], row, turn)
+                _read_heard_part(rows, prompt, hidden[row], row, turn)
         rows.begin(row, turn)
         turn.started, turn.spent_before = began, {}  # the turn began with the prompt
     return rows
@@ -105,13 +104,14 @@ def _new_turn(model: OmniModel, prompt: Prompt, row: int, args: TurnArguments, s
     decode = processor.decode if processor is not None else None
     head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
     room = c.thinker_config.text_config.max_position_embeddings - len(ids)
+    heard = args.speakers is not None and model.talker.hears_all  # then the assistant's head is part of the prompt
     return new_turn(
         model,
         args,
         row,
         streaming,
-        header=assistant_header(model, head.header) if args.speakers is not None else [],
-        spoken=head.prefill,
+        header=[] if args.speakers is None or heard else assistant_header(model, head.header),
+        spoken=[] if heard else head.prefill,
         reader=ReplyReader(think, opened=head.opened, decode=decode),
         prompt_tokens=len(ids),
         text_limit=min(args.max_new_tokens, max(1, room)),
@@ -132,6 +132,8 @@ def new_turn(
         stop_ids=args.stop_ids,
         frame_limit=args.max_frames,
         speaker=None if args.speakers is None else args.speakers[row],
+        voice=args.voices[row],
+        reads_replies=model.talker is not None and model.talker.reads_replies,
         seed=args.seeds[row],
         streaming=streaming,
         text_sampling=args.text[row],
@@ -142,28 +144,35 @@ def new_turn(
     )
 
 
-def _read_user_part(rows: Rows, prompt: Prompt, hidden: Tensor, row: int, turn: Turn) -> None:
-    """Give the Talker the user's turns; the assistant's part follows with the first word of the reply."""
+def _read_heard_part(
+    rows: Rows, prompt: Prompt, hidden: Tensor, row: int, turn: Turn, to_row: int | None = None
+) -> None:
+    """Give the Talker its part of the prompt; the assistant's part follows with the first word of the reply.
+
+    hidden [T, D] of the prompt's `row`, which is read in `to_row` (None: the same).
+    """
     model = rows.model
-    embeds, segments = user_part(model, prompt, hidden, row)
+    embeds, segments = heard_part(model, prompt, hidden, row)
     positions, turn.speech_start = prompt_positions(segments, model.talker.config.position_rule)
     if len(embeds):
         turn.speech_highest = float(positions.max())
-        rows.read_speech(row, embeds, positions.to(embeds.device))
+        rows.read_speech(row if to_row is None else to_row, embeds, positions.to(embeds.device))
     limit_frames(model, turn, len(embeds))
 
 
-def limit_frames(model: OmniModel, turn: Turn, user_tokens: int) -> None:
+def limit_frames(model: OmniModel, turn: Turn, heard_tokens: int) -> None:
     """No more frames than the Talker has positions for."""
-    turn.frame_limit = min(turn.frame_limit, check_talker_room(model, user_tokens))
+    turn.frame_limit = min(turn.frame_limit, check_talker_room(model, heard_tokens))
 
 
-def check_talker_room(model: OmniModel, user_tokens: int) -> int:
-    """Frames that the Talker has positions for after that many tokens of the user. Raises ValueError if none."""
-    room: int = model.talker.config.text_config.max_position_embeddings - user_tokens - PREFIX_LENGTH
+def check_talker_room(model: OmniModel, heard_tokens: int) -> int:
+    """Frames that the Talker has positions for after the tokens that it has heard. Raises ValueError if none."""
+    talker = model.talker
+    room: int = talker.config.text_config.max_position_embeddings - heard_tokens - talker.prefix_length
     if room < 1:
+        part = "prompt" if talker.hears_all else "user's part"
         raise ValueError(
-            f"the user's part has {user_tokens} tokens, which leaves the Talker no position to speak at; shorten the "
+            f"the {part} has {heard_tokens} tokens, which leaves the Talker no position to speak at; shorten the "
             "conversation, or pass return_audio=False"
         )
     return room
@@ -197,24 +206,46 @@ def speak(model: OmniModel, texts: Sequence[str], **arguments: Any) -> list[Tens
         raise ValueError("this variant has no talker: it answers in text only and cannot speak")
     for part in ("thinker", "talker", "code2wav"):
         model.require(part)
-    if model.processor is None:
+    processor = model.processor
+    if processor is None:
         raise ValueError(
             "speak needs a tokenizer: load the model from a folder with tokenizer files, or set model.processor"
         )
     args = resolve(model, len(texts), max_new_tokens=1, text_sampling=None, return_audio=True, **arguments)
+    replies = [_ids_to_speak(processor, text) for text in texts]
     rows = Rows(model, len(texts))
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"speak takes text, got {type(text).__name__}")
-        ids = model.processor.encode_text(text)
-        if not ids:
-            raise ValueError("the text to speak is empty")
+    for row, ids in enumerate(replies):
         reader = ReplyReader(None)
         reader.state = ANSWER  # the whole text is the answer, and it is complete
         header = assistant_header(model, None)
         known: dict[str, Any] = {"header": header, "spoken": ids, "reader": reader, "prompt_tokens": 0, "text_limit": 0}
         turn = new_turn(model, args, row, OFFLINE, **known)
         turn.text_reason = "stop"
-        limit_frames(model, turn, 0)
+        if model.talker.reads_replies:
+            _read_given_reply(rows, row, turn, ids, processor)
+        else:
+            limit_frames(model, turn, 0)
         rows.begin(row, turn)
     return run_to_end(rows)
+
+
+def _ids_to_speak(processor: OmniProcessor, text: str) -> list[int]:
+    """The ids of a text. Raises TypeError or ValueError."""
+    if not isinstance(text, str):
+        raise TypeError(f"speak takes text, got {type(text).__name__}")
+    ids: list[int] = processor.encode_text(text)
+    if not ids:
+        raise ValueError("the text to speak is empty")
+    return ids
+
+
+def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int], processor: OmniProcessor) -> None:
+    """Let the Thinker read a text as its own reply to an empty user's turn, and the Talker hear what it should."""
+    model, system = rows.model, processor.speech_system
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    prompt = encode_prompt(model, processor([*messages, {"role": "user", "content": ""}]))
+    hidden = rows.read_text(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
+    _read_heard_part(rows, prompt, hidden, 0, turn, row)
+    embeds = model.thinker.embed_tokens(torch.tensor(ids, device=model.device))
+    positions = (prompt.next_position + torch.arange(len(ids), device=model.device)).expand(3, -1)
+    turn.spoken = list(model.talker.text_vectors(embeds, rows.read_text(row, ids, embeds, positions)))

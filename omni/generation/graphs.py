@@ -51,7 +51,10 @@ def cuda_graph(step: Callable[[], Outputs]) -> Replay:
 
 
 class FrameInputs(NamedTuple):
-    """What a frame is told, views of one int64 tensor [4, B]: text ids, rows that read, that draw, that sound."""
+    """What a frame is told, views of one int64 tensor [4, B]: text ids, rows that read, that draw, that sound.
+
+    A Talker that reads replies gets vectors instead of ids, in a place of their own.
+    """
 
     following: Tensor
     reads: Tensor
@@ -70,11 +73,13 @@ class GraphRunner(Runner):
         self._telling = torch.zeros(4, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._active = torch.zeros(rows, dtype=torch.bool, device=device)
         self._activating = torch.zeros(rows, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._vectors = None if not self.reads_replies or self.speech is None else torch.zeros_like(self.speech.frame)
         self.decodes_sound = isinstance(model.code2wav, Code2Wav) and self.speech is not None
         self._sound = model.code2wav.init_state(rows) if self.decodes_sound else None
         self._samplings: dict[Any, RowSampling] = {}
         self._latest: dict[Any, RowSampling] = {}
         self._graphs: dict[Any, Replay] = {}
+        self._places: dict[int, int] = {}  # where each cache was when its graphs were captured
 
     def reset(self) -> None:
         """Forget all rows, for the next user of the memory."""
@@ -114,7 +119,7 @@ class GraphRunner(Runner):
 
     def frame(
         self,
-        following: Sequence[int],
+        following: Sequence[int] | Sequence[Tensor],
         reads: Sequence[bool],
         draws: Sequence[bool],
         sounds: Sequence[bool],
@@ -126,19 +131,27 @@ class GraphRunner(Runner):
         span = self.span(cache)
         codes, residual = self._sampling("codes", samplings[0]), self._sampling("residual", samplings[1])
         talker, codec, sounding = self.model.talker, self.model.code2wav, any(sounds)
-        end = talker.config.codec_eos_token_id
+        ends, vectors = sorted(talker.config.codec_stop_ids), self._vectors
+        if vectors is not None:
+            vectors.copy_(self.text_vectors(following))
+            following = [0] * len(following)
 
         def step() -> Outputs:
             told = FrameInputs(*self._told[:, :width])
             state = speech.rows(0, width)
-            text = talker.text_projection(self.model.thinker.embed_tokens(told.following))
+            if vectors is None:
+                text = talker.text_vectors(self.model.thinker.embed_tokens(told.following))
+            else:
+                text = vectors[:width]
             read_frame(self.steps, talker, state, text, told.reads.bool(), span)
             drawn = draw_frame(
                 self.steps, talker, state, codes.rows(0, width), residual.rows(0, width), banned, told.draws.bool()
             )
             if not sounding or self._sound is None:
                 return (drawn,)
-            heard = told.sounds.bool() & told.draws.bool() & (drawn[:, 0] != end)
+            heard = told.sounds.bool() & told.draws.bool()
+            for end in ends:
+                heard = heard & (drawn[:, 0] != end)
             audible = torch.where(heard[:, None], drawn, 0)[:, :, None]
             return drawn, codec.step(audible, self._sound.rows(0, width), heard)
 
@@ -161,10 +174,11 @@ class GraphRunner(Runner):
 
     def span(self, cache: KVCache) -> int:
         """Make room for one more token of each row; slots that a step looks at: powers of two from 128 on, or all."""
-        keys = cache.keys.data_ptr()
         cache.reserve(1)
-        if cache.keys.data_ptr() != keys:  # it has moved
+        place = cache.keys.data_ptr()
+        if self._places.setdefault(id(cache), place) != place:  # it has moved, here or while a prompt was read
             self._graphs.clear()
+            self._places[id(cache)] = place
         return min(cache.capacity, max(128, 1 << cache.longest.bit_length()))
 
     def _sampling(self, stream: str, sampling: RowSampling) -> RowSampling:
@@ -182,7 +196,7 @@ class GraphRunner(Runner):
         key: Any,
         step: Callable[[], Outputs],
         active: Sequence[bool] | None = None,
-        told: tuple[Sequence[int], ...] | None = None,
+        told: tuple[Sequence[Any], ...] | None = None,
     ) -> Outputs:
         """Run a captured step with the given inputs; capture it first if it is new.
 

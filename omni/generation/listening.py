@@ -1,7 +1,8 @@
 """Media that arrive in pieces: a clip of sound, and a video (with or without its sound), into a conversation.
 
-Both write what is decided and hold back what is not: mel frames wait for the end of their second, audio tokens for
-their attention window, a frame for its partner, and in a video with sound a token for all that may precede it in time.
+Both write what is decided and hold back what is not: mel frames wait for the end of their chunk, audio tokens for
+their attention window, a frame for its partner, and in a video with sound a token for all that may precede it: in time,
+or in its chunk of time, as the family's `PositionRule` has it.
 """
 
 from __future__ import annotations
@@ -139,6 +140,42 @@ class OpenClip:
         conversation.move_on(len(embeds))
 
 
+def write_marks(conversation: Conversation, marks: list[int], rule: PositionRule) -> None:
+    """The tokens before or after a video; two of them share a position where the rule says so."""
+    if rule.joint_marks and len(marks) > 1:
+        conversation.write_text(marks[:1])
+        conversation.move_on(-1)  # back to where the first one stands
+        marks = marks[1:]
+    conversation.write_text(marks)
+
+
+@dataclass
+class ChunkTurns:
+    """Whose turn it is in a video with sound that is laid out by chunks of time.
+
+    chunk: number of the chunk that is being written; in_sound: whether its video part is over; begun: whether that part
+    has a token; done: tokens written of the grid step that waits first. As in `omni.rope.positions`, a chunk's video
+    part begins with the next token, however late, and ends before the first one beyond the chunk.
+    """
+
+    chunk: int = 0
+    in_sound: bool = False
+    begun: bool = True
+    done: int = 0
+
+    def take(self, grid: tuple[float, Tensor, Tensor | None, int, int], rule: PositionRule, end: int) -> int:
+        """How many of a grid step's tokens belong to the chunk that ends before place `end`, beyond those done."""
+        place = float(segment_positions(Video((grid[0],), 1, 1), 0.0, rule)[0].max())
+        left = len(grid[1]) - self.done
+        count = left if place < end else int(not self.begun)
+        self.begun = self.begun or count > 0
+        return count
+
+    def following(self) -> None:
+        """The next chunk."""
+        self.chunk, self.in_sound, self.begun = self.chunk + 1, False, False
+
+
 @dataclass
 class OpenVideo:
     """A video that is being seen, and heard if it has an ear.
@@ -156,14 +193,28 @@ class OpenVideo:
     heard: int = 0
     last_kind: str = ""
     tail: float = -1.0
+    turns: ChunkTurns = field(default_factory=lambda: ChunkTurns())
 
     def clone(self) -> OpenVideo:
         """An independent copy."""
         ear = None if self.ear is None else self.ear.clone()
-        return replace(self, ear=ear, frames=list(self.frames), grids=deque(self.grids), sounds=deque(self.sounds))
+        grids, sounds = deque(self.grids), deque(self.sounds)
+        return replace(self, ear=ear, frames=list(self.frames), grids=grids, sounds=sounds, turns=replace(self.turns))
+
+    def begin(self, conversation: Conversation, tokens: Any, rule: PositionRule) -> None:
+        """Write the marks before the video."""
+        write_marks(conversation, [tokens.vision_start, *([tokens.audio_start] if self.ear else [])], rule)
+
+    def end(self, conversation: Conversation, marks: list[int], rule: PositionRule) -> None:
+        """Write the marks behind the video: [end of vision], or [end of sound, end of vision]."""
+        conversation.move_on(self.tail + 1)
+        write_marks(conversation, marks, rule)
 
     def write(self, conversation: Conversation, tokens: Any, rule: PositionRule, *, closing: bool = False) -> None:
-        """Write, in the order of time, all that nothing still to come can precede."""
+        """Write all that nothing still to come can precede."""
+        if rule.chunk_s is not None and self.ear is not None:
+            self._write_chunks(conversation, tokens, rule, int(rule.rate * rule.chunk_s), closing)
+            return
         rate = rule.rate
         while self.grids or self.sounds:
             due = bool(self.grids) and (self.ear is None or self.grids[0][0] * rate <= self.heard)
@@ -173,6 +224,40 @@ class OpenVideo:
                 self._write_sound(conversation, tokens.audio, rate, closing=closing)
             else:
                 return
+
+    def _write_chunks(
+        self, conversation: Conversation, tokens: Any, rule: PositionRule, size: int, closing: bool
+    ) -> None:
+        """Chunk by chunk, each with the video's part first and then `size` tokens of sound, or what is left."""
+        turns = self.turns
+        while self.grids or self.sounds:
+            end = size * (turns.chunk + 1)  # the first place beyond this chunk
+            if not turns.in_sound:
+                count = turns.take(self.grids[0], rule, end) if self.grids else 0
+                if count:
+                    self._write_grid_part(conversation, tokens.video, rule, count)
+                elif self.grids or closing or (turns.begun and self._next_grid_s() * rule.rate >= end):
+                    turns.in_sound = True
+                else:
+                    return
+            else:
+                run = [self.sounds.popleft() for _ in range(min(end - self.heard, len(self.sounds)))]
+                self._write_run(conversation, tokens.audio, run, f"audio {turns.chunk}")
+                if self.heard < end and not closing:
+                    return
+                turns.following()
+
+    def _write_grid_part(self, conversation: Conversation, token: int, rule: PositionRule, count: int) -> None:
+        """The next `count` tokens of the first grid step that waits."""
+        time_s, embeds, taps, height, width = self.grids[0]
+        part = slice(self.turns.done, self.turns.done + count)
+        offsets, _ = segment_positions(Video((time_s,), height, width), 0.0, rule)
+        conversation.write_at([token] * count, offsets[:, part], embeds[part], None if taps is None else taps[:, part])
+        self._note(f"video {self.turns.chunk}", float(offsets[:, part].max()))
+        self.turns.done = part.stop
+        if part.stop == len(embeds):
+            self.grids.popleft()
+            self.turns.done = 0
 
     def _next_grid_s(self) -> float:
         """No grid step still to come begins before this time."""
@@ -191,10 +276,16 @@ class OpenVideo:
         run: list[Tensor] = []
         while self.sounds and self.heard + len(run) < bound:
             run.append(self.sounds.popleft())
+        self._write_run(conversation, token, run, "audio")
+
+    def _write_run(self, conversation: Conversation, token: int, run: list[Tensor], kind: str) -> None:
+        """The next audio tokens."""
+        if not run:
+            return
         offsets = torch.arange(self.heard, self.heard + len(run), dtype=torch.float32).expand(3, -1)
         conversation.write_at([token] * len(run), offsets, torch.stack(run))
         self.heard += len(run)
-        self._note("audio", float(offsets.max()))
+        self._note(kind, float(offsets.max()))
 
     def _note(self, kind: str, highest: float) -> None:
         """Keep the largest offset of the run of one kind that the video ends with: what follows starts after it."""

@@ -14,7 +14,7 @@ class ReplyEvents(Iterator[Event]):
 
     `produce` yields more events while the turn runs; `finish` is called when the turn's end has been handed out, and
     `interrupt` when the iterator is closed (or forgotten) before. An interrupted turn yields its `TurnEnd` and stops.
-    `samples_a_frame` and `lookahead` tell how many frames a chunk holds.
+    `samples_a_frame` and `missing`, the samples that all sound lacks of that, tell how many frames a chunk holds.
     """
 
     def __init__(
@@ -24,10 +24,10 @@ class ReplyEvents(Iterator[Event]):
         finish: Callable[[], None],
         interrupt: Callable[[], object],
         samples_a_frame: int,
-        lookahead: int,
+        missing: int,
     ) -> None:
         self._turn, self._produce, self._finish, self._interrupt = turn, produce, finish, interrupt
-        self._samples_a_frame, self._lookahead = samples_a_frame, lookahead
+        self._samples_a_frame, self._missing = samples_a_frame, missing
         self._waiting: deque[Event] = deque()
         self._done = False
 
@@ -52,7 +52,7 @@ class ReplyEvents(Iterator[Event]):
         if isinstance(event, TextDelta):
             turn.shown_ids += len(event.token_ids)
         elif isinstance(event, AudioChunk):
-            samples = event.start_sample + event.samples.numel() + self._lookahead
+            samples = event.start_sample + event.samples.numel() + self._missing
             turn.shown_frames = samples // max(self._samples_a_frame, 1)
         elif isinstance(event, TurnEnd):
             self._done = turn.taken = True

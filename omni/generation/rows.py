@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
+from omni.generation.events import Event, TextDelta, TurnEnd
 from omni.generation.prompt import Prompt
 from omni.generation.reply import ANSWER, REASONING
 from omni.generation.runner import Runner
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
+from omni.generation.sound import write_sound
 from omni.generation.turn import GREEDY, IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
-from omni.layers.state import State, join_rows, split_rows
-from omni.talker.conditioning import PREFIX_LENGTH, assistant_prefix
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
@@ -44,6 +43,7 @@ class Rows:
         self.project_text = self.runner.project_text
         self.stage = self.runner.times.stage
         self._samplings: tuple[RowSampling, RowSampling, RowSampling] | None = None
+        self._endings: tuple[Any, Any] = (None, None)  # what follows spoken text, as the turns have it
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -59,7 +59,9 @@ class Rows:
         self.text.steps[row] = 0
         if self.speech is not None:
             self.speech.steps[row] = 0
-            self.speech.seen[row] = False
+            assert self.runner.seen_at_first is not None
+            self.speech.seen[row] = self.runner.seen_at_first
+            self._endings = turn.text_end, turn.text_pad = self._text_endings()
         turn.spent_before = dict(self.seconds)
 
     def release(self, row: int) -> Turn | None:
@@ -80,7 +82,7 @@ class Rows:
         if self.speech is not None:
             self._start_speech()
             self._write_frames()
-            self._write_sound(events)
+            write_sound(self, events)
         for row, turn in self.running():
             if turn.complete:
                 self._flush_text(row, turn, events)
@@ -89,8 +91,8 @@ class Rows:
 
     def end(self, row: int, turn: Turn, reason: str | None = None) -> TurnEnd:
         """The last event of a row, with the times of the whole turn."""
-        if turn.chunks == 0:
-            self._note_times(turn)
+        if turn.samples == 0:
+            self.note_times(turn)
         codec = self.model.code2wav
         if turn.samples and codec is not None:
             total = time.perf_counter() - turn.started
@@ -106,15 +108,23 @@ class Rows:
         while any(active := [t is not None and t.wants_token(n) for t, n in zip(self.turns, drawn)]):
             first = any(t is not None and a and not t.reply for t, a in zip(self.turns, active))
             with self.stage("thinker_first_token" if first else "thinker"):
-                unread = [False] * len(active)
+                unread, kinds = [False] * len(active), [""] * len(active)
                 for row, token in enumerate(self.runner.draw_token(self.sampling[0], active)):
                     turn = self.turns[row]
                     if turn is not None and active[row]:
                         drawn[row] += 1
-                        kind, unread[row] = turn.take_token(token)
-                        self._say(row, turn, token, kind, events)
+                        kinds[row], unread[row] = turn.take_token(token)
+                        self._say(row, turn, token, kinds[row], events)
                 if any(unread):
-                    self.runner.read_token(unread)
+                    self._read_tokens(unread, kinds)
+
+    def _read_tokens(self, unread: list[bool], kinds: list[str]) -> None:
+        """Let the Thinker read what was drawn, and the turns have its vectors where the Talker reads replies."""
+        self.runner.read_token(unread)
+        if self.runner.reads_replies:
+            for turn, vector, kind, read in zip(self.turns, self.runner.reply_vectors(len(unread)), kinds, unread):
+                if turn is not None and read:
+                    turn.take_vector(vector.clone(), kind)
 
     def _say(self, row: int, turn: Turn, token: int, kind: str, events: list[Event]) -> None:
         """The event of a drawn token; its text is empty while a character is incomplete."""
@@ -147,19 +157,37 @@ class Rows:
                 continue
             assert turn.speaker is not None
             with self.stage("talker_first_code"):
-                c, talker = self.model.config, self.model.talker
-                special = [c.tts_pad_token_id, c.tts_bos_token_id, turn.spoken[0]]
-                text = self.project_text([*turn.header, *special])
-                prefix = assistant_prefix(talker, text[:3], text[3], text[4], text[5], turn.speaker)
-                steps = torch.arange(PREFIX_LENGTH, dtype=torch.float32, device=prefix.device)
+                prefix = self._prefix(turn, turn.speaker)
+                steps = torch.arange(len(prefix), dtype=torch.float32, device=prefix.device)
                 self.read_speech(row, prefix, (turn.speech_start + steps).expand(3, -1))
-                highest = max(turn.speech_highest, turn.speech_start + PREFIX_LENGTH - 1)
+                highest = max(turn.speech_highest, turn.speech_start + len(prefix) - 1)
                 self.speech.decoder.next_position[row] = highest + 1
                 turn.speech = SPEECH_RUNS
 
+    def _prefix(self, turn: Turn, speaker: int) -> Tensor:
+        """The Talker's inputs between its prompt and the first frame [n, Di]."""
+        c, talker, first = self.model.config, self.model.talker, turn.spoken[0]
+        ids = talker.prefix_ids(turn.header, c.tts_pad_token_id, c.tts_bos_token_id, speaker)
+        if isinstance(first, Tensor):
+            text = self.project_text(ids)
+        else:
+            text = self.project_text([*ids, first])
+            text, first = text[:-1], text[-1]
+        prefix: Tensor = talker.assistant_prefix(text, first, speaker)
+        return prefix
+
+    def _text_endings(self) -> tuple[Any, Any]:
+        """The end of spoken text and what follows it: ids or, where the Talker reads replies, their vectors."""
+        c = self.model.config
+        ids = c.tts_eos_token_id, c.tts_pad_token_id
+        if not self.runner.reads_replies:
+            return ids
+        end, pad = self.project_text(ids)
+        return end, pad
+
     def _write_frames(self) -> None:
         """Read the frames that wait for their text, then draw the next frame of every row that can."""
-        following = [self._following_text(turn) for turn in self.turns]
+        following = [None if t is None or not t.reads_frame else t.next_text() for t in self.turns]
         reads = [text is not None for text in following]
         for turn, read in zip(self.turns, reads):
             if turn is not None and read:
@@ -167,77 +195,17 @@ class Rows:
         draws = [t is not None and t.wants_frame for t in self.turns]
         if not any(reads) and not any(draws):
             return
-        pad, end = self.model.config.tts_pad_token_id, self.model.talker.config.codec_eos_token_id
+        ends, (_, pad) = self.model.talker.config.codec_stop_ids, self._endings
         sounds = [draw and t is not None and t.codec is IN_RUNNER for draw, t in zip(draws, self.turns)]
         texts = [pad if t is None else t for t in following]
         frame = self.runner.frame(texts, reads, draws, sounds, self.sampling[1:])
         for row, turn in enumerate(self.turns):
             if frame is not None and turn is not None and draws[row]:
-                turn.take_frame(frame.codes[row], frame.first[row], end)
-                if sounds[row] and frame.wave is not None and frame.first[row] != end:
+                turn.take_frame(frame.codes[row], frame.first[row], ends)
+                if sounds[row] and frame.wave is not None and frame.first[row] not in ends:
                     turn.waves.append(frame.wave[row])
 
-    def _following_text(self, turn: Turn | None) -> int | None:
-        """The token to read after a row's waiting frame, None if no frame waits or the token is not written yet."""
-        if turn is None or turn.over or turn.paused or not turn.frame_waits:
-            return None
-        return turn.next_text(self.model.config.tts_eos_token_id, self.model.config.tts_pad_token_id)
-
-    def _write_sound(self, events: list[Event]) -> None:
-        """Decode the chunks that are due, rows of equal length together."""
-        codec = self.model.code2wav
-        due: dict[tuple[int, bool], list[tuple[int, Turn]]] = {}
-        for row, turn in self.running():
-            if codec is None:
-                turn.decoded = len(turn.codes)
-            frames = turn.chunk_due()
-            if frames:
-                due.setdefault((frames, turn.codec is None), []).append((row, turn))
-        for (frames, _), rows in due.items():
-            with self.stage("codec"):
-                self._decode(rows, frames, events)
-            for _, turn in rows:
-                if turn.chunks == 1:
-                    self._note_times(turn)
-                    turn.timing["first_audio"] = time.perf_counter() - turn.started
-
-    def _decode(self, rows: list[tuple[int, Turn]], frames: int, events: list[Event]) -> None:
-        codec = self.model.code2wav
-        waiting = [(row, turn) for row, turn in rows if turn.codec is not IN_RUNNER]
-        states = [turn.codec if turn.codec is not None else codec.init_state(1) for _, turn in waiting]
-        codes = [torch.stack(turn.codes[turn.decoded : turn.decoded + frames], dim=1) for _, turn in waiting]
-        if len(states) > 1 and all(isinstance(state, State) for state in states):
-            joined = join_rows(states)
-            waves = list(self.runner.decode(torch.stack(codes), joined).float().cpu())
-            states = split_rows(joined, len(states))
-        else:  # a codec of one's own keeps its state to itself
-            waves = [self.runner.decode(c[None], state)[0].float().cpu() for c, state in zip(codes, states)]
-        decoded = {row: wave for (row, _), wave in zip(waiting, waves)}
-        for (row, turn), state in zip(waiting, states):
-            turn.codec = state
-            if self.runner.decodes_sound and state.started and turn.decoded + frames == len(turn.codes):
-                self.runner.adopt_sound(row, state)
-                turn.codec = IN_RUNNER
-        for row, turn in rows:
-            if row in decoded:
-                wave = decoded[row]
-            else:  # decoded as it was drawn
-                wave, turn.waves = torch.cat(turn.waves[:frames]), turn.waves[frames:]
-            turn.decoded += frames
-            turn.chunks += 1
-            events.append(AudioChunk(row, wave.clone(), int(codec.sample_rate), turn.samples))
-            turn.samples += wave.numel()
-            self._watch_silence(turn, wave, int(codec.sample_rate))
-
-    def _watch_silence(self, turn: Turn, wave: Tensor, sample_rate: int) -> None:
-        limit = turn.streaming.silence_s
-        quiet = wave.numel() > 0 and float(wave.abs().max()) < 1e-3  # 60 dB below full scale
-        turn.quiet = turn.quiet + wave.numel() if quiet else 0
-        if limit is not None and turn.quiet > limit * sample_rate and turn.speech == SPEECH_RUNS:
-            turn.stop_speech("silence")
-            turn.decoded = len(turn.codes)
-
-    def _note_times(self, turn: Turn) -> None:
+    def note_times(self, turn: Turn) -> None:
         """What each stage has taken since the turn began; what is in none of them is preprocessing."""
         elapsed = time.perf_counter() - turn.started
         for name, seconds in self.seconds.items():

@@ -1,6 +1,6 @@
 """The states of B rows on the device and the steps that move them. What a step is for is decided by the host (`Rows`).
 
-Shapes: B rows, b of them in a step, V text vocabulary, K codebooks, D Talker width.
+Shapes: B rows, b of them in a step, V text vocabulary, K codebooks, Di width of the Talker's inputs.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ class Runner:
         self.model = model
         self.steps = model.steps
         self.times = StageTimes(model.device)
-        self.text = TextState.create(model.thinker, rows, capacity)
-        self.speech = None if model.talker is None else SpeechState.create(model.talker, rows, capacity)
-        self.banned = None if model.talker is None else model.talker.suppressed()
+        talker = model.talker
+        self.reads_replies = talker is not None and talker.reads_replies
+        self.text = TextState.create(model.thinker, rows, capacity, keep_hidden=self.reads_replies)
+        self.speech = None if talker is None else SpeechState.create(talker, rows, capacity)
+        self.banned = None if talker is None else _banned(model)
+        self.seen_at_first = None if talker is None else talker.seen_at_first()
         self._ids = torch.zeros(rows, dtype=torch.int64, device=model.device)  # drawn last
 
     def draw_token(self, sampling: RowSampling, active: Sequence[bool]) -> list[int]:
@@ -62,14 +65,15 @@ class Runner:
 
     def frame(
         self,
-        following: Sequence[int],
+        following: Sequence[int] | Sequence[Tensor],
         reads: Sequence[bool],
         draws: Sequence[bool],
         sounds: Sequence[bool],
         samplings: tuple[RowSampling, RowSampling],
     ) -> Frame | None:
-        """Rows of `reads` read the frame that waits and the text ids `following`; rows of `draws` draw the next one.
+        """Rows of `reads` read the frame that waits and the text `following`; rows of `draws` draw the next one.
 
+        Text is one id a row or, where the Talker reads replies, one vector [Di] a row.
         Rows of `sounds` have given their codec state to the runner (`adopt_sound`). None if nothing is drawn.
         """
         assert self.speech is not None and self.banned is not None
@@ -79,7 +83,7 @@ class Runner:
                 width, cache = self.width(reads), self.speech.decoder.cache
                 span = self.span(cache)
                 state, mask = self.speech.rows(0, width), self._mask(reads, width)
-                read_frame(self.steps, talker, state, self.project_text(following[:width]), mask, span)
+                read_frame(self.steps, talker, state, self.text_vectors(following[:width]), mask, span)
                 cache.count(reads)
         if not any(draws):
             return None
@@ -98,9 +102,20 @@ class Runner:
         return wave
 
     def project_text(self, ids: Sequence[int]) -> Tensor:
-        """Token ids -> their vectors on the Talker's text side [n, D]."""
+        """Token ids -> their vectors on the Talker's text side [n, Di], from their embeddings alone."""
         embeds = self.model.thinker.embed_tokens(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
-        vectors: Tensor = self.model.talker.text_projection(embeds)
+        vectors: Tensor = self.model.talker.text_vectors(embeds)
+        return vectors
+
+    def text_vectors(self, said: Sequence[int] | Sequence[Tensor]) -> Tensor:
+        """Ids, or vectors [Di], in one tensor of vectors [n, Di]."""
+        first = said[0]
+        return torch.stack(list(said)) if isinstance(first, Tensor) else self.project_text(said)  # type: ignore[arg-type]
+
+    def reply_vectors(self, rows: int) -> Tensor:
+        """The vectors of the reply tokens that the first b rows have read last [b, Di]."""
+        embeds = self.model.thinker.embed_tokens(self._ids[:rows])
+        vectors: Tensor = self.model.talker.text_vectors(embeds, self.text.hidden[:rows])
         return vectors
 
     def adopt_sound(self, row: int, state: State) -> None:
@@ -120,3 +135,14 @@ class Runner:
 
     def _mask(self, active: Sequence[bool], width: int) -> Tensor:
         return torch.tensor(active[:width], device=self.model.device)
+
+
+def _banned(model: OmniModel) -> Tensor:
+    """bool [C]: codec ids that are never drawn: those the Talker suppresses, and those that no codec could decode."""
+    banned: Tensor = model.talker.suppressed()
+    codec = model.config.code2wav_config
+    if codec is not None:
+        ids = torch.arange(len(banned), device=banned.device)
+        banned = banned | (ids >= codec.num_codes)
+        banned[list(model.talker.config.codec_stop_ids)] = False
+    return banned

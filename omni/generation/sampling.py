@@ -19,7 +19,7 @@ from torch import Tensor
 from omni.layers.splitmix import GOLDEN, mix, shift_right, signed
 from omni.layers.state import State
 
-TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM = 1, 2, 3
+TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM, SOUND_STREAM = 1, 2, 3, 4
 
 _TIES = 32  # tokens as likely as the k-th that top-k keeps at most
 
@@ -77,6 +77,11 @@ def gumbel_noise(seeds: Tensor, stream: int, steps: Tensor, tokens: int | Tensor
     tokens: the first n of the vocabulary, or their ids int64 [B, n]; a token's noise does not depend on the others.
     """
     return _noise(_stream_keys(seeds, stream), steps, tokens)
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """A seed that gives one stream of a turn random numbers of its own, where they are not drawn by this module."""
+    return int(_stream_keys(torch.tensor([signed(seed)]), stream))
 
 
 def _stream_keys(seeds: Tensor, stream: int) -> Tensor:

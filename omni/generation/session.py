@@ -1,8 +1,7 @@
 """OmniSession: a conversation as an object. Push what is heard and seen, respond, interrupt, fork, save.
 
 The work runs inside the calls. What is pushed is read by the Thinker and the Talker at once, as far as it is decided,
-so that little is left to do when `respond` is called. The Thinker's cache stays from turn to turn; the Talker's keeps
-the user's turns.
+so that little is left to do when `respond` is called. The caches stay; the Talker's keeps what it hears.
 """
 
 from __future__ import annotations
@@ -73,8 +72,13 @@ class OmniSession:
 
     def _write_system(self, system: str | None) -> None:
         if system is not None:
+            self._check_system(system)
             self._header("system")
             self._conversation.write_text([*self.processor.encode_text(system), *self._closing()])
+
+    def _check_system(self, system: str | None) -> None:
+        if self.model.talker is not None:
+            self.processor.check_speech_system(system)
 
     def _set_up(
         self,
@@ -170,9 +174,8 @@ class OmniSession:
             self._close_media()
             self._write_pending_text()
             ear = self._new_ear() if self.use_audio_in_video else None
-            tokens = self.processor.tokens
-            self._conversation.write_text([tokens.vision_start, *([tokens.audio_start] if ear else [])])
             self._video = OpenVideo(float(time_s), ear, last_s=-math.inf)
+            self._video.begin(self._conversation, self.processor.tokens, self._rule)
         video = self._video
         if not time_s > video.last_s:
             raise ValueError(f"frame times must grow: {time_s} s comes after {video.last_s} s")
@@ -216,6 +219,8 @@ class OmniSession:
         if not self._conversation.in_user:
             self._conversation.pay()
             self._prompt = None
+            if not self.ids:
+                self._check_system(None)
             self._conversation.open_user_turn()
             self._header("user")
 
@@ -235,9 +240,8 @@ class OmniSession:
         if video.ear is not None:
             video.sounds.extend(video.ear.finish())
         video.write(self._conversation, self.processor.tokens, self._rule, closing=True)
-        self._conversation.move_on(video.tail + 1)
         ends = [self.processor.audio_end_id] if video.ear is not None else []
-        self._conversation.write_text([*ends, self.processor.vision_end_id])
+        video.end(self._conversation, [*ends, self.processor.vision_end_id], self._rule)
 
     def _write_pending_text(self) -> None:
         text, self._text = "".join(self._text), []
@@ -257,8 +261,10 @@ class OmniSession:
 
     def _events_of(self, turn: Turn, produce: Callable[[], list[Event]]) -> ReplyEvents:
         codec = self.model.code2wav
-        hop, lookahead = (1, 0) if codec is None else (int(codec.hop_length), int(codec.lookahead))
-        return ReplyEvents(turn, produce, self._finish, self.interrupt, hop, lookahead)
+        hop, missing = 1, 0
+        if codec is not None:
+            hop, missing = int(codec.hop_length), int(getattr(codec, "missing_samples", codec.lookahead))
+        return ReplyEvents(turn, produce, self._finish, self.interrupt, hop, missing)
 
     def _tick(self) -> list[Event]:
         with self._lock:
@@ -333,8 +339,10 @@ class OmniSession:
         user += 0 if conversation.in_user else 2 + closing
         conversation.check_room(user + len(conversation.owed) + 2 + closing)
         if speaks:
-            waiting = sum(len(ids) for ids, by_user in conversation.waiting if by_user)
-            check_talker_room(self.model, conversation.talker.tokens + waiting + user)
+            heard = user + sum(len(ids) for ids, by_user in conversation.waiting if conversation.hears(by_user))
+            if conversation.hears(False):
+                heard += len(conversation.owed) + 2 + closing
+            check_talker_room(self.model, conversation.talker.tokens + heard)
 
     def _finish(self, kept: list[int] | None = None) -> None:
         """Take the turn out of its row and its reply (or the part that is kept) into the history."""
@@ -345,7 +353,7 @@ class OmniSession:
         tail = self._closing()[1 if closed else 0 :]
         with self._lock:
             self._conversation.rows.release(self._conversation.row)
-            self._conversation.end_reply(prompt, reply, min(turn.read_tokens, len(reply)), tail)
+            self._conversation.end_reply(prompt, reply, min(turn.read_tokens, len(reply)), tail, turn.vectors)
 
     def interrupt(self, played_ms: float | None = None) -> Kept:
         """Cut the reply to what was heard and return that.

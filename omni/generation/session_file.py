@@ -21,7 +21,7 @@ from omni.checkpoint.atomic import atomic_folder
 from omni.config_reading import read_json
 from omni.encoders.resample import StreamingResampler
 from omni.generation.conversation import Conversation, Entry, Place
-from omni.generation.listening import SAMPLE_RATE_HZ, Ear, OpenClip, OpenVideo
+from omni.generation.listening import SAMPLE_RATE_HZ, ChunkTurns, Ear, OpenClip, OpenVideo
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
 from omni.layers.cache import KVCache
@@ -205,6 +205,7 @@ def _put_video(video: OpenVideo, tensors: Tensors) -> dict[str, Any]:
     plain = ("first_s", "last_s", "heard", "last_kind", "tail")
     return {
         **{name: getattr(video, name) for name in plain},
+        "turns": vars(video.turns),
         "ear": None if video.ear is None else _put_ear("video", video.ear, tensors),
         "frames": [time_s for time_s, _ in video.frames],
         "grids": [(time_s, height, width) for time_s, _, _, height, width in video.grids],
@@ -212,7 +213,8 @@ def _put_video(video: OpenVideo, tensors: Tensors) -> dict[str, Any]:
 
 
 def _take_video(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> OpenVideo:
-    plain = {name: values[name] for name in ("first_s", "last_s", "heard", "last_kind", "tail")}
+    plain: dict[str, Any] = {name: values[name] for name in ("first_s", "last_s", "heard", "last_kind", "tail")}
+    plain["turns"] = ChunkTurns(**values["turns"])
     device, dtype = session.model.device, session.model.dtype
     ear = None if values["ear"] is None else _take_ear("video", session, values["ear"], tensors)
     grids: deque[Any] = deque()

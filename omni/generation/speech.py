@@ -1,4 +1,4 @@
-"""The user's part of the Talker's prompt, taken from a prompt that the Thinker has read."""
+"""What the Talker hears of a prompt that the Thinker has read."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor
 
 from omni.generation.prompt import Prompt
 from omni.rope.positions import Segment, slice_segments
-from omni.talker.conditioning import project_user, user_spans
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
 
 
-def user_part(model: OmniModel, prompt: Prompt, hidden: Tensor, row: int) -> tuple[Tensor, list[Segment]]:
-    """The user turns of one row as the Talker hears them: vectors [T, D] and their segments.
+def heard_part(model: OmniModel, prompt: Prompt, hidden: Tensor, row: int) -> tuple[Tensor, list[Segment]]:
+    """What the Talker hears of one row, as it hears it: vectors [T, Di] and their segments.
 
     hidden [T, Dt]: the Thinker's hidden states of the row.
     """
-    ids = prompt.row_ids(row)
-    spans = user_spans(ids, model.config.im_start_token_id, model.config.user_token_id)
+    ids, talker = prompt.row_ids(row), model.talker
+    spans = talker.heard_spans(ids, model.config.im_start_token_id, model.config.user_token_id)
     tokens = torch.tensor([i for start, stop in spans for i in range(start, stop)], dtype=torch.int64)
     tokens = tokens.to(prompt.ids.device)
     segments = [s for start, stop in spans for s in slice_segments(prompt.segments[row], start, stop)]
-    return project_user(model.talker, prompt.embeds[row, tokens], hidden[tokens], prompt.media[row, tokens]), segments
+    return talker.prompt_vectors(prompt.embeds[row, tokens], hidden[tokens], prompt.media[row, tokens]), segments

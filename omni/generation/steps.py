@@ -44,13 +44,13 @@ class Steps:
     codec: Callable[..., Tensor] = codec_step
     static: bool = False
 
-    def thinker(self, thinker: Any, ids: Tensor, state: DecoderState, span: int | None) -> Tensor:
-        """The Thinker reads ids int64 [B] -> logits of the next token [B, V]."""
-        logits: Tensor = thinker.decode(ids, state.step_positions(), _views(state.cache, span), self.layer)
-        return logits
+    def thinker(self, thinker: Any, ids: Tensor, state: DecoderState, span: int | None) -> tuple[Tensor, Tensor]:
+        """The Thinker reads ids int64 [B] -> (logits of the next token [B, V], final hidden [B, D])."""
+        logits, final = thinker.decode(ids, state.step_positions(), _views(state.cache, span), self.layer)
+        return logits, final
 
     def talker(self, talker: Any, embeds: Tensor, state: DecoderState, span: int | None) -> tuple[Tensor, Tensor]:
-        """The Talker reads embeds [B, D] -> (logits of codebook 0 [B, C], hidden [B, D])."""
+        """The Talker reads embeds [B, Di] -> (logits of codebook 0 [B, C], hidden [B, D])."""
         logits, hidden = talker.decode(embeds, state.step_positions(), _views(state.cache, span), self.layer)
         return logits, hidden
 

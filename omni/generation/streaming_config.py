@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from omni.token2wav.sampler import ODEConfig
+from omni.token2wav.streaming import ChunkSchedule
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,10 @@ class StreamingConfig:
     streams of an engine do not wait long. audio_window_s: attention window of the audio encoder in seconds of a
     session's input (None: the checkpoint's, 8 s in the release); a shorter one lets reading follow speech closely.
     silence_s, loop_frames: speech is ended as runaway after that much silence, or when codebook 0 has repeated itself
-    with one period for that many frames.
+    with one period for that many frames (the default is 20 s in the release, 5 s in Qwen2.5-Omni's). codec_schedule,
+    codec_ode: of a codec decoder that draws sound by windows (`Token2Wav`): how codes are cut (None: its own way;
+    "whole": all at once when the last has come, as the reference does) and how its flow is integrated (None: as
+    released).
     """
 
     chunk_frames: tuple[int, ...] = (1, 1, 2, 4, 8)
@@ -24,6 +32,8 @@ class StreamingConfig:
     audio_window_s: float | None = None
     silence_s: float | None = 10.0
     loop_frames: int | None = 250
+    codec_schedule: ChunkSchedule | str | None = None
+    codec_ode: ODEConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.chunk_frames or any(type(n) is not int or n < 1 for n in self.chunk_frames):
@@ -36,11 +46,18 @@ class StreamingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive or None, got {value!r}")
+        kinds: dict[str, Any] = {"codec_schedule": ChunkSchedule, "codec_ode": ODEConfig}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if isinstance(value, Mapping):  # of a saved session
+                object.__setattr__(self, name, kind(**value))
+            elif value is not None and not isinstance(value, kind) and (name, value) != ("codec_schedule", "whole"):
+                raise TypeError(f"{name} must be of {kind.__name__} or None, got {value!r}")
 
     def chunk(self, index: int) -> int:
         """Frames of chunk number `index`."""
         return self.chunk_frames[min(index, len(self.chunk_frames) - 1)]
 
 
-UNWATCHED = StreamingConfig(silence_s=None, loop_frames=None)  # of `stream`, which equals `generate` at any length
-OFFLINE = StreamingConfig(chunk_frames=(64,), silence_s=None, loop_frames=None)
+UNWATCHED = StreamingConfig(silence_s=None, loop_frames=None)  # of `stream`, which says what `generate` says
+OFFLINE = StreamingConfig(chunk_frames=(64,), silence_s=None, loop_frames=None, codec_schedule="whole")

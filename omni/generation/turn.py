@@ -25,11 +25,13 @@ class Turn:
     The first fields are what was asked for: header holds the ids of `<|im_start|>assistant\\n`, spoken starts as the
     part of the reply that the prompt already holds, speaker is None for a silent turn, prompt_tokens, text_limit and
     frame_limit count the row; speech_start is the position of the assistant's part in the Talker's prompt and
-    speech_highest the largest one before it. The rest changes while the turn runs.
+    speech_highest the largest one before it; voice is what the codec needs of the speaker, if anything. What is spoken
+    is a token id or, where the Talker reads replies, the vector of a token that the Thinker has read; so are text_end
+    and text_pad, which follow it. The rest changes while the turn runs.
     """
 
     header: list[int]
-    spoken: list[int]
+    spoken: list[Any]
     reader: ReplyReader
     stop_ids: frozenset[int]
     prompt_tokens: int
@@ -44,7 +46,13 @@ class Turn:
     code_sampling: SamplingConfig = GREEDY
     residual_sampling: SamplingConfig = GREEDY
     text_stream: Any = None
+    voice: Any = None
+    reads_replies: bool = False
 
+    text_end: Any = None
+    text_pad: Any = None
+    vectors: list[Tensor] = field(default_factory=list)  # of the reply tokens read, where the Talker reads replies
+    read_tokens: int = 0  # reply tokens that the Thinker has read
     reply: list[int] = field(default_factory=list)
     reasoning_text: str = ""
     answer_text: str = ""
@@ -58,6 +66,7 @@ class Turn:
     samples: int = 0
     quiet: int = 0
     codec: Any = None
+    unfinished: bool = False  # the codec holds back sound until it is told that no more codes will come
     waves: list[Tensor] = field(default_factory=list)  # decoded with their frames, not handed out yet
     first_codes: list[int] = field(default_factory=list)
     over: bool = False
@@ -90,35 +99,52 @@ class Turn:
         return len(self.spoken) - len(self.codes) < self.streaming.text_ahead
 
     @property
+    def reads_frame(self) -> bool:
+        """Whether a frame waits that the Talker may read once the text after it is there."""
+        return self.frame_waits and not (self.over or self.paused)
+
+    @property
     def wants_frame(self) -> bool:
         """Whether the Talker is to draw a frame now."""
         return self.speech == SPEECH_RUNS and not (self.frame_waits or self.over or self.paused)
 
     def take_token(self, token: int) -> tuple[str, bool]:
-        """Note a drawn token: (what it is, whether the Thinker has to read it)."""
+        """Note a drawn token: (what it is, whether the Thinker has to read it).
+
+        The last token of a reply is read only if it could not be spoken otherwise.
+        """
         self.reply.append(token)
         if token in self.stop_ids:
             self.text_reason = "stop"
             return "stop", False
         kind = self.reader.feed(token)
-        if kind == ANSWER:
+        if kind == ANSWER and not self.reads_replies:
             self.spoken.append(token)
         if len(self.reply) >= self.text_limit:
             self.text_reason = "max_new_tokens"
-        return kind, not self.text_reason
+        spoken_later = self.reads_replies and kind == ANSWER and self.speech in (SPEECH_WAITS, SPEECH_RUNS)
+        reads = not self.text_reason or spoken_later
+        self.read_tokens += reads
+        return kind, reads
 
-    def next_text(self, tts_eos: int, tts_pad: int) -> int | None:
-        """The token whose vector follows the last frame; None while the Thinker has still to write it."""
+    def take_vector(self, vector: Tensor, kind: str) -> None:
+        """Note the vector of a reply token that the Thinker has read, where the Talker reads replies."""
+        self.vectors.append(vector)
+        if kind == ANSWER:
+            self.spoken.append(vector)
+
+    def next_text(self) -> Any:
+        """What follows the last frame; None while the Thinker has still to write it."""
         index = len(self.codes)  # frame t (from 0) is followed by reply token t + 2 (from 1)
         if index < len(self.spoken):
             return self.spoken[index]
         if not self.text_reason:
             return None
-        return tts_eos if index == len(self.spoken) else tts_pad
+        return self.text_end if index == len(self.spoken) else self.text_pad
 
-    def take_frame(self, codes: Tensor, first: int, end: int) -> None:
-        """Note a drawn frame: codes [K], its code 0 as a number, the id that ends speech."""
-        if first == end:
+    def take_frame(self, codes: Tensor, first: int, ends: frozenset[int]) -> None:
+        """Note a drawn frame: codes [K], its code 0 as a number, the ids that end speech."""
+        if first in ends:
             self.stop_speech("stop")
             return
         self.codes.append(codes)
@@ -141,15 +167,10 @@ class Turn:
         return min(pending, wanted) if pending >= wanted or self.speech == SPEECH_OVER else 0
 
     @property
-    def read_tokens(self) -> int:
-        """Reply tokens that the Thinker has read: all but the one that ended the reply."""
-        return len(self.reply) - bool(self.text_reason and self.reply)
-
-    @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        spoken = self.speech == SPEECH_OFF or (self.speech == SPEECH_OVER and self.decoded == len(self.codes))
-        return bool(self.text_reason) and spoken
+        decoded = self.decoded == len(self.codes) and not self.unfinished
+        return bool(self.text_reason) and (self.speech == SPEECH_OFF or (self.speech == SPEECH_OVER and decoded))
 
     @property
     def reason(self) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from omni.config_decoder import DecoderConfig
-from omni.layers.cache import KVCache
+from omni.layers.cache import KVCache, LayerCache
+from omni.layers.packing import PackedBlocks
 from omni.layers.state import State
 
 
@@ -37,3 +39,22 @@ class DecoderState(State):
         """Count on the device one further token of every row where `active` bool [B] is True."""
         self.cache.length += active
         self.next_position += active
+
+    def count_step(self, active: Sequence[bool] | None) -> None:
+        """Count one further token of every row that is `active` (None: of all)."""
+        moves = [True] * len(self.next_position) if active is None else list(active)
+        self.step(torch.tensor(moves, device=self.next_position.device))
+        self.cache.count(moves)
+
+
+def layer_views(
+    state: DecoderState | None, blocks: PackedBlocks | None, layers: int, tokens: int
+) -> Sequence[LayerCache | PackedBlocks | None]:
+    """What each of the layers sees beside its `tokens` new tokens a row: its cache, which gets room for them; or the
+    limits of a packed row's sequences, which is read at once; or nothing (neither).
+    """
+    if state is None:
+        return [blocks] * layers
+    assert blocks is None, "a packed row is read at once"
+    state.cache.reserve(tokens)
+    return state.cache.layers(tokens)

@@ -80,7 +80,9 @@ def _join(values: list[Any], dim: int) -> Any:
     if isinstance(values[0], State):
         return join_rows(values)
     if isinstance(values[0], list):
-        return [_join(list(items), dim) for items in zip(*values)]
+        if values[0] and not isinstance(values[0][0], (Tensor, State)):  # one item a row
+            return [item for value in values for item in value]
+        return [_join(list(items), dim) for items in zip(*values)]  # one item a layer
     assert all(value == values[0] for value in values), "states that are not at the same point cannot be joined"
     return values[0]
 
@@ -100,6 +102,8 @@ def _split(value: Any, dim: int, rows: int) -> list[Any]:
         return list(value.split(1, dim))
     if isinstance(value, State):
         return split_rows(value, rows)
+    if isinstance(value, list) and value and not isinstance(value[0], (Tensor, State)):
+        return [[item] for item in value]
     if isinstance(value, list):
         columns = [_split(item, dim, rows) for item in value]
         return [[column[row] for column in columns] for row in range(rows)]

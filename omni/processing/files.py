@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from omni.config_positions import PositionRule
 from omni.config_reading import read_json
+from omni.processing.families import QWEN3, ProcessorFamily, find_family
 
 _JSON_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
@@ -26,38 +28,44 @@ _PIXEL_KEYS = (
 )
 _FRAME_KEYS = ("min_frames", "max_frames")
 
-_RELEASED_PREPROCESSOR = Path(__file__).parents[1] / "demo_data" / "preprocessor_config.json"
-
 
 @dataclass(frozen=True)
 class ProcessorFiles:
     """What the files of a folder say.
 
     `json_files` are the preprocessor files as read, by name; they are written back unchanged. `model` is the Thinker's
-    part of config.json where the folder has one.
+    part of config.json where the folder has one. `family`: what the files leave unsaid.
     """
 
     folder: Path
     json_files: dict[str, dict[str, Any]] = field(default_factory=dict)
     chat_template: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    family: ProcessorFamily = QWEN3
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Values of the processor itself (position_id_per_seconds, n_window)."""
+        """Values of the processor itself (position_id_per_seconds, seconds_per_chunk, n_window)."""
         return self.json_files.get("processor_config.json", {})
 
     @property
-    def position_id_per_seconds(self) -> float:
-        """Positions in a second of video or sound (released: 13)."""
-        value = self.settings.get("position_id_per_seconds", self.model.get("position_id_per_seconds", 13.0))
-        return float(self._positive("position_id_per_seconds", value))
+    def position_rule(self) -> PositionRule:
+        """How positions follow time, and in which order the tokens of a video with sound stand."""
+        rule = self.family.rule
+        rate = self._positive("position_id_per_seconds", self._value("position_id_per_seconds", rule.rate))
+        if rule.chunk_s is not None:
+            chunk_s = self._positive("seconds_per_chunk", self._value("seconds_per_chunk", rule.chunk_s))
+            rule = replace(rule, chunk_s=float(chunk_s))
+        return replace(rule, rate=float(rate))
+
+    def _value(self, name: str, usual: float) -> Any:
+        return self.settings.get(name, self.model.get(name, usual))
 
     @property
     def n_window(self) -> int:
-        """Half the mel frames of one chunk of the audio encoder (released: 50)."""
-        audio = self.model.get("audio_config")
-        own = audio.get("n_window", 50) if isinstance(audio, Mapping) else 50
+        """Half the mel frames of one chunk of the audio encoder (released: Qwen3 50, Qwen2.5 100)."""
+        audio, usual = self.model.get("audio_config"), self.family.n_window
+        own = audio.get("n_window", usual) if isinstance(audio, Mapping) else usual
         return int(self._positive("n_window", self.settings.get("n_window", own)))
 
     def _positive(self, name: str, value: Any) -> Any:
@@ -110,17 +118,20 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
     if not (folder / "tokenizer_config.json").is_file():
         missing.append("tokenizer_config.json")
     json_files = {name: read_json(folder / name) for name in _JSON_FILES if (folder / name).is_file()}
-    nested = "image_processor" in json_files.get("processor_config.json", {})
-    if "preprocessor_config.json" not in json_files and not nested:  # trainers often leave it out
-        json_files["preprocessor_config.json"] = read_json(_RELEASED_PREPROCESSOR)
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(missing)}; copy the tokenizer and preprocessor files of the release there"
         )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    classes = [values.get("processor_class") for values in json_files.values()]
+    classes.append(read_json(folder / "tokenizer_config.json").get("processor_class"))
+    family = find_family(config.get("model_type"), classes)
+    nested = "image_processor" in json_files.get("processor_config.json", {})
+    if "preprocessor_config.json" not in json_files and not nested:  # trainers often leave it out
+        json_files["preprocessor_config.json"] = read_json(family.preprocessor)
     thinker = config.get("thinker_config")
     model = dict(thinker) if isinstance(thinker, Mapping) else {}
-    return ProcessorFiles(folder, json_files, _read_template(folder), model)
+    return ProcessorFiles(folder, json_files, _read_template(folder), model, family)
 
 
 def _find_folder(folder_or_hub_id: str | Path, hub_options: dict[str, Any]) -> Path:

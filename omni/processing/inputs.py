@@ -10,7 +10,6 @@ import copy
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, Union
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omni.config import ThinkerConfig
-from omni.encoders.audio import num_audio_tokens
+from omni.processing.families import audio_counter
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, parse_segments
 
 # What a transformers processor may return beside the fields; nothing here is needed to run the model.
@@ -168,7 +167,7 @@ class OmniInputs:
         if audio_tokens is None:
             if config.audio_config is None:
                 raise ValueError("the inputs hold audio but this model has no audio encoder; leave the audio out")
-            audio_tokens = partial(num_audio_tokens, chunk_frames=config.audio_config.chunk_frames)
+            audio_tokens = audio_counter(config.audio_config)
         return [Audio(audio_tokens(int(frames))) for frames in self.feature_attention_mask.sum(-1).tolist()]
 
 

@@ -6,16 +6,15 @@ for the positions in the model alike. Every medium is processed alone, so what s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni.encoders.audio import num_audio_tokens
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
 from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
@@ -68,15 +67,18 @@ class _Batch:
 class OmniProcessor:
     """Everything between a conversation and the model's inputs.
 
-    Attributes: `tokenizer` (transformers), `chat` (template and safe tokenisation), `vision`, `log_mel`.
+    Attributes: `tokenizer` (transformers), `chat` (template and safe tokenisation), `vision`, `log_mel`,
+    `position_rule` (order and positions of media), `speech_system` (the system text that the family's speech needs, or
+    None).
     """
 
     def __init__(self, tokenizer: Any, files: ProcessorFiles) -> None:
         self.tokenizer = tokenizer
         self.files = files
         own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-        self.chat = ChatTokenizer(tokenizer, files.chat_template or own or built_in_template())
-        self.vision = VisionProcessor(files.image_settings, files.video_settings)
+        family = files.family
+        self.chat = ChatTokenizer(tokenizer, files.chat_template or own or built_in_template(family.tokens))
+        self.vision = VisionProcessor(files.image_settings, files.video_settings, family.frame_pixels)
         audio = files.audio_settings
         self.log_mel = LogMel(
             sample_rate=audio.get("sampling_rate", 16000),
@@ -84,19 +86,22 @@ class OmniProcessor:
             hop_length=audio.get("hop_length", 160),
             num_mels=audio.get("feature_size", 128),
             chunk_frames=2 * files.n_window,
+            end=family.clip_end,
         )
         # an audio encoder of one's own brings its own count: processor.audio_tokens = encoder.num_tokens
-        self.audio_tokens: Callable[[int], int] = partial(num_audio_tokens, chunk_frames=self.log_mel.chunk_frames)
-        self.position_id_per_seconds = files.position_id_per_seconds
+        self.audio_tokens: Callable[[int], int] = family.token_counter(self.log_mel.chunk_frames)
+        self.position_rule = files.position_rule
+        self.speech_system = family.speech_system
+        self._warned = False
         self.tokens = MediaTokens(
-            audio=self._token_id("audio_token", "<|audio_pad|>"),
-            image=self._token_id("image_token", "<|image_pad|>"),
-            video=self._token_id("video_token", "<|video_pad|>"),
-            audio_start=self._token_id("audio_bos_token", "<|audio_start|>"),
-            vision_start=self._token_id("vision_bos_token", "<|vision_start|>"),
+            audio=self._token_id("audio_token"),
+            image=self._token_id("image_token"),
+            video=self._token_id("video_token"),
+            audio_start=self._token_id("audio_bos_token"),
+            vision_start=self._token_id("vision_bos_token"),
         )
-        self.audio_end_id = self._token_id("audio_eos_token", "<|audio_end|>")
-        self.vision_end_id = self._token_id("vision_eos_token", "<|vision_end|>")
+        self.audio_end_id = self._token_id("audio_eos_token")
+        self.vision_end_id = self._token_id("vision_eos_token")
 
     @classmethod
     def from_pretrained(
@@ -175,11 +180,27 @@ class OmniProcessor:
         batch = _Batch()
         rows = []
         for conversation in map(read_conversation, split_batch(messages)):
+            first = conversation.messages[0]
+            self.check_speech_system(first["content"] if first["role"] == "system" else None)
             ids = self.chat.encode_chat(conversation.messages, tools, **template_options)
             rows.append(self._expand(ids, conversation.media, options, batch))
         if use_audio_in_video and batch.silent and not batch.with_sound:
             raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")
         return self._pack(rows, batch).to(options.device)
+
+    def check_speech_system(self, system: Any) -> None:
+        """Warn once where a conversation does not begin with the system text that the family's speech needs.
+
+        system: the conversation's system message, None without one.
+        """
+        if self._warned or self.speech_system in (None, system):
+            return
+        self._warned = True
+        warnings.warn(
+            "the conversation does not begin with the system message that this model was taught to speak with, so its "
+            "speech may fail (its text does not): begin with {'role': 'system', 'content': processor.speech_system}",
+            stacklevel=3,
+        )
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
         """Text of one row of ids; invalid bytes become U+FFFD, control tokens are left out unless asked for."""
@@ -198,11 +219,12 @@ class OmniProcessor:
         added = self.chat.added_ids
         return (added["<think>"], added["</think>"]) if "<think>" in added and "</think>" in added else None
 
-    def _token_id(self, name: str, usual: str) -> int:
-        token = str(getattr(self.tokenizer, name, None) or usual)
+    def _token_id(self, name: str) -> int:
+        token = str(getattr(self.tokenizer, name, None) or self.files.family.tokens[name])
         if token not in self.chat.added_ids:
             raise ValueError(
-                f"the tokenizer has no {name} {token!r}; these are not the files of a Qwen3-Omni checkpoint"
+                f"the tokenizer has no {name} {token!r}; these are not the files of an Omni checkpoint "
+                f"({self.files.family.processor_class})"
             )
         return self.chat.added_ids[token]
 
@@ -232,10 +254,11 @@ class OmniProcessor:
         segment: Segment
         if medium.kind == "audio":
             samples = load_audio(medium.source, medium.options.get("sampling_rate"), options.device)
-            if samples.numel() < self.log_mel.hop_length:
+            if self._clip_tokens(samples.numel()) == 0:
+                least = next(n for n in range(1, self.log_mel.sample_rate) if self._clip_tokens(n))
                 raise ValueError(
                     f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
-                    f"{self.log_mel.hop_length} (10 ms) are needed"
+                    f"{least} ({1000 * least / self.log_mel.sample_rate:.3g} ms) are needed"
                 )
             segment = self._add_clip(samples, options, batch)
         elif medium.kind == "image":
@@ -245,8 +268,12 @@ class OmniProcessor:
             segment = Image(grid[1] // merge, grid[2] // merge)
         else:
             segment = self._add_video(medium, options, batch)
-        ids = placeholder_ids(segment, self.tokens, self.position_id_per_seconds)
+        ids = placeholder_ids(segment, self.tokens, self.position_rule)
         return [self.tokens.audio_start, *ids, self.audio_end_id] if isinstance(segment, AudioVideo) else ids
+
+    def _clip_tokens(self, samples: int) -> int:
+        """Audio tokens of a clip; none for what is shorter than one mel frame."""
+        return 0 if samples < self.log_mel.hop_length else self.audio_tokens(self.log_mel.num_frames(samples))
 
     def _add_clip(self, samples: Tensor, options: CallOptions, batch: _Batch) -> Audio:
         mel = self.log_mel(samples.to(options.device), options.mel_level)
@@ -270,7 +297,7 @@ class OmniProcessor:
         batch.video_seconds.append(span / steps if span > 0 else fallback)
         merge = self.vision.merge_size
         video = Video(tuple(clip.grid_times_s), clip.grid[1] // merge, clip.grid[2] // merge)
-        if clip.sound is None or clip.sound.numel() < self.log_mel.hop_length:
+        if clip.sound is None or self._clip_tokens(clip.sound.numel()) == 0:
             if own:
                 raise ValueError(f"video {clip.name} has no sound, but use_audio_in_video is set for it; leave it out")
             if want_sound:

@@ -1,6 +1,7 @@
 """Pixels for the vision encoder: pictures and videos -> patches, through transformers' Qwen2-VL processors.
 
-Shapes: an image gives patches fp32 [h * w, 3 * 2 * 16 * 16] and its grid [1, h, w]; a video [t * h * w, …], [t, h, w].
+Shapes: patches have sides of P pixels; an image gives patches fp32 [h * w, 3 * 2 * P * P] and its grid [1, h, w]; a
+video [t * h * w, …], [t, h, w].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from omni.processing.image_file import MAX_ASPECT_RATIO, load_image
 from omni.processing.sources import describe
 from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
 
-# Pixels of one video frame: 128 .. 768 tokens of 32 x 32 pixels (the released processor's default).
+# Pixels of one video frame: 128 .. 768 tokens of 32 x 32 pixels (the default of Qwen3-Omni's processor).
 VIDEO_MIN_PIXELS = 128 * 32 * 32
 VIDEO_MAX_PIXELS = 768 * 32 * 32
 LARGEST_MIN_PIXELS = 16384 * 32 * 32  # a picture enlarged to this takes 16384 tokens
@@ -52,9 +53,11 @@ class PixelBudget:
         high = most if self.max_pixels is None else self.max_pixels
         return (low, max(low, high)) if self.max_pixels is None else (min(low, high), high)
 
-    def of_frame(self, frames: int, frames_per_patch: int) -> tuple[int, int]:
+    def of_frame(
+        self, frames: int, frames_per_patch: int, usual: tuple[int, int] = (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+    ) -> tuple[int, int]:
         """The limits of each frame of a video of so many frames; the total never shrinks one below the least size."""
-        low, high = self.within(VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+        low, high = self.within(*usual)
         if self.total_pixels is not None:
             share = self.total_pixels * frames_per_patch // frames
             high = min(high, max(share, int(low * _LEAST_ABOVE_MIN)))
@@ -78,9 +81,17 @@ def _given(settings: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 class VisionProcessor:
-    """Resizes, normalises and cuts into patches, one medium at a time."""
+    """Resizes, normalises and cuts into patches, one medium at a time.
 
-    def __init__(self, image_settings: Mapping[str, Any], video_settings: Mapping[str, Any]) -> None:
+    frame_pixels: fewest and most pixels of a video frame, where a call says nothing else.
+    """
+
+    def __init__(
+        self,
+        image_settings: Mapping[str, Any],
+        video_settings: Mapping[str, Any],
+        frame_pixels: tuple[int, int] = (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS),
+    ) -> None:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
@@ -101,6 +112,7 @@ class VisionProcessor:
             raise ValueError(f"the image or video values of the preprocessor files are unusable: {error}") from error
         self.merge_size: int = self.image_processor.merge_size
         self.temporal_patch_size: int = self.video_processor.temporal_patch_size
+        self.frame_pixels = frame_pixels
 
     def image(self, value: Any, budget: PixelBudget, device: torch.device | None = None) -> tuple[Tensor, list[int]]:
         """One picture: patches and grid, computed on `device` (None: the CPU)."""
@@ -132,7 +144,7 @@ class VisionProcessor:
         )
 
         def resize(frame: Tensor, frames: int) -> Tensor:
-            return self._resize(frame, *budget.of_frame(frames, self.temporal_patch_size))
+            return self._resize(frame, *budget.of_frame(frames, self.temporal_patch_size, self.frame_pixels))
 
         clip = load_video(value, sampling, resize, settings.get("fps"), want_sound)
         times = list(clip.times_s[:: self.temporal_patch_size])
@@ -164,7 +176,7 @@ class VisionProcessor:
         import numpy as np
 
         pixels = torch.from_numpy(np.array(load_image(value))).permute(2, 0, 1)
-        return self._resize(pixels, VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+        return self._resize(pixels, *self.frame_pixels)
 
     def grid_step(self, frames: list[Tensor]) -> tuple[Tensor, list[int]]:
         """Patches and grid [1, h, w] of the frames of one temporal patch; a missing last one is shown twice."""

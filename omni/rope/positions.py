@@ -268,6 +268,8 @@ def parse_segments(
         elif with_sound and {tokens.video, tokens.audio} <= _media_run(ids, i, media):
             video, audio = _next(videos, "video", i), _next(audios, "audio", i)
             segment, wanted = AudioVideo(video, audio), [tokens.video, tokens.audio]
+        elif with_sound and joint_marks and ids[i] == tokens.video:  # marked for a sound that never came
+            segment, wanted = AudioVideo(_next(videos, "video", i), Audio(0)), [tokens.video]
         elif ids[i] == tokens.video:
             segment, wanted = _next(videos, "video", i), [tokens.video]
         else:

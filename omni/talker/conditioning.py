@@ -14,11 +14,13 @@ Shapes: T prompt tokens, Dt Thinker width, D Talker width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from omni.talker.talker import Talker
+if TYPE_CHECKING:
+    from omni.talker.talker import Talker
 
 PREFIX_LENGTH = 9
 
@@ -33,23 +35,9 @@ def user_spans(ids: Sequence[int], im_start: int, user: int) -> list[tuple[int, 
     ]
 
 
-def project_user(talker: Talker, embeds: Tensor, hidden: Tensor, media: Tensor) -> Tensor:
-    """The user's part: embeds and hidden [T, Dt], media bool [T] (True: by hidden state) -> [T, D]."""
-    text, heard = talker.text_projection(embeds[~media]), talker.hidden_projection(hidden[media])
-    out = text.new_empty(len(media), text.shape[-1])
-    out[~media], out[media] = text, heard.to(text.dtype)
-    return out
-
-
-def assistant_prefix(
-    talker: Talker, header: Tensor, tts_pad: Tensor, tts_bos: Tensor, first: Tensor, speaker: int
-) -> Tensor:
-    """The nine assistant slots [9, D].
-
-    Projected text vectors: header [3, D], tts_pad [D], tts_bos [D], first reply token [D]; `speaker` is a codec id.
-    """
-    text = torch.cat((header, tts_pad.expand(4, -1), tts_bos[None], first[None]))
-    return add_control(text, talker.codec_embedding(torch.tensor(control_ids(talker, speaker), device=text.device)))
+def prefix_slots(text: Tensor, first: Tensor) -> Tensor:
+    """The text side of the nine slots [9, D]: vectors of header, tts_pad and tts_bos [5, D], first reply token [D]."""
+    return torch.cat((text[:3], text[3].expand(4, -1), text[4:5], first[None]))
 
 
 def control_ids(talker: Talker, speaker: int) -> list[int]:
@@ -61,9 +49,3 @@ def control_ids(talker: Talker, speaker: int) -> list[int]:
 def add_control(text: Tensor, control: Tensor) -> Tensor:
     """The prefix from its text side [9, D] and the embeddings of its control ids [6, D]."""
     return torch.cat((text[:-6], text[-6:] + control))
-
-
-def trailing_text_ids(reply: Sequence[int], frames: int, tts_eos: int, tts_pad: int) -> list[int]:
-    """The token whose vector follows each frame: the reply from its second token, tts_eos, then tts_pad."""
-    ids = [*reply[1:], tts_eos][:frames]
-    return ids + [tts_pad] * (frames - len(ids))

@@ -14,6 +14,7 @@ Shapes: B rows, N frames, T tokens, D Talker width, Dt Thinker width, V codec vo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,6 @@ from omni.layers.norm import RMSNorm
 from omni.layers.swiglu import SwiGLU
 from omni.rope.tm_rope import TMRope
 from omni.talker.decoder import TalkerDecoder
-
-PREFIX_LENGTH = 2
 
 
 class NoResidualCodes(nn.Module):
@@ -49,6 +48,8 @@ class SingleCodebookTalker(TalkerDecoder):
 
     config: DenseTalkerConfig
     reads_replies = True
+    hears_all = True
+    prefix_length = 2
 
     def __init__(self, config: DenseTalkerConfig) -> None:
         super().__init__()
@@ -79,18 +80,20 @@ class SingleCodebookTalker(TalkerDecoder):
         """codes int64 [N, 1] -> each frame's embedding [N, Dt]."""
         return self.codec_embedding(codes[:, 0])
 
-    def prompt_vectors(self, embeds: Tensor, hidden: Tensor, media: Tensor) -> Tensor:
-        """The prompt as the Talker hears it: embeds and hidden [T, Dt], media bool [T] -> [T, Dt]."""
-        return self.reply_vectors(embeds.masked_fill(media[:, None], 0), hidden)
+    def text_vectors(self, embeds: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """As in `TalkerDecoder`; hidden states are those after the Thinker's final norm."""
+        return embeds if hidden is None else embeds + hidden
 
-    def reply_vectors(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens that the Thinker has read: embeds and hidden (after its final norm) [T, Dt] -> [T, Dt]."""
-        return embeds + hidden
+    def media_vectors(self, hidden: Tensor) -> Tensor:
+        return hidden
 
-    def assistant_prefix(self, voice: Tensor, first: Tensor) -> Tensor:
-        """The two slots before the first frame [2, Dt]: the voice's token embedding [Dt] and the first reply vector."""
+    def prefix_ids(self, header: Sequence[int], tts_pad: int, tts_bos: int, speaker: int) -> list[int]:
+        return [speaker]
+
+    def assistant_prefix(self, text: Tensor, first: Tensor, speaker: int) -> Tensor:
+        """As in `TalkerDecoder`; two slots, of which the first is the voice: `speaker` is a Thinker token id."""
         ids = torch.tensor([self.config.codec_pad_id, self.config.codec_bos_id], device=first.device)
-        return torch.stack((voice, first)) + self.codec_embedding(ids)
+        return torch.cat((text, first[None])) + self.codec_embedding(ids)
 
     def _among(self, ids: list[int]) -> Tensor:
         every = torch.arange(self.config.vocab_size, device=self.codec_embedding.weight.device)

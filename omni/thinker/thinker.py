@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from omni.config import ThinkerConfig
 from omni.layers.cache import LayerCache
 from omni.layers.decoder_layer import DecoderLayer, Tables, run_layer
-from omni.layers.decoder_state import DecoderState
+from omni.layers.decoder_state import DecoderState, layer_views
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
 from omni.layers.packing import PackedBlocks
@@ -90,20 +90,15 @@ class Thinker(nn.Module):
         hidden = embeds if self.accept_layer == 0 else None
         router_logits: list[Tensor] | None = [] if with_router_logits else None
         tables = self.rope(positions)
-        cache = state.cache if state is not None else None
-        views: Sequence[LayerCache | PackedBlocks | None] = [blocks] * len(self.layers)
-        assert blocks is None or cache is None, "a packed row is read at once"
-        if cache is not None:
-            cache.reserve(x.shape[1])
-            views = cache.layers(x.shape[1])
+        views = layer_views(state, blocks, len(self.layers), x.shape[1])
         for i, layer in enumerate(self.layers):
             x = layer(x, tables, views[i], router_logits if isinstance(layer.mlp, MoE) else None)
             if i + 1 == self.accept_layer:
                 hidden = x
             if taps is not None and i < len(taps):
                 x = x + taps[i].to(x.dtype)
-        if cache is not None:
-            cache.advance(lengths or [x.shape[1]] * x.shape[0])
+        if state is not None:
+            state.cache.advance(lengths or [x.shape[1]] * x.shape[0])
         x = self.norm(x)
         if hidden is None or self.accept_layer == len(self.layers):
             hidden = x
@@ -120,11 +115,9 @@ class Thinker(nn.Module):
 
         Rows where `active` is False stand still; their logits mean nothing.
         """
-        moves = [True] * len(ids) if active is None else list(active)
         state.cache.reserve(1)
-        logits = self.decode(ids, state.step_positions(), state.cache.layers(1))
-        state.step(torch.tensor(moves, device=ids.device))
-        state.cache.count(moves)
+        logits, _ = self.decode(ids, state.step_positions(), state.cache.layers(1))
+        state.count_step(active)
         return logits
 
     def decode(
@@ -133,14 +126,16 @@ class Thinker(nn.Module):
         positions: Tensor,
         caches: Sequence[LayerCache],
         run: Callable[..., Tensor] = run_layer,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """The same as a function of tensors alone: ids [B], positions fp32 [3, B, 1], one view of the cache a layer.
 
-        Nothing is allocated for keeps, nothing read back from the device, nothing decided by values; the caller
-        counts the token (`DecoderState.step`, `KVCache.count`). `run` is how a layer is run.
+        Returns the logits [B, V] and the output of the final norm [B, D]. Nothing is allocated for keeps, nothing read
+        back from the device, nothing decided by values; the caller counts the token (`DecoderState.step`,
+        `KVCache.count`). `run` is how a layer is run.
         """
         x = self.embed_tokens(ids)[:, None]
         tables = self.rope(positions)
         for layer, cache in zip(self.layers, caches):
             x = run(layer, x, tables, cache)
-        return self.lm_head(self.norm(x))[:, 0]
+        final = self.norm(x)
+        return self.lm_head(final)[:, 0], final[:, 0]

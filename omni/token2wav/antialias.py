@@ -1,7 +1,6 @@
 """Snake activation without aliasing: at twice the rate, between two low-pass filters.
 
-Sources: Snake (Ziyin et al., 2020) with a magnitude of its own, filtered (BigVGAN, Lee et al., 2023; the filters are
-those of Karras et al., 2021).
+Sources: BigVGAN (Lee et al., 2023); the filters are those of Karras et al., 2021.
 Shapes: B rows, C channels, T steps in time.
 """
 
@@ -13,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from omni.layers.snake import SnakeBeta
 
 RATIO = 2
 TAPS = 12
@@ -48,24 +49,6 @@ def downsample(x: Tensor) -> Tensor:
     """[B, C, 2T] -> [B, C, T]; the signal is held at its ends."""
     held = F.pad(x, (TAPS // 2 - 1, TAPS // 2), mode="replicate").flatten(0, 1)[:, None]
     return F.conv1d(held, low_pass(x.device, x.dtype), stride=RATIO)[:, 0].unflatten(0, x.shape[:2])
-
-
-class SnakeBeta(nn.Module):
-    """x + sin^2(a x) / b on [B, C, T], with a and b per channel, kept as logarithms."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def initialise(self, std: float) -> None:
-        """a = b = 1."""
-        nn.init.zeros_(self.alpha)
-        nn.init.zeros_(self.beta)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, scale = self.alpha.exp()[:, None], (self.beta.exp() + 1e-9).reciprocal()[:, None]
-        return torch.addcmul(x, (x * a).sin().square(), scale)
 
 
 class FilteredSnake(nn.Module):

@@ -48,7 +48,7 @@ def report_schedule(
     ode: ODEConfig | None = None,
 ) -> ScheduleReport:
     """Compare decoding codes int64 [B, 1, T] by a schedule with decoding them whole, from the same noise."""
-    schedule = schedule or ChunkSchedule()
+    schedule = schedule or ChunkSchedule.usual(model.config)
     first = first_audio(model.config, schedule, model.sample_rate)
     if codes.shape[-1] == 0:
         raise ValueError("there are no codes to compare schedules on")

@@ -46,6 +46,12 @@ class ChunkSchedule:
     lookahead_codes: int = 12
     vocoder_lookahead_frames: int | None = None
 
+    @classmethod
+    def usual(cls, config: Token2WavConfig) -> ChunkSchedule:
+        """The default in the blocks of a model (released: the default itself)."""
+        block = config.dit_config.block_codes
+        return cls(2 * block, 2 * block, block)
+
     def check(self, config: Token2WavConfig) -> None:
         """Raise ValueError where the schedule does not fit the model's blocks."""
         block = config.dit_config.block_codes

@@ -12,21 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni.config_token2wav import Token2WavConfig
+from omni.layers.codec_decoder import CodecDecoder
 from omni.token2wav.bigvgan import BigVGAN
 from omni.token2wav.dit import DiT
 from omni.token2wav.sampler import ODEConfig, position_noise, sample_mel
 from omni.token2wav.streaming import ChunkSchedule, Token2WavState, VoiceEmbedding, Window
 from omni.token2wav.voices import Voice
 
-SAMPLE_RATE_HZ = 24000  # of the released vocoder; not part of the config
-
 AnyVoice = Voice | Sequence[Voice] | VoiceEmbedding  # one for all rows, one a row, or encoded before
 
 
-class Token2Wav(nn.Module):
+class Token2Wav(CodecDecoder):
     """The codec decoder of the Qwen2.5-Omni family.
 
     It computes in fp32, as the release does, and keeps its parameters so: `to(dtype)` moves it to another device but
@@ -34,6 +33,8 @@ class Token2Wav(nn.Module):
     """
 
     always_float32 = True  # for the loading of checkpoints
+    needs_voice = True
+    missing_samples = 0  # the vocoder's first samples come late, but they come
 
     def __init__(self, config: Token2WavConfig) -> None:
         super().__init__()
@@ -49,21 +50,6 @@ class Token2Wav(nn.Module):
         return super()._apply(in_fp32, recurse)
 
     @property
-    def sample_rate(self) -> int:
-        """Samples a second."""
-        return SAMPLE_RATE_HZ
-
-    @property
-    def hop_length(self) -> int:
-        """Samples a code."""
-        return self.config.hop_length
-
-    @property
-    def frame_rate(self) -> float:
-        """Codes a second (released: 50)."""
-        return self.sample_rate / self.hop_length
-
-    @property
     def num_codebooks(self) -> int:
         """Codes a frame: one."""
         return 1
@@ -72,6 +58,12 @@ class Token2Wav(nn.Module):
     def lookahead(self) -> int:
         """Samples of the future that the vocoder looks ahead; what the mel waits for is the schedule's."""
         return (self.bigvgan.reach[1] + 1) * self.bigvgan.hop_length - 1
+
+    def whole_schedule(self) -> ChunkSchedule:
+        """All codes in one window, which is not an approximation, as far as positions reach (released: 327 s)."""
+        sizes = self.config.dit_config
+        blocks = sizes.max_position_embeddings // sizes.block_size
+        return ChunkSchedule(max(1, blocks) * sizes.block_codes, left_codes=0, lookahead_codes=0)
 
     @torch.no_grad()
     def embed_voice(self, voice: AnyVoice, rows: int = 1) -> VoiceEmbedding:
@@ -184,7 +176,7 @@ class Token2Wav(nn.Module):
         ode: ODEConfig | None = None,
     ) -> Token2WavState:
         """The state before the first code. Raises ValueError for a schedule that does not fit the model's blocks."""
-        schedule = schedule or ChunkSchedule()
+        schedule = schedule or ChunkSchedule.usual(self.config)
         schedule.check(self.config)
         embedded = self.embed_voice(voice, batch_size)
         return Token2WavState(
@@ -252,7 +244,7 @@ class Token2Wav(nn.Module):
         ode: ODEConfig | None = None,
     ) -> Tensor:
         """What streaming gives, of codes that are all there: int64 [B, 1, T] -> fp32 [B, hop_length * T]."""
-        schedule = schedule or ChunkSchedule()
+        schedule = schedule or ChunkSchedule.usual(self.config)
         return self.vocode_chunked(self.sample_mel_chunked(codes, voice, schedule, seed=seed, ode=ode), schedule)
 
     @torch.no_grad()

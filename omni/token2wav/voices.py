@@ -72,6 +72,19 @@ def load_voices(path: str | Path) -> dict[str, Voice]:
     return {name: _voice(path, name, entry) for name, entry in entries.items()}
 
 
+def find_voices(folder: str | Path) -> dict[str, Voice]:
+    """The voices of a checkpoint folder as in `load_voices`, none where it has no voice file."""
+    folder = Path(folder)
+    return load_voices(folder) if any((folder / name).is_file() for name in (SAFE_FILE, RELEASED_FILE)) else {}
+
+
+def save_voice_files(voices: Mapping[str, Voice], folder: str | Path) -> None:
+    """Write a checkpoint folder's voices, if there are any, both as `voices.safetensors` and in the release's form,
+    without which other programs do not open the checkpoint."""
+    for name in (SAFE_FILE, RELEASED_FILE) if voices else ():
+        save_voices(voices, Path(folder) / name)
+
+
 def _voice(path: Path, name: Any, entry: Any) -> Voice:
     if not isinstance(name, str) or not isinstance(entry, Mapping):
         raise ValueError(f"{path} must map names to voices, got {name!r}: {type(entry).__name__}")

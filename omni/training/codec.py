@@ -27,19 +27,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.checkpoint.atomic import atomic_folder
-from omni.code2wav.code2wav import SAMPLE_RATE_HZ, Code2Wav
+from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.conv import (
     CausalConv1d,
     ConvNeXtBlock,
     ConvState,
     ResidualUnit,
-    SnakeBeta,
     StreamingChain,
     StreamingLayer,
+    StreamingSnake,
 )
 from omni.code2wav.window_transformer import WindowState, WindowTransformer
 from omni.config import Code2WavConfig
 from omni.config_reading import read_json
+from omni.layers.codec_decoder import SAMPLE_RATE_HZ
 from omni.layers.init import initialise
 from omni.layers.state import State
 from omni.training.losses import Loss
@@ -93,9 +94,9 @@ class CodecEncoder(nn.Module):
         layers: list[nn.Module] = [CausalConv1d(1, channels, kernel_size=7)]
         for rate in reversed(config.upsample_rates):
             layers += [ResidualUnit(channels, dilation) for dilation in (1, 3, 9)]
-            layers += [SnakeBeta(channels), CausalDownsample1d(channels, 2 * channels, 2 * rate, rate)]
+            layers += [StreamingSnake(channels), CausalDownsample1d(channels, 2 * channels, 2 * rate, rate)]
             channels *= 2
-        layers += [SnakeBeta(channels), CausalConv1d(channels, dim, kernel_size=7)]
+        layers += [StreamingSnake(channels), CausalConv1d(channels, dim, kernel_size=7)]
         for ratio in reversed(config.upsampling_ratios):
             layers += [ConvNeXtBlock(dim), CausalDownsample1d(dim, dim, ratio, ratio)]
         self.convolutions = StreamingChain(layers)

@@ -18,13 +18,12 @@ from omni.generation.reply import ANSWER, ReplyReader
 from omni.processing.inputs import OmniInputs
 from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
-from omni.talker.conditioning import PREFIX_LENGTH, user_spans
 from omni.training.manifest import Row, Voice
 from omni.training.samples import IGNORED, Pair, Sample, SpokenTurn
+from omni.training.spoken_turns import HEADER_LENGTH, turns_of
 
 LOSS_ON = ("assistant", "last")
 OPTIONS = ("enable_thinking", "fps", "min_pixels", "max_pixels", "total_pixels", "max_frames", "mel_level")
-HEADER_LENGTH = 3  # <|im_start|> assistant \n
 
 
 class SkipRow(Exception):
@@ -152,9 +151,9 @@ class SampleMaker:
 
     def _check_frames(self, prompt: Sequence[int], frames: int, talker: TalkerConfig) -> None:
         """Skip what is longer than asked for, or than the Talker has positions for after the user's part."""
-        spans = user_spans(prompt, self.config.im_start_token_id, self.config.user_token_id)
-        heard = sum(stop - start for start, stop in spans)
-        room = talker.text_config.max_position_embeddings - heard - PREFIX_LENGTH
+        turns = turns_of(talker)
+        heard = sum(stop - start for start, stop in turns.heard_spans(prompt, len(prompt), self.config))
+        room = talker.text_config.max_position_embeddings - heard - turns.prefix_length
         limit = room if self.max_frames is None else min(room, self.max_frames)
         if frames > limit:
             raise SkipRow(f"more than {self.max_frames or 'the positions of the Talker in'} frames")
@@ -216,13 +215,16 @@ def read_codes(value: Any) -> Tensor:
 
 def check_codes(codes: Tensor, talker: TalkerConfig) -> Tensor:
     """The codes as int64 [K, n] on the CPU. Raises ValueError where they are not what the Talker can write."""
-    groups, sizes = talker.num_code_groups, (talker.num_codes, talker.code_predictor_config.vocab_size)
+    groups = talker.num_code_groups
     if codes.dim() != 2 or codes.shape[0] != groups or codes.shape[1] == 0:
         raise ValueError(f"codes must be [{groups} codebooks, at least one frame], got shape {tuple(codes.shape)}")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"codes must be integers, got {codes.dtype}")
     codes = codes.to("cpu", torch.int64)
-    for what, rows, size in (("codebook 0", codes[:1], sizes[0]), ("a residual codebook", codes[1:], sizes[1])):
+    books = [("codebook 0", codes[:1], talker.num_codes)]
+    if groups > 1:
+        books.append(("a residual codebook", codes[1:], talker.code_predictor_config.vocab_size))
+    for what, rows, size in books:
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= size:
             raise ValueError(f"{what} holds code {low if low < 0 else high}; its codes lie in 0..{size - 1}")

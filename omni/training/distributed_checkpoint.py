@@ -135,6 +135,7 @@ def export(
         on_disk = {name: _on_disk(_whole(tensor), Path(work) / name) for name, tensor in state.items()}
         plain.load_state_dict(on_disk, assign=True)
         plain.processor, plain.generation_config = model.processor, model.generation_config
+        plain.voices = model.voices
         plain.save_pretrained(folder, max_shard_size=max_shard_size, experts=experts)
     if process_count() > 1:
         dist.barrier()

@@ -147,22 +147,25 @@ def save_lora(
     model: nn.Module,
     folder: str | Path,
     names: Literal["transformers", "hub"] = "transformers",
-    table: KeyTable = QWEN3_OMNI,
+    table: KeyTable | None = None,
 ) -> None:
     """Write the updates as a PEFT adapter, atomically.
 
     `OmniModel.from_pretrained(base, adapter=folder)` then computes what this model does. names: those of the modules of
-    transformers 5, for PEFT, or the Hub's, which other programs go by; omni reads both. ValueError if there is no LoRA
+    transformers 5, for PEFT, or the Hub's, which other programs go by; omni reads both. table: of the model's family
+    (None: the model's own). ValueError if there is no LoRA
     in the model or for other names, OSError where the folder cannot be written.
     """
     if names not in ("transformers", "hub"):
         raise ValueError(f"names {names!r} is neither 'transformers' nor 'hub'")
+    own: Any = getattr(model, "key_table", QWEN3_OMNI)
+    family: KeyTable = own if table is None else table
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     parameters: list[str] = []
     rank, alpha, dropout = 0, 0.0, 0.0
     for name, layer in _required(model):
-        saved = _saved_name(name, names, table)
+        saved = _saved_name(name, names, family)
         if isinstance(layer, LoRAExperts):
             rank, alpha = layer.rank, layer.alpha
             for depth, stacked in enumerate(_STACKED):

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.checkpoint.atomic import atomic_folder
-from omni.code2wav.code2wav import SAMPLE_RATE_HZ, Code2Wav
+from omni.code2wav.code2wav import Code2Wav
 from omni.config_reading import read_json
 from omni.encoders.mel import frame_signal, mel_filter_bank, power_spectrum
+from omni.layers.codec_decoder import SAMPLE_RATE_HZ
 from omni.training.codec import k_means, nearest_codes
 
 CONFIG, WEIGHTS = "mel_codec.json", "mel_codec.safetensors"

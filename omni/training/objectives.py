@@ -3,8 +3,8 @@
     text        cross-entropy of the replies                         (Thinker and encoders)
     balance     load balancing of the Thinker's routers
     codebook_0  cross-entropy of codebook 0 and the end of speech    (Talker)
-    residual    that of the residual codebooks, one teacher-forced pass of the head
-    talker_balance  load balancing of the Talker's routers
+    residual    that of the residual codebooks, one teacher-forced pass of the head, where there are any
+    talker_balance  load balancing of the Talker's routers, where it has any
 
 Shapes: N tokens of all conversations, F frames of all spoken turns, K codebooks.
 """
@@ -103,8 +103,12 @@ class Supervised:
         if self.speech:
             self.model.require("talker")
             assert c.talker_config is not None
-            coefficient = c.talker_config.text_config.router_aux_loss_coef
-            self.weights |= {"codebook_0": 1.0, "residual": 1.0, "talker_balance": coefficient}
+            text = c.talker_config.text_config
+            self.weights["codebook_0"] = 1.0
+            if c.talker_config.num_code_groups > 1:
+                self.weights["residual"] = 1.0
+            if any(text.is_sparse(i) for i in range(len(self.model.talker.layers))):
+                self.weights["talker_balance"] = text.router_aux_loss_coef
         unknown = sorted(set(self.given) - set(self.weights))
         if unknown:
             raise ValueError(f"[loss] has {unknown}, but this objective's losses are {sorted(self.weights)}")

@@ -126,7 +126,11 @@ def merge_speakers(model: OmniModel) -> None:
 
 def _talker(model: OmniModel) -> tuple[Talker, TalkerConfig]:
     model.require("talker")
-    assert model.config.talker_config is not None
+    if not isinstance(model.config.talker_config, TalkerConfig):
+        raise ValueError(
+            "a voice of this model is a recording beside the checkpoint (model.voices), not a row of the Talker's "
+            "codec embedding; add a Voice there instead"
+        )
     return model.talker, model.config.talker_config
 
 

@@ -32,6 +32,7 @@ from omni.training.contracts import Data, Objective, Stateful
 from omni.training.conversation_samples import SampleMaker
 from omni.training.discriminators import Discriminators
 from omni.training.distillation import Distillation
+from omni.training.flow_stage import FlowMaker, FlowObjective, evaluate_flow, flow_batches, speakers_of
 from omni.training.gspo import GSPO
 from omni.training.manifest import Manifest
 from omni.training.mixture import Mixture
@@ -291,6 +292,30 @@ def _codec(setup: Setup) -> Stage:
     return Stage(module, objective, crops("train", table.workers), {"codec": objective}, finish, evaluate)
 
 
+def _flow_matching(setup: Setup) -> Stage:
+    """The diffusion transformer of Token2Wav on recordings; the vocoder stays."""
+    setup.model.require("code2wav")
+    code2wav, table = setup.model.code2wav, setup.config.data
+    if not hasattr(code2wav, "dit"):
+        raise ValueError("flow_matching trains a diffusion transformer, and this model's codec decoder has none")
+    options, codes = dict(setup.config.objective), codes_of(setup.model, table)
+    batch_size = options.pop("batch_size", 16)
+    made = {name: options.pop(name) for name in ("crop_s", "reference_s", "n_fft") if name in options}
+    objective = _with_options(partial(FlowObjective, setup.config.loss), options, ("drop_rate",))
+
+    def batches(part: str, workers: int = 0) -> Any:
+        mixture = setup.mixture(part=part)
+        make = FlowMaker(
+            code2wav, speakers_of(mixture), voices=setup.model.voices, codes=codes, **made,
+            seed=mixture.seed, rank=mixture.rank,
+        )  # fmt: skip
+        return flow_batches(mixture, make, batch_size=batch_size, skip_limit=table.skip_limit, workers=workers)
+
+    evaluate = _on_fixed_batches(setup, lambda: iter(batches("eval")), evaluate_flow)
+    module = nn.ModuleDict({"dit": code2wav.dit})
+    return Stage(module, objective, batches("train", table.workers), evaluate=evaluate)
+
+
 def _transcription(setup: Setup) -> Stage:
     """The audio encoder with a head of its own, which is left behind."""
     setup.model.require("thinker")
@@ -357,6 +382,8 @@ OBJECTIVES: dict[str, Callable[[Setup], Stage]] = {
     "distillation": _distillation,
     "gspo": _gspo,
     "codec": _codec,
+    "flow_matching": _flow_matching,
     "transcription": _transcription,
 }
-OWN_MODULE = ("codec", "transcription")  # what learns is not the model but a module made around a part of it
+# what learns is not the model but a module made around a part of it
+OWN_MODULE = ("codec", "flow_matching", "transcription")

@@ -1,20 +1,32 @@
-"""Random tiny decoders of the second family's reference, and the same in omni."""
+"""Random tiny decoders of the second family's reference, the same in omni, and processor files of the family."""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
+import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from oracle import randomise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO = Path(__file__).parents[2] / "omni" / "demo_data"
 SPECIAL = {"audio_token_index": 275, "image_token_index": 265, "video_token_index": 266, "audio_start_token_id": 269}
 SPECIAL |= {"vision_start_token_id": 262, "audio_end_token_id": 270, "vision_end_token_id": 263}
+# Tiny encoders.
+AUDIO = {
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "d_model": 32,
+    "num_hidden_layers": 2,
+}
+VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 44, "num_heads": 4, "fullatt_block_indexes": [1]}
 
 
 def _decoder(rng: random.Random) -> dict[str, Any]:
@@ -91,3 +103,58 @@ def converted_parts(seed: int) -> tuple[Any, Any]:
         found = {QWEN2_5_OMNI.slot(f"{name}.{key}").name: value for key, value in reference.state_dict().items()}
         part.eval().load_state_dict({key.removeprefix(name + "."): value for key, value in found.items()})
     return parts["thinker"], parts["talker"]
+
+
+@cache
+def rope_reference() -> Any:
+    """The reference's position rules, on a model without weights."""
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
+
+    model = modeling.Qwen2_5OmniPreTrainedModelForConditionalGeneration.__new__(
+        modeling.Qwen2_5OmniPreTrainedModelForConditionalGeneration
+    )
+    torch.nn.Module.__init__(model)
+    model.spatial_merge_size = 2
+    model.config = SimpleNamespace(
+        image_token_id=265, video_token_id=266, audio_token_id=275, vision_start_token_id=262,
+        audio_start_token_id=269, position_id_per_seconds=25, seconds_per_chunk=2,
+    )  # fmt: skip
+    return model
+
+
+# Of the family's own style: a default system text, and its spellings of the media tokens.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{%- if loop.first and message.role != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for item in message.content -%}
+{%- if item.type == 'audio' -%}{{ '<|audio_bos|><|AUDIO|><|audio_eos|>' }}
+{%- elif item.type == 'image' -%}{{ '<|vision_bos|><|IMAGE|><|vision_eos|>' }}
+{%- elif item.type == 'video' -%}{{ '<|vision_bos|><|VIDEO|><|vision_eos|>' }}
+{%- else -%}{{ item.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+
+def write_processor(folder: Path) -> Path:
+    """Tokenizer, preprocessor and template files laid out as in the release, around the demo's vocabulary.
+
+    The media tokens keep the demo's ids (`SPECIAL`) and get this family's spellings.
+    """
+    from omni.processing.families import QWEN2_5, QWEN3
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (DEMO / name).read_text(encoding="utf-8")
+        for key, own in QWEN2_5.tokens.items():
+            text = text.replace(QWEN3.tokens[key], own)
+        text = text.replace(QWEN3.processor_class, QWEN2_5.processor_class)
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copy(DEMO / "preprocessor_config_qwen2_5.json", folder / "preprocessor_config.json")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    return folder

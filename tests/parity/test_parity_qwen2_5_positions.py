@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from oracle_qwen2_5 import rope_reference
 
 from omni.config_qwen2_5_decoder import joint_rule
 from omni.rope.positions import (
@@ -108,22 +107,6 @@ def layouts(seed: int, count: int) -> list[tuple[list[Layout], bool]]:
     return drawn
 
 
-@cache
-def _reference() -> Any:
-    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
-
-    model = modeling.Qwen2_5OmniPreTrainedModelForConditionalGeneration.__new__(
-        modeling.Qwen2_5OmniPreTrainedModelForConditionalGeneration
-    )
-    torch.nn.Module.__init__(model)
-    model.spatial_merge_size = 2
-    model.config = SimpleNamespace(
-        image_token_id=265, video_token_id=266, audio_token_id=275, vision_start_token_id=262,
-        audio_start_token_id=269, position_id_per_seconds=25, seconds_per_chunk=2,
-    )  # fmt: skip
-    return model
-
-
 def gather(rows: list[Layout], name: str) -> torch.Tensor | None:
     """One of the media lists of all rows, as the reference takes it."""
     values = [value for r in rows for value in getattr(r, name)]
@@ -135,7 +118,7 @@ def reference_positions(rows: list[Layout], with_sound: bool) -> tuple[torch.Ten
     ids = torch.tensor([[256] * (width - len(r.ids)) + r.ids for r in rows])
     mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in rows])
 
-    positions, delta = _reference().get_rope_index(
+    positions, delta = rope_reference().get_rope_index(
         ids,
         image_grid_thw=gather(rows, "images"),
         video_grid_thw=gather(rows, "videos"),

@@ -20,7 +20,7 @@ from omni.generation.decode import SpeechState, draw_frame, read_frame
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, RowSampling, SamplingConfig
 from omni.generation.steps import Steps
 from omni.rope.positions import prompt_positions
-from omni.talker.single_codebook import PREFIX_LENGTH, SingleCodebookTalker
+from omni.talker.single_codebook import SingleCodebookTalker
 
 SEEDS = range(8)
 FRAMES = 14
@@ -64,8 +64,8 @@ class Speech:
         talker, config = self.talker, self.talker.config
         state, steps, active = SpeechState.create(talker, 1, 64), Steps(), torch.tensor([True])
         state.seen |= talker.seen_at_first()
-        prefix = talker.assistant_prefix(self.text(voice), reply[0])
-        places = torch.cat((positions, (start + torch.arange(PREFIX_LENGTH)).expand(3, -1)), 1)
+        prefix = talker.assistant_prefix(self.text(voice)[None], reply[0], voice)
+        places = torch.cat((positions, (start + torch.arange(talker.prefix_length)).expand(3, -1)), 1)
         out = talker(torch.cat((prompt, prefix))[None], places[:, None], state.decoder)
         state.logits.copy_(out.logits[:, -1])
         state.decoder.next_position.fill_(float(places.max()) + 1)
@@ -218,7 +218,7 @@ def test_whole_replies_to_text(seed: int) -> None:
                 embed = thinker.embed_tokens(torch.tensor(reply[-1:]))
                 place = torch.full((3, 1, 1), float(len(prompt) + len(said)))
                 out = thinker(embed[None], place, state)
-                said.append(talker.reply_vectors(embed, out.hidden[0])[0])
+                said.append(talker.text_vectors(embed, out.hidden[0])[0])
                 reply.append(int(out.logits[0, -1].argmax()))
             assert reply == sequences[row, 9 : 9 + len(reply)].tolist()
             if not said:

@@ -10,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 from oracle import assert_close, randomise
-from oracle_qwen2_5 import SPECIAL, config_values
+from oracle_qwen2_5 import AUDIO, SPECIAL, VISION, config_values
 from safetensors.torch import load_file, save_file
 
-from omni import OmniConfig, OmniInputs, OmniModel
+from omni import OmniInputs, OmniModel
 from omni.encoders.whisper_audio import num_whisper_tokens
 
 SEEDS = range(6)
-AUDIO = {
-    "encoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "d_model": 32,
-    "num_hidden_layers": 2,
-}
-VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 44, "num_heads": 4, "fullatt_block_indexes": [1]}
 
 
 def whole_values(seed: int) -> dict[str, Any]:
@@ -122,9 +114,3 @@ def test_saved_again_it_is_the_same(tmp_path: Path) -> None:
     again = OmniModel.from_pretrained(tmp_path / "again", parts=["thinker"], dtype="float32", device="cpu")
     inputs = OmniInputs(**prompts(0))
     assert torch.equal(again(inputs).logits, model(inputs).logits)
-
-
-def test_speech_is_refused_in_words() -> None:
-    model = OmniModel(OmniConfig.from_dict(whole_values(0)), parts=["thinker", "talker"])
-    with pytest.raises(ValueError, match="return_audio=False"):
-        model.generate(OmniInputs(**prompts(0)), max_new_tokens=2)
