@@ -8,9 +8,11 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.omni-ready
+TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 UV = $$(command -v uv || echo .venv-uv/bin/uv)
 
-# The tests and the demo are many small operations: more threads than this only wait for each other.
+# The demo is many small operations: more threads than this only wait for each other. So are the tests, which run in two
+# processes of one thread.
 export OMP_NUM_THREADS ?= 2
 # Without compiled bytecode every process that the tests start would compile its imports anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -43,11 +45,11 @@ nano-smoke: $(READY)  ## a minute of it: every stage for a few steps, on bundled
 # Both halves always run, so that a formatting slip does not hide a failing test; either makes the target fail.
 test: $(READY)  ## ruff, mypy and the tests (slow ones left out), without any network after the setup
 	@status=0; $(MAKE) lint || status=$$?; \
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" || status=$$?; exit $$status
+	$(TESTS) -m "not slow" || status=$$?; exit $$status
 
 test-slow: $(READY)  ## the same with the slow tests too
 	@status=0; $(MAKE) lint || status=$$?; \
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest || status=$$?; exit $$status
+	$(TESTS) || status=$$?; exit $$status
 
 lint: $(READY)  ## only ruff (rules and format) and mypy
 	@status=0; \

@@ -21,6 +21,8 @@ AUDIO: dict[str, dict[str, Any]] = {
     "short_blocks": {"n_window": 20, "encoder_layers": 3, "encoder_attention_heads": 2},
     "blocks_of_52": {"n_window": 26, "num_mel_bins": 80, "d_model": 48, "encoder_attention_heads": 6},
     "one_wide_layer": {"encoder_layers": 1, "encoder_ffn_dim": 80, "output_dim": 40, "num_mel_bins": 21},
+    "deep_and_narrow": {"encoder_layers": 5, "d_model": 12, "encoder_attention_heads": 3, "encoder_ffn_dim": 20},
+    "many_heads": {"encoder_attention_heads": 16, "num_mel_bins": 64, "n_window": 34, "output_dim": 9},
 }
 AUDIO_BASE = {
     "num_mel_bins": 128,

@@ -64,6 +64,17 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"upsample_kernel_sizes": [11, 7, 4, 4, 4, 4], "resblock_kernel_sizes": [3, 11]}
         | {"resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]]},
     ),
+    "three_repeats": (
+        {"repeats": 3, "block_size": 6, "look_backward_layers": [1], "look_ahead_layers": [0, 1], "hidden_size": 48}
+        | {"num_attention_heads": 3, "ff_mult": 3, "enc_res2net_scale": 8},
+        {"upsample_rates": [4], "upsample_kernel_sizes": [8]},
+    ),
+    "deep": (
+        {"num_hidden_layers": 6, "head_dim": 8, "num_attention_heads": 4, "look_ahead_layers": [2, 5], "enc_dim": 4}
+        | {"look_backward_layers": [], "emb_dim": 7, "enc_emb_dim": 3},
+        {"upsample_initial_channel": 24, "upsample_rates": [2, 2, 2], "upsample_kernel_sizes": [4, 4, 4]}
+        | {"resblock_kernel_sizes": [5, 3], "resblock_dilation_sizes": [[1, 2, 3], [2, 4, 8]]},
+    ),
 }  # fmt: skip
 
 
