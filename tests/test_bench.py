@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,10 @@ from omni.bench.workbench import Options, Workbench
 from omni.config import OmniConfig
 from omni.model import OmniModel as Model
 
+sys.path.append(str(Path(__file__).parent / "parity"))
+from oracle_qwen2_5 import AUDIO, VISION, config_values
+from test_parity_token2wav import BIGVGAN, DIT
+
 ROOT = Path(__file__).parents[1]
 TINY, RELEASED = ROOT / "configs" / "tiny.json", ROOT / "configs" / "qwen3_omni_30b_a3b.json"
 CPU = torch.device("cpu")
@@ -47,6 +52,40 @@ def bench() -> Iterator[Workbench]:
 
 
 # rows
+
+
+@pytest.fixture(scope="module")
+def second_family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """A tiny Qwen2.5-Omni in the place of the main config."""
+    values = {**config_values(5), "token2wav_config": {"dit_config": {**DIT, "num_embeds": 319}}}
+    values["token2wav_config"]["bigvgan_config"] = BIGVGAN
+    values["thinker_config"]["text_config"]["vocab_size"] = 512
+    width = values["thinker_config"]["text_config"]["hidden_size"]
+    values["thinker_config"]["audio_config"] = {**AUDIO, "num_mel_bins": 128, "output_dim": width}
+    values["thinker_config"]["vision_config"] = {
+        **VISION,
+        "out_hidden_size": width,
+    }  # else the other side's are full size
+    values["talker_config"] |= {"vocab_size": 320, "tts_codec_pad_token_id": 300, "tts_codec_start_token_id": 301}
+    values["talker_config"] |= {"tts_codec_end_token_id": 302, "tts_codec_mask_token_id": 304}
+    path = tmp_path_factory.mktemp("config") / "tiny25.json"
+    path.write_text(json.dumps(values))
+    with Workbench(Options(path, RELEASED, CPU, repeats=1, quick=True, command="omni bench")) as bench:
+        yield bench
+
+
+@pytest.mark.parametrize("name", ["p1", "p4", "p7", "p11"])
+def test_rows_of_the_second_family(second_family: Workbench, name: str) -> None:
+    """Equal answers before the clock, as everywhere; both sides are measured."""
+    row = measured(second_family, name)
+    assert row.tables and all(min(series.samples) > 0 for table in row.tables for series in table.series)
+    assert name in ("p7", "p11") or "the same greedy answer" in " ".join(row.remarks)
+
+
+@pytest.mark.parametrize("name", ["p2", "p3", "p8", "p10", "growth"])
+def test_rows_that_need_frames_say_so(second_family: Workbench, name: str) -> None:
+    with pytest.raises(ValueError, match=r"windows of codes|residual codes|another family"):
+        measured(second_family, name)
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)

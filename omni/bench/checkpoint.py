@@ -19,6 +19,7 @@ from omni.config_reading import read_json
 from omni.demo import DEMO_DATA
 from omni.model import OmniModel
 from omni.processing.inputs import OmniInputs
+from omni.token2wav.voices import Voice
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NEWLINE = 10  # of the packaged tokenizer
@@ -41,8 +42,9 @@ def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> OmniCon
     """
     if path.is_dir():
         path = path / "config.json"
-    values = OmniConfig.from_dict(read_json(path)).to_dict()
-    if not values.get("talker_config") or not values.get("code2wav_config"):
+    config = OmniConfig.from_dict(read_json(path))
+    values = config.to_dict()
+    if config.talker_config is None or config.code2wav_config is None:
         raise ValueError(f"{path} describes a model without speech; `omni bench` needs a Talker and a codec decoder")
     return OmniConfig.from_dict(merged(merged(values, _token_ids(values)), changes or {}))
 
@@ -50,7 +52,7 @@ def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> OmniCon
 def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
     """The packaged config's special token ids, for the keys that both have."""
     demo = read_json(DEMO_DATA / "config.json")
-    out: dict[str, Any] = {key: value for key, value in demo.items() if key.endswith("_token_id")}
+    out: dict[str, Any] = {key: value for key, value in demo.items() if key.endswith("_token_id") and key in values}
     for part in ("thinker_config", "talker_config"):
         ids = {key: demo[part][key] for key in demo[part] if key.endswith("_token_id") and "codec" not in key}
         out[part] = {key: value for key, value in ids.items() if key in values[part]}
@@ -69,9 +71,13 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def only(part: str, path: Path, thinker_layers: int = 1) -> OmniConfig:
     """A config whose `part` (thinker, mtp, code2wav) is that of the file, and the rest as small as it can be.
 
-    The Thinker is cut to `thinker_layers` layers and to a small vocabulary.
+    The Thinker is cut to `thinker_layers` layers and to a small vocabulary. Raises ValueError for a model of one
+    codebook.
     """
-    width = read_config(path).thinker_config.text_config.hidden_size if part == "thinker" else 64
+    whole = read_config(path)
+    if whole.talker_config is None or whole.talker_config.num_code_groups < 2:
+        raise ValueError(f"{path}: full-size parts are measured on models with experts and residual codes")
+    width = whole.thinker_config.text_config.hidden_size if part == "thinker" else 64
     text: dict[str, Any] = {"num_hidden_layers": thinker_layers, "vocab_size": 8192}
     if part != "thinker":
         text = {"num_hidden_layers": 1, "vocab_size": 640, "hidden_size": width, **_SMALL_EXPERTS, **_SMALL_HEADS}
@@ -128,7 +134,16 @@ def random_model(config: OmniConfig, device: torch.device, dtype: torch.dtype, s
     finally:
         torch.set_default_dtype(default)
     _widen(model)
+    if getattr(model.code2wav, "needs_voice", False):
+        speakers = model.talker.config.speaker_id or {}
+        model.voices = {name: random_voice(model, token) for name, token in speakers.items()}
     return model
+
+
+def random_voice(model: OmniModel, token: int) -> Voice:
+    """Two seconds of noise as somebody's voice; token: begins a reply in it."""
+    sizes = model.code2wav.config.dit_config
+    return Voice(torch.randn(1, sizes.enc_emb_dim), torch.randn(1, 200, sizes.mel_dim), token)
 
 
 @torch.no_grad()
@@ -146,7 +161,7 @@ def _widen(model: OmniModel) -> None:
         elif name.startswith(("thinker.", "talker.")):
             parameter.mul_(max(1.0, 56 / parameter.shape[-1] ** 0.5))  # from 0.02 to about 1.1 / sqrt(fan-in)
     model.thinker.lm_head.weight[model.config.im_end_token_id] = 0
-    model.talker.codec_head.weight[model.talker.config.codec_eos_token_id] = 0
+    model.talker.codec_head.weight[sorted(model.talker.config.codec_stop_ids)] = 0
 
 
 def write_checkpoint(config: OmniConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -38,6 +38,7 @@ examples:
   omni bench --parts experts residual_codes      parts of a step alone
   omni bench growth --config configs/tiny.json   how cost grows, at tiny widths
   omni bench all --out benchmarks                everything, into results.json, RESULTS.md and results.png
+  omni bench p1 p4 p7 --config configs/qwen2_5_omni_3b.json   the second family, on a GPU
   omni bench p1 p2 --config configs/qwen3_omni_30b_a3b.json --share-weights   all of it, on one large GPU
   omni bench --out benchmarks                    only write the page again from results.json
 """
@@ -176,7 +177,7 @@ def _workbench(args: argparse.Namespace) -> Workbench:
     from omni.bench.workbench import Options, Workbench
 
     warnings.simplefilter("ignore")  # transformers' advice on settings that are measured on purpose
-    peer_class()
+    peer_class("qwen3_omni_moe")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

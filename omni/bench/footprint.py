@@ -6,15 +6,17 @@ bytes, divided by the bandwidth, over the time measured.
 
 from __future__ import annotations
 
-from omni.config import Code2WavConfig, MTPConfig, TalkerTextConfig, ThinkerTextConfig
-from omni.config_decoder import DecoderConfig, MoEConfig
+from omni.config import Code2WavConfig, MTPConfig, TalkerTextConfig
+from omni.config_decoder import DecoderConfig, LanguageConfig, MoEConfig
 
 
-def attention_values(c: DecoderConfig, qk_norm: bool = True) -> int:
-    """Parameters of one self-attention with its norms."""
+def attention_values(c: DecoderConfig, qk_norm: bool | None = None) -> int:
+    """Parameters of one self-attention with its norms; qk_norm: whether it has those of queries and keys (None: as the
+    config says)."""
     query, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
-    bias = query + 2 * kv + c.hidden_size if c.attention_bias else 0
-    return c.hidden_size * (2 * query + 2 * kv) + bias + (2 * c.head_size if qk_norm else 0)
+    bias = (query + 2 * kv) * c.qkv_bias + c.hidden_size * c.output_bias
+    norms = 2 * c.head_size * (c.qk_norm if qk_norm is None else qk_norm)
+    return c.hidden_size * (2 * query + 2 * kv) + bias + norms
 
 
 def distinct_experts(c: MoEConfig, tokens: int) -> float:
@@ -43,9 +45,7 @@ def cache_values(c: DecoderConfig) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_size
 
 
-def decoder_step_bytes(
-    c: ThinkerTextConfig | TalkerTextConfig, value_bytes: int, context: int = 0, batch: int = 1
-) -> float:
+def decoder_step_bytes(c: LanguageConfig, value_bytes: int, context: int = 0, batch: int = 1) -> float:
     """Bytes of one step of the Thinker or the Talker: `batch` rows that attend to `context` positions each."""
     layers = sum(layer_values(c, i, batch) for i in range(c.num_hidden_layers))
     head = c.vocab_size * c.hidden_size + c.hidden_size  # and the final norm

@@ -24,6 +24,7 @@ _SESSIONS = (1, 2, 4, 8, 16)
 
 def growth(bench: Workbench) -> Row:
     """All four tables, at the config's widths."""
+    bench.need_frames()
     quick = bench.options.quick
     row = Row("growth", "How cost grows")
     with torch.no_grad():

@@ -20,6 +20,7 @@ from omni.bench.footprint import (
 from omni.bench.result import Row, Series, Table
 from omni.bench.timing import enough_calls, seconds_of, take_turns
 from omni.bench.workbench import Workbench
+from omni.config import Code2WavConfig
 
 Part = tuple[str, Callable[[], units.Step], int, float | None]
 
@@ -29,7 +30,7 @@ def parts(bench: Workbench) -> Row:
     model, config, size = bench.ours, bench.config, bench.dtype.itemsize
     text, talker, codec = config.thinker_config.text_config, config.talker_config, config.code2wav_config
     assert talker is not None and codec is not None
-    speech, mtp = talker.text_config, talker.code_predictor_config
+    speech, framed = talker.text_config, isinstance(codec, Code2WavConfig)
     context = 32 if bench.options.quick else 512
     sides = (("Thinker", model.thinker, text), ("Talker", model.talker, speech))
     layers = [(f"{name} {{}}", decoder, c.num_hidden_layers, c) for name, decoder, c in sides]
@@ -49,19 +50,22 @@ def parts(bench: Workbench) -> Row:
             (name.format("attention"), partial(units.each_layer, d, "self_attn"), n, size * float(attention_values(c)))
             for name, d, n, c in layers
         ],
-        "experts": [
-            (name.format("experts"), partial(units.each_layer, d, "mlp"), n, size * moe_values(c))
-            for name, d, n, c in layers
-        ],
-        "residual_codes": [
-            ("residual codes", partial(units.residual_codes, model), 1, residual_codes_bytes(mtp, size))
-        ],
-        "codec": [("codec frame", partial(units.codec_frame, model), 1, code2wav_bytes(codec, size))],
         "encoder": [("audio encoder, 1 s", partial(units.audio_encoding, model, 1.0), 1, None)],
     }
+    if framed:  # the family with experts and residual codes
+        table["experts"] = [
+            (name.format("experts"), partial(units.each_layer, d, "mlp"), n, size * moe_values(c))
+            for name, d, n, c in layers
+        ]
+        codes = residual_codes_bytes(talker.code_predictor_config, size)
+        table["residual_codes"] = [("residual codes", partial(units.residual_codes, model), 1, codes)]
+        table["codec"] = [("codec frame", partial(units.codec_frame, model), 1, code2wav_bytes(codec, size))]
+    absent = [part for part in bench.options.parts if part not in table]
+    if absent:
+        raise ValueError(f"{bench.options.config} has no {absent[0]}; its parts are {', '.join(table)}")
     series = []
     with torch.no_grad():
-        for part in bench.options.parts or PARTS:
+        for part in bench.options.parts or [part for part in PARTS if part in table]:
             for name, build, calls, touched in table[part]:
                 step = build()
                 number = enough_calls(step, bench.device, most=100)

@@ -45,11 +45,12 @@ def _load(side: str, folder: str, dtype: str, device: str, threads: int) -> dict
     from omni.bench.checkpoint import parameter_bytes
     from omni.bench.sides import peer_class
     from omni.bench.timing import peak_memory, synchronise
+    from omni.config import OmniConfig
     from omni.model import OmniModel
 
     torch.set_num_threads(threads)
     place, kind = torch.device(device), getattr(torch, dtype)
-    peer = peer_class()
+    peer = peer_class(OmniConfig.from_pretrained(folder).model_type)
     torch.zeros(1, device=place).add_(1)
     with peak_memory(place) as memory:
         start = time.perf_counter()

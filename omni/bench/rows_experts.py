@@ -58,7 +58,7 @@ def _lead(growth: Growth) -> list[float]:
 
 def _peers(config: MoEConfig, block: MoE) -> dict[str, Any]:
     """transformers' block once for each implementation, all on our block's own tensors."""
-    peer_class()
+    peer_class("qwen3_omni_moe")
     from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as theirs
     from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeTextConfig
 

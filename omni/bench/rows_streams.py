@@ -75,6 +75,7 @@ def run_sessions(model: OmniModel, sessions: int, frames: int) -> Load:
 
 def streams(bench: Workbench) -> Row:
     """p8: the most sessions whose frames all come in time."""
+    bench.need_frames()
     row = Row("p8", "Real-time streams")
     frames = 6 if bench.options.quick else 40
     most = 2 if bench.options.quick else _MOST_SESSIONS[bench.device.type]
@@ -142,7 +143,7 @@ def tensors_of(root: Any, skip: tuple[type, ...]) -> tuple[int, list[KVCache]]:
 def long_session(bench: Workbench) -> Row:
     """p10: what a session holds while it listens for minutes."""
     row = Row("p10", "Memory of a long session")
-    model, processor = bench.ours, demo_processor()
+    model, processor = bench.ours, bench.processor
     session = OmniSession(model, processor, streaming=StreamingConfig(audio_window_s=1.0))
     generator = torch.Generator().manual_seed(0)
     step_s, steps = (2, 2) if bench.options.quick else (20, 6)

@@ -92,7 +92,7 @@ def _their_loss(model: Any, part: str, ids: Ids, labels: Ids, device: torch.devi
     def logits() -> Tensor:
         if part == "thinker":
             return model.thinker(input_ids=padded, attention_mask=mask, use_cache=False).logits
-        embeds = talker.get_input_embeddings()(padded)
+        embeds = getattr(talker, "thinker_to_talker_proj", torch.nn.Identity())(talker.get_input_embeddings()(padded))
         positions = torch.arange(padded.shape[1], device=device).expand(3, len(padded), -1)
         out = talker.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
         return talker.codec_head(out.last_hidden_state)

@@ -4,7 +4,7 @@ at every token and every frame."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from omni.checkpoint.keys import QWEN3_OMNI
+from omni.checkpoint.keys import KEY_TABLES, KeyTable
 from omni.config import OmniConfig
 from omni.generation.events import AudioChunk, TextDelta, TurnEnd
 from omni.generation.sampling import SamplingConfig
@@ -108,24 +109,73 @@ class _Ticks:
         pass
 
 
+@dataclass(frozen=True)
+class PeerFamily:
+    """What differs between transformers' models of the families.
+
+    release: its name in messages; class_name: of the model; codec: the part that decodes all codes, and its method;
+    spoken, silent: arguments of `generate` with and without speech; extra_codes: Talker tokens beyond the frames that
+    are wanted; padded: it reads the prompt of one row rightly only beside padding, so it gets one slot of it; experts:
+    whether it has any; told_stops: the codec ids that end speech are an argument, not the config's; shares: built
+    without a folder, as it reads no voice file.
+    """
+
+    release: str
+    class_name: str
+    codec: tuple[str, str]
+    spoken: Mapping[str, Any]
+    silent: Mapping[str, Any]
+    extra_codes: int = 0
+    padded: bool = False
+    experts: bool = True
+    told_stops: bool = False
+    shares: bool = True
+
+
+PEERS = {
+    "qwen3_omni_moe": PeerFamily(
+        "Qwen3-Omni",
+        "Qwen3OmniMoeForConditionalGeneration",
+        codec=("code2wav", "chunked_decode"),
+        spoken={"return_audio": True},
+        silent={"return_audio": False},
+        extra_codes=1,
+    ),
+    "qwen2_5_omni": PeerFamily(
+        "Qwen2.5-Omni",
+        "Qwen2_5OmniForConditionalGeneration",
+        codec=("token2wav", "forward"),
+        spoken={"generation_mode": "audio"},
+        silent={"generation_mode": "text"},
+        padded=True,
+        experts=False,
+        told_stops=True,
+        shares=False,
+    ),
+}
+
+
 class Peer:
     """transformers' model with the same weights. `setting` holds what was changed from its defaults."""
 
     def __init__(self, model: Any, config: OmniConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model.eval(), config, device
         self.setting: dict[str, Any] = {}
-        self._shipped = self.model.get_experts_implementation()
+        self.family = PEERS[config.model_type]
+        self._shipped = self.model.get_experts_implementation() if self.family.experts else None
 
     @classmethod
     def load(cls, folder: Path, config: OmniConfig, device: torch.device, dtype: torch.dtype) -> Peer:
         """From a checkpoint folder."""
-        return cls(peer_class().from_pretrained(folder, dtype=dtype).to(device), config, device)
+        return cls(peer_class(config.model_type).from_pretrained(folder, dtype=dtype).to(device), config, device)
 
     @classmethod
     def sharing(cls, ours: OmniModel) -> Peer:
         """On the tensors of our model, for what is too large to be held twice. Raises ValueError if one is copied."""
-        found = peer_class()
-        tensors = {_name_in_memory(name): p.detach() for name, p in ours.named_parameters()}
+        if not PEERS[ours.config.model_type].shares:
+            raise ValueError(f"{ours.config.model_type} is compared by way of a folder; leave --share-weights out")
+        found, table = peer_class(ours.config.model_type), KEY_TABLES[ours.config.model_type]
+        tensors = {_name_in_memory(table, name): p.detach() for name, p in ours.named_parameters()}
         config = found.config_class.from_dict(ours.config.to_dict())
         place = {"": ours.device}
         model = found.from_pretrained(None, config=config, state_dict=tensors, dtype=ours.dtype, device_map=place)
@@ -141,37 +191,42 @@ class Peer:
         Raises what transformers raises for a setting that it refuses.
         """
         self.setting = setting
-        experts = setting.get("experts")
-        self.model.set_experts_implementation(self._shipped if experts is None else experts)
+        if self.family.experts:
+            self.model.set_experts_implementation(setting.get("experts") or self._shipped)
 
     def answer(self, inputs: OmniInputs, tokens: int, frames: int = 0, *, greedy: bool = True) -> Answer:
         """One answer: `tokens` of text and `frames` of speech (0: text alone)."""
         ids = inputs.input_ids.to(self.device)
+        mask = torch.ones_like(ids)
+        if self.family.padded:
+            ids, mask = F.pad(ids, (1, 0), value=self.config.im_end_token_id), F.pad(mask, (1, 0))
         out, start = Answer(), time.perf_counter()
         text, speech = _Ticks(start), _Ticks(start)
+        talker = self.config.talker_config
+        assert talker is not None
         arguments: dict[str, Any] = {
             "thinker_max_new_tokens": tokens,
             "thinker_do_sample": False,
             "thinker_eos_token_id": self.config.im_end_token_id,
             "thinker_streamer": text,
-            "return_audio": frames > 0,
+            "speaker": default_voice(talker.speaker_id or {}),
+            **(self.family.spoken if frames else self.family.silent),
         }
         if self.setting.get("cache"):
             arguments["thinker_cache_implementation"] = self.setting["cache"]
         if frames:
-            assert self.config.talker_config is not None
-            voices = self.config.talker_config.speaker_id or {}
             arguments |= {
-                "talker_max_new_tokens": frames + 1,
+                "talker_max_new_tokens": frames + self.family.extra_codes,
                 "talker_streamer": speech,
-                "speaker": default_voice(voices),
             }
+            if self.family.told_stops:
+                arguments["talker_eos_token_id"] = sorted(talker.codec_stop_ids)
             if greedy:
                 arguments["talker_do_sample"] = False
             if self.setting.get("cache"):
                 arguments["talker_cache_implementation"] = self.setting["cache"]
-        with _CodecWatch(self.model, out, self.device):
-            result = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
+        with _CodecWatch(self.model, self.family, out, self.device):
+            result = self.model.generate(input_ids=ids, attention_mask=mask, **arguments)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         out.total_s = time.perf_counter() - start
@@ -186,32 +241,34 @@ class Peer:
 class _CodecWatch:
     """Times the codec of one answer and keeps its codes; the answer itself goes as always."""
 
-    def __init__(self, model: Any, out: Answer, device: torch.device) -> None:
-        self.model, self.out, self.device = model, out, device
+    def __init__(self, model: Any, family: PeerFamily, out: Answer, device: torch.device) -> None:
+        self.out, self.device = out, device
+        part, self.method = family.codec
+        self.codec = getattr(model, part)
 
     def __enter__(self) -> None:
-        decode = self.model.code2wav.chunked_decode
+        decode = getattr(self.codec, self.method)
 
-        def watched(codes: Tensor, **rest: Any) -> Tensor:
+        def watched(codes: Tensor, *more: Any, **rest: Any) -> Tensor:
             start = time.perf_counter()
-            wave = decode(codes, **rest)
+            wave = decode(codes, *more, **rest)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.out.codec_s = time.perf_counter() - start
-            self.out.codes = codes[0]
+            self.out.codes = codes[0] if codes.dim() > 2 else codes[:1]
             return wave
 
-        self.model.code2wav.chunked_decode = watched
+        setattr(self.codec, self.method, watched)
 
     def __exit__(self, *_: Any) -> None:
-        del self.model.code2wav.chunked_decode
+        delattr(self.codec, self.method)
 
 
-def _name_in_memory(name: str) -> str:
+def _name_in_memory(table: KeyTable, name: str) -> str:
     """transformers' name of one of our parameters while it is loaded; files have others."""
-    loaded = [pair for pair in QWEN3_OMNI.also_read if name.startswith(pair[0])]
+    loaded = [pair for pair in table.also_read if name.startswith(pair[0])]
     if not loaded or name.startswith("thinker.lm_head."):
-        return QWEN3_OMNI.to_hub(name)
+        return table.to_hub(name)
     ours, theirs = loaded[0]
     return theirs + name[len(ours) :]
 
@@ -221,15 +278,17 @@ def default_voice(voices: dict[str, int]) -> str:
     return next((name for name in voices if name.lower() == "ethan"), next(iter(voices)))
 
 
-def peer_class() -> Any:
-    """transformers' class. Raises ValueError, with the remedy, where it is too old to have one."""
+def peer_class(model_type: str) -> Any:
+    """transformers' class of a family. Raises ValueError, with the remedy, where it is too old to have one."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    found = getattr(transformers, "Qwen3OmniMoeForConditionalGeneration", None)
+    family = PEERS[model_type]
+    found = getattr(transformers, family.class_name, None)
     if found is None:
         raise ValueError(
-            f"transformers {transformers.__version__} has no Qwen3-Omni to compare with; install transformers>=5.17"
+            f"transformers {transformers.__version__} has no {family.release} to compare with; "
+            "install transformers>=5.17"
         )
     return found

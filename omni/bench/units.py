@@ -19,13 +19,14 @@ _PREFILL = 512  # positions read at once
 
 def fill(decoder: Any, state: DecoderState, batch: int, positions: int, steps: int = 0) -> None:
     """Let a Thinker or a Talker read random vectors up to `positions` a row; room for `steps` more is reserved."""
-    weight = decoder.norm.weight
+    table = decoder.embed_tokens if hasattr(decoder, "embed_tokens") else decoder.codec_embedding
+    weight = table.weight  # as wide as what the decoder reads
     generator = torch.Generator().manual_seed(0)
     state.cache.reserve(max(0, positions - state.cache.longest) + steps)
     while (start := state.cache.longest) < positions:
         count = min(_PREFILL, positions - start)
         places = torch.arange(start, start + count, device=weight.device, dtype=torch.float32).expand(3, batch, -1)
-        embeds = torch.randn(batch, count, weight.shape[0], generator=generator).to(weight)
+        embeds = torch.randn(batch, count, weight.shape[1], generator=generator).to(weight)
         decoder(embeds, places, state)
     state.next_position = torch.full((batch,), float(positions), device=weight.device)
 

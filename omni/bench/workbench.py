@@ -24,8 +24,12 @@ from omni.bench.checkpoint import prompt, random_model, read_config, write_check
 from omni.bench.result import Series
 from omni.bench.sides import Peer, answer
 from omni.bench.timing import Run, take_turns
-from omni.config import OmniConfig
+from omni.config import Code2WavConfig, OmniConfig
+from omni.demo import demo_processor
+from omni.layers.codec_decoder import SAMPLE_RATE_HZ
 from omni.model import OmniModel
+from omni.processing.families import FAMILIES
+from omni.processing.processor import OmniProcessor
 
 TRIALS = 2  # calls of each setting that are tried before one is chosen
 
@@ -66,6 +70,29 @@ class Workbench:
     def say(self, text: str) -> None:
         """Progress, one line."""
         self.options.progress(text)
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds of sound in a frame of codes (released: 0.08)."""
+        codec = self.config.code2wav_config
+        assert codec is not None
+        return codec.hop_length / SAMPLE_RATE_HZ
+
+    def need_frames(self) -> None:
+        """Raise ValueError where the codec decoder draws sound by windows of codes, not by frames."""
+        if not isinstance(self.config.code2wav_config, Code2WavConfig):
+            raise ValueError(
+                f"{self.options.config} draws sound by windows of codes, and this row measures frames; "
+                "benchmarks/chunk_schedules.py measures windows"
+            )
+
+    @cached_property
+    def processor(self) -> OmniProcessor:
+        """The packaged processor. Raises ValueError where it hears for models of another family."""
+        processor = demo_processor()
+        if processor.files.family is not FAMILIES[self.config.model_type]:
+            raise ValueError(f"{self.options.config} is of another family than the packaged processor of this row")
+        return processor
 
     # the main config's models, loaded once
 
