@@ -15,7 +15,7 @@ from safetensors import safe_open
 from omni import OmniConfig, OmniModel
 from omni.cli import main
 
-from .models import CONFIGS, ROOT, build, chat, nano, second_values, tiny, tiny_config
+from .models import CONFIGS, DEMO, NANO, build, chat, nano, second_values, tiny, tiny_config
 from .registry import by_key, complaint, each_family, item
 
 # ---- configs and weights
@@ -158,8 +158,10 @@ def printed(*arguments: str) -> tuple[int, str]:
 
 @item("cli.info")
 def cli_info() -> Any:
-    paths = [str(path.relative_to(ROOT)) for path in sorted(CONFIGS.glob("*.json"))]
-    return {path: printed("info", path) for path in [*paths, "omni/nano_data", "omni/demo_data", "nowhere"]}
+    """Of every config file, both packaged models and nothing; paths are left out of what is printed."""
+    places = {path.name: path for path in sorted(CONFIGS.glob("*.json"))} | {"nano": NANO, "toy": DEMO}
+    found = {name: printed("info", str(path)) for name, path in places.items()}
+    return {name: (code, text.replace(str(places[name]), name)) for name, (code, text) in found.items()}
 
 
 @item("cli.help")

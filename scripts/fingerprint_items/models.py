@@ -24,6 +24,7 @@ from omni.token2wav.voices import Voice
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DEMO = ROOT / "configs", ROOT / "omni" / "demo_data"
+NANO = ROOT / "omni" / "nano_data"
 FAMILIES = ("qwen3", "qwen2_5")
 # The demo's spellings of the media tokens and those of the second family; the ids stay.
 SPELLINGS = {
