@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from omni.config_token2wav import Token2WavConfig
+from omni.code2wav.chunk_schedule import ChunkSchedule
+from omni.code2wav.schedule_report import report_schedule
+from omni.code2wav.token2wav import Token2Wav
+from omni.code2wav.voices import Voice
+from omni.config.token2wav import Token2WavConfig
 from omni.layers.init import initialise
 from omni.model import OmniModel
-from omni.token2wav.schedule_report import report_schedule
-from omni.token2wav.streaming import ChunkSchedule
-from omni.token2wav.token2wav import Token2Wav
-from omni.token2wav.voices import Voice
-from omni.training.codec import k_means, nearest_codes
-from omni.training.flow_matching import FlowBatch, draw_flow, flow_matching_loss
-from omni.training.voice_mel import VoiceMel
+from omni.training.codec.codec import k_means, nearest_codes
+from omni.training.objectives.flow_matching import FlowBatch, draw_flow, flow_matching_loss
+from omni.training.objectives.voice_mel import VoiceMel
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "qwen2_5_omni_7b.json"
 LAYERS = {

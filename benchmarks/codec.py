@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from omni.code2wav.code2wav import Code2Wav, Code2WavState
-from omni.config import Code2WavConfig
+from omni.config.qwen3_omni import Code2WavConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[Tensor, Code2WavState], Tensor]

@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from omni.config import AudioEncoderConfig, VisionEncoderConfig
+from omni.config.qwen3_omni import AudioEncoderConfig, VisionEncoderConfig
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.vision import VisionEncoder
 from omni.layers.attention_backends import cached_attention
@@ -157,7 +157,7 @@ def measure_vision(size: str, runs: int, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def measure_processor(runs: int) -> Iterator[Row]:
-    folder = ROOT / "omni" / "demo_data"
+    folder = ROOT / "omni" / "packaged" / "toy_data"
     ours = OmniProcessor.from_pretrained(folder)
     theirs: Any = transformers.Qwen3OmniMoeProcessor.from_pretrained(str(folder))
     generator = np.random.default_rng(0)

@@ -26,7 +26,7 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerTextSparseMoeBlock
 
 from omni import OmniConfig
-from omni.config_decoder import MoEConfig
+from omni.config.decoder import MoEConfig
 from omni.layers.experts_backends import EXPERTS, choose_experts
 from omni.layers.init import initialise
 from omni.layers.moe import MoE, set_experts_backend

@@ -26,11 +26,11 @@ import torch
 from torch import nn
 
 from omni import OmniConfig, OmniModel
-from omni.demo import demo_processor
-from omni.generation.agreement import agreement
 from omni.layers.moe import Experts
 from omni.layers.packed_weight import KINDS, PackedWeight
 from omni.layers.quantized import DEFAULT_PARTS, QuantizedExperts, QuantizedLinear, quantize
+from omni.metrics.agreement import agreement
+from omni.packaged.toy import toy_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, OUTPUTS, EXPERT_WIDTH, EXPERTS, CHOSEN = 2048, 4096, 768, 32, 8
@@ -109,7 +109,7 @@ def build(config: Path, dtype: torch.dtype) -> OmniModel:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and not name.startswith("code2wav"):
                 parameter.mul_(3)
-    model.processor = demo_processor()
+    model.processor = toy_processor()
     return model.to(dtype)
 
 

@@ -6,26 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni.config import OmniConfig
-    from omni.generation.engine import OmniEngine
+    from omni.config.qwen3_omni import OmniConfig
     from omni.generation.events import AudioChunk, TextDelta, TurnEnd
     from omni.generation.output import OmniOutput
     from omni.generation.sampling import SamplingConfig
-    from omni.generation.session import OmniSession
     from omni.generation.streaming_config import StreamingConfig
     from omni.model import OmniModel
     from omni.processing.inputs import OmniInputs
     from omni.processing.processor import OmniProcessor
+    from omni.session.engine import OmniEngine
+    from omni.session.session import OmniSession
 
 _HOMES = {
     "AudioChunk": "omni.generation.events",
-    "OmniConfig": "omni.config",
-    "OmniEngine": "omni.generation.engine",
+    "OmniConfig": "omni.config.qwen3_omni",
+    "OmniEngine": "omni.session.engine",
     "OmniInputs": "omni.processing.inputs",
     "OmniModel": "omni.model",
     "OmniOutput": "omni.generation.output",
     "OmniProcessor": "omni.processing.processor",
-    "OmniSession": "omni.generation.session",
+    "OmniSession": "omni.session.session",
     "SamplingConfig": "omni.generation.sampling",
     "StreamingConfig": "omni.generation.streaming_config",
     "TextDelta": "omni.generation.events",

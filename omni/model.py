@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from omni.checkpoint.atomic import atomic_folder
-from omni.checkpoint.hub import resolve_folder
 from omni.checkpoint.keys import KEY_TABLES, KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
 from omni.checkpoint.save import save_weights
 from omni.code2wav.code2wav import Code2Wav
-from omni.config import AudioEncoderConfig, Code2WavConfig, OmniConfig, TalkerConfig, VisionEncoderConfig
-from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
-from omni.config_qwen2_5_decoder import DenseTalkerConfig
-from omni.config_reading import read_json
-from omni.config_token2wav import Token2WavConfig
+from omni.code2wav.token2wav import Token2Wav
+from omni.code2wav.voices import Voice, find_voices, save_voice_files
+from omni.config.keywords import names_keywords
+from omni.config.locate import resolve_folder
+from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
+from omni.config.qwen2_5_omni import DenseTalkerConfig
+from omni.config.qwen3_omni import AudioEncoderConfig, Code2WavConfig, OmniConfig, TalkerConfig, VisionEncoderConfig
+from omni.config.reading import read_json
+from omni.config.token2wav import Token2WavConfig
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.vision import VisionEncoder
 from omni.encoders.whisper_audio import WhisperAudioEncoder
@@ -33,7 +36,6 @@ from omni.generation.output import OmniOutput
 from omni.generation.prompt import encode_prompt
 from omni.generation.steps import Steps
 from omni.generation.streaming_config import StreamingConfig
-from omni.keywords import names_keywords
 from omni.layers.init import MetaBuild, initialise
 from omni.layers.quantized import DEFAULT_PARTS
 from omni.layers.quantized import quantize as pack_weights
@@ -42,8 +44,6 @@ from omni.processing.processor import OmniProcessor
 from omni.talker.single_codebook import SingleCodebookTalker
 from omni.talker.talker import Talker
 from omni.thinker.thinker import Thinker, ThinkerOutput
-from omni.token2wav.token2wav import Token2Wav
-from omni.token2wav.voices import Voice, find_voices, save_voice_files
 
 if TYPE_CHECKING:
     from omni.generation.arguments import PerRow

@@ -22,9 +22,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from omni import AudioChunk, OmniConfig, OmniModel, OmniSession, StreamingConfig, TextDelta, TurnEnd
-from omni.demo import DEMO_DATA, demo_processor
+from omni.cli.realtime import feed, read_sound
 from omni.generation.rows import Rows
-from omni.realtime import feed, read_sound
+from omni.packaged.toy import TOY_DATA, toy_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS: dict[str, Any] = {"max_new_tokens": 12, "max_frames": 24, "seed": 0, "speaker": "Ethan"}
@@ -87,7 +87,7 @@ def random_model() -> OmniModel:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and not name.startswith("code2wav"):
                 parameter.mul_(5)
-    model.processor = demo_processor()
+    model.processor = toy_processor()
     return model
 
 
@@ -100,7 +100,7 @@ def run_turn(model: OmniModel, pace: float) -> Trace:
         session = OmniSession(model, streaming=StreamingConfig(audio_window_s=1.0))
         trace.spans.clear()
         trace.started = time.perf_counter()
-        feed(session, read_sound(str(DEMO_DATA / "question.wav")), pace, lambda now, end: None)
+        feed(session, read_sound(str(TOY_DATA / "question.wav")), pace, lambda now, end: None)
         trace.asked = time.perf_counter()
         for event in session.respond(**ARGUMENTS):
             if isinstance(event, AudioChunk):

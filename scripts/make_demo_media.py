@@ -1,4 +1,4 @@
-"""Make the media that `omni demo` shows the model: question.wav, picture.png and clip.mp4, in omni/demo_data/.
+"""Make the media that `omni demo` shows the model: question.wav, picture.png and clip.mp4, in omni/packaged/toy_data/.
 
 Needs the speech synthesiser flite on the PATH (Debian and Ubuntu: `apt-get install flite`); nothing else does, the
 files it makes are part of the package. Run it from the repository: `python scripts/make_demo_media.py`.
@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 from PIL import Image, ImageDraw
 
-FOLDER = Path(__file__).resolve().parent.parent / "omni" / "demo_data"
+FOLDER = Path(__file__).resolve().parent.parent / "omni" / "packaged" / "toy_data"
 QUESTION = "What can you see, and what can you hear?"
 SAMPLE_RATE_HZ = 16_000
 CLIP_SECONDS, CLIP_FPS, CLIP_WIDTH, CLIP_HEIGHT = 2.5, 12, 160, 120

@@ -1,4 +1,4 @@
-"""Write the small synthetic tokenizer and processor files of `omni/demo_data` (run from the repository root).
+"""Write the small synthetic tokenizer and processor files of `omni/packaged/toy_data` (run from the repository root).
 
 A byte-level BPE of fewer than 640 ids in the shape of Qwen's: ids 0-255 are the bytes, then the control tokens of
 `configs/tiny.json`, the three role words as single tokens, and the merges of some common English words.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-FOLDER = Path("omni/demo_data")
+FOLDER = Path("omni/packaged/toy_data")
 VOCABULARY_LIMIT = 640  # configs/tiny.json: text_config.vocab_size
 
 CONTROL = {  # special: never part of decoded text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from omni import OmniConfig, OmniModel, OmniProcessor
-from omni.demo import demo_model
+from omni.packaged.toy import toy_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete checkpoint folder: the packaged tiny model with random weights, and its processor files."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    demo_model(seed=0).save_pretrained(folder)
+    toy_model(seed=0).save_pretrained(folder)
     return folder
 
 
@@ -30,5 +30,5 @@ def model() -> OmniModel:
         for name, p in model.named_parameters():
             if p.dim() > 1 and not name.startswith("code2wav"):
                 p.mul_(10)
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "demo_data")
+    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
     return model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import soundfile
 
-from omni.demo import DEMO_DATA
+from omni.packaged.toy import TOY_DATA
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,7 +30,7 @@ def test_every_block_runs(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in MEDIA:
-        shutil.copy(DEMO_DATA / name, tmp_path / name)
+        shutil.copy(TOY_DATA / name, tmp_path / name)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
@@ -47,7 +47,7 @@ def test_every_block_runs(
 
 
 def test_commands_and_files_it_names_exist() -> None:
-    from omni.cli import build_parser
+    from omni.cli.main import build_parser
 
     parser = build_parser()
     for line in re.findall(r"^omni (.*)$", README, re.MULTILINE):
@@ -61,8 +61,9 @@ def test_commands_and_files_it_names_exist() -> None:
 
 
 def test_figures_are_those_of_the_released_config() -> None:
-    from omni.config import OmniConfig
-    from omni.info import cache_bytes_per_token, sizes_from_config
+    from omni.bench.footprint import cache_bytes_per_token
+    from omni.cli.checkpoint_info import sizes_from_config
+    from omni.config.qwen3_omni import OmniConfig
 
     config = OmniConfig.from_pretrained(ROOT / "configs" / "qwen3_omni_30b_a3b.json")
     sizes = sizes_from_config(config)
@@ -84,8 +85,8 @@ def test_the_page_on_streaming_is_true() -> None:
     from dataclasses import fields
 
     from omni import StreamingConfig
-    from omni.cli import build_parser
-    from omni.demo import demo_model
+    from omni.cli.main import build_parser
+    from omni.packaged.toy import toy_model
 
     page = (ROOT / "docs" / "streaming.md").read_text()
     for path in re.findall(r"\]\(([\w./]+)\)", page):
@@ -94,7 +95,7 @@ def test_the_page_on_streaming_is_true() -> None:
         assert (ROOT / path).exists(), path
     for line in re.findall(r"^omni (.*)$", page, re.MULTILINE):
         build_parser().parse_args(line.split())
-    model = demo_model()
+    model = toy_model()
     assert model.processor is not None
     inputs = model.processor([{"role": "user", "content": "Hi"}])
     *_, end = model.stream(inputs, max_new_tokens=3, max_frames=4, streaming=StreamingConfig(chunk_frames=(2,)))
@@ -106,8 +107,8 @@ def test_the_page_on_streaming_is_true() -> None:
 
 def test_the_page_on_training_is_true() -> None:
     """Its commands parse, its stages are the files that exist, and the manifest it writes is read."""
-    from omni.cli import build_parser
-    from omni.training.stages import OBJECTIVES
+    from omni.cli.main import build_parser
+    from omni.training.run.stages import OBJECTIVES
 
     page = (ROOT / "docs" / "training.md").read_text()
     for command in re.findall(r"^omni ((?:.*\\\n)*.*)$", page, re.MULTILINE):

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from omni.config import OmniConfig
-from omni.config_reading import read_json
-from omni.demo import DEMO_DATA
+from omni.code2wav.voices import Voice
+from omni.config.qwen3_omni import OmniConfig
+from omni.config.reading import read_json
 from omni.model import OmniModel
+from omni.packaged.toy import TOY_DATA
 from omni.processing.inputs import OmniInputs
-from omni.token2wav.voices import Voice
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NEWLINE = 10  # of the packaged tokenizer
@@ -51,7 +51,7 @@ def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> OmniCon
 
 def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
     """The packaged config's special token ids, for the keys that both have."""
-    demo = read_json(DEMO_DATA / "config.json")
+    demo = read_json(TOY_DATA / "config.json")
     out: dict[str, Any] = {key: value for key, value in demo.items() if key.endswith("_token_id") and key in values}
     for part in ("thinker_config", "talker_config"):
         ids = {key: demo[part][key] for key in demo[part] if key.endswith("_token_id") and "codec" not in key}

@@ -6,8 +6,8 @@ bytes, divided by the bandwidth, over the time measured.
 
 from __future__ import annotations
 
-from omni.config import Code2WavConfig, MTPConfig, TalkerTextConfig
-from omni.config_decoder import DecoderConfig, LanguageConfig, MoEConfig
+from omni.config.decoder import DecoderConfig, LanguageConfig, MoEConfig
+from omni.config.qwen3_omni import Code2WavConfig, MTPConfig, OmniConfig, TalkerTextConfig
 
 
 def attention_values(c: DecoderConfig, qk_norm: bool | None = None) -> int:
@@ -76,3 +76,9 @@ def code2wav_bytes(c: Code2WavConfig, value_bytes: int, batch: int = 1) -> float
         channels = half
     total += 2 * channels + 7 * channels + 1
     return value_bytes * (total + batch * c.num_quantizers * dim)
+
+
+def cache_bytes_per_token(config: OmniConfig, value_bytes: int = 2) -> int:
+    """Memory that one position takes in the Thinker's key-value cache, at `value_bytes` a value (2 for bfloat16)."""
+    text = config.thinker_config.text_config
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_size * value_bytes

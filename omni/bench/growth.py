@@ -13,7 +13,7 @@ from omni.bench.result import Growth, Row
 from omni.bench.rows_streams import run_sessions
 from omni.bench.timing import peak_memory, seconds_of
 from omni.bench.workbench import Workbench
-from omni.config import OmniConfig
+from omni.config.qwen3_omni import OmniConfig
 
 _LAYERS = 4  # of the Thinker: growth is the same in every layer
 _CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from omni.bench import units
-from omni.bench.command import PARTS
 from omni.bench.footprint import (
     attention_values,
     code2wav_bytes,
@@ -18,9 +17,10 @@ from omni.bench.footprint import (
     residual_codes_bytes,
 )
 from omni.bench.result import Row, Series, Table
+from omni.bench.rows import PARTS
 from omni.bench.timing import enough_calls, seconds_of, take_turns
 from omni.bench.workbench import Workbench
-from omni.config import Code2WavConfig
+from omni.config.qwen3_omni import Code2WavConfig
 
 Part = tuple[str, Callable[[], units.Step], int, float | None]
 

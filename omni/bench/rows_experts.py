@@ -16,7 +16,7 @@ from omni.bench.result import Growth, Row, Verdict
 from omni.bench.sides import EXPERTS, peer_class
 from omni.bench.timing import enough_calls, seconds_of, take_turns
 from omni.bench.workbench import Workbench, first_line
-from omni.config_decoder import MoEConfig
+from omni.config.decoder import MoEConfig
 from omni.layers.init import initialise
 from omni.layers.moe import MoE
 

@@ -14,16 +14,16 @@ from omni.bench.result import Row, Series, Table, Verdict
 from omni.bench.sides import EXPERTS, GREEDY, GREEDY_CODES, STREAMED, Answer, Peer, answer, default_voice
 from omni.bench.timing import seconds_of
 from omni.bench.workbench import Workbench
-from omni.config import OmniConfig
-from omni.demo import DEMO_DATA
+from omni.code2wav.contract import SAMPLE_RATE_HZ
+from omni.config.qwen3_omni import OmniConfig
 from omni.generation.events import AudioChunk
-from omni.generation.session import OmniSession
 from omni.generation.streaming_config import StreamingConfig
-from omni.layers.codec_decoder import SAMPLE_RATE_HZ
 from omni.model import OmniModel
+from omni.packaged.toy import TOY_DATA
 from omni.processing.families import FAMILIES, QWEN3
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
+from omni.session.session import OmniSession
 
 SHIPPED, BEST = "transformers, as shipped", "transformers, best setting"
 EAGER, COMPILED = "omni, eager", "omni, compiled"
@@ -149,7 +149,7 @@ def _spoken_question(bench: Workbench, processor: OmniProcessor) -> Table:
     """First sound after the end of a spoken question: read at once, or read while it was heard."""
     import soundfile
 
-    samples, rate = soundfile.read(DEMO_DATA / "question.wav", dtype="float32")
+    samples, rate = soundfile.read(TOY_DATA / "question.wav", dtype="float32")
     sound = torch.from_numpy(samples)
     model = bench.ours
     messages = [{"role": "user", "content": [{"type": "audio", "audio": (samples, rate)}]}]

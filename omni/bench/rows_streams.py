@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from omni.bench.footprint import cache_bytes_per_token
 from omni.bench.result import Growth, Row, Verdict
 from omni.bench.sides import FRAME_BY_FRAME
 from omni.bench.timing import percentile
 from omni.bench.workbench import Workbench
-from omni.demo import demo_processor
-from omni.generation.engine import EngineSession, OmniEngine
 from omni.generation.events import AudioChunk
-from omni.generation.session import OmniSession
 from omni.generation.streaming_config import StreamingConfig
-from omni.info import cache_bytes_per_token
 from omni.layers.cache import KVCache
 from omni.model import OmniModel
+from omni.packaged.toy import toy_processor
+from omni.session.engine import EngineSession, OmniEngine
+from omni.session.session import OmniSession
 
 FRAME_S = 0.08
 _MOST_SESSIONS = {"cpu": 64, "cuda": 512}
@@ -48,7 +48,7 @@ def run_sessions(model: OmniModel, sessions: int, frames: int) -> Load:
     frame runs dry if a later one comes after its turn.
     """
     arrivals: list[list[float]] = [[] for _ in range(sessions)]
-    processor = demo_processor()
+    processor = toy_processor()
     with OmniEngine(model, processor, max_sessions=sessions, streaming=FRAME_BY_FRAME) as engine:
         talks = [engine.session() for _ in range(sessions)]
         for i, talk in enumerate(talks):

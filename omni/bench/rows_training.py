@@ -17,9 +17,9 @@ from omni.bench.workbench import Workbench
 from omni.layers.packing import PackedBlocks
 from omni.model import OmniModel
 from omni.processing.inputs import OmniInputs
-from omni.training.losses import linear_cross_entropy
-from omni.training.passes import thinker_pass
-from omni.training.samples import IGNORED, TrainingBatch
+from omni.training.data.samples import IGNORED, TrainingBatch
+from omni.training.objectives.losses import linear_cross_entropy
+from omni.training.objectives.passes import thinker_pass
 
 GROUPED = "transformers, grouped_mm"
 

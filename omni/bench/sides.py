@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni.checkpoint.keys import KEY_TABLES, KeyTable
-from omni.config import OmniConfig
+from omni.config.qwen3_omni import OmniConfig
 from omni.generation.events import AudioChunk, TextDelta, TurnEnd
 from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import StreamingConfig

@@ -24,10 +24,10 @@ from omni.bench.checkpoint import prompt, random_model, read_config, write_check
 from omni.bench.result import Series
 from omni.bench.sides import Peer, answer
 from omni.bench.timing import Run, take_turns
-from omni.config import Code2WavConfig, OmniConfig
-from omni.demo import demo_processor
-from omni.layers.codec_decoder import SAMPLE_RATE_HZ
+from omni.code2wav.contract import SAMPLE_RATE_HZ
+from omni.config.qwen3_omni import Code2WavConfig, OmniConfig
 from omni.model import OmniModel
+from omni.packaged.toy import toy_processor
 from omni.processing.families import FAMILIES
 from omni.processing.processor import OmniProcessor
 
@@ -89,7 +89,7 @@ class Workbench:
     @cached_property
     def processor(self) -> OmniProcessor:
         """The packaged processor. Raises ValueError where it hears for models of another family."""
-        processor = demo_processor()
+        processor = toy_processor()
         if processor.files.family is not FAMILIES[self.config.model_type]:
             raise ValueError(f"{self.options.config} is of another family than the packaged processor of this row")
         return processor

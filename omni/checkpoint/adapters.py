@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, Slot
 from omni.checkpoint.shards import read_file_header
-from omni.config_reading import read_json
+from omni.config.reading import read_json
 from omni.layers.quantized import packed_kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

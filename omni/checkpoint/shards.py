@@ -172,3 +172,13 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}; {_AGAIN}")
     return values
+
+
+def format_bytes(size: int) -> str:
+    """A size in decimal units, as file listings and the Hub give it."""
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from omni.code2wav.contract import CodecDecoder
 from omni.code2wav.conv import (
     CausalConv1d,
     CausalConvTranspose1d,
@@ -26,8 +27,7 @@ from omni.code2wav.conv import (
     StreamingSnake,
 )
 from omni.code2wav.window_transformer import WindowState, WindowTransformer
-from omni.config import Code2WavConfig
-from omni.layers.codec_decoder import CodecDecoder
+from omni.config.qwen3_omni import Code2WavConfig
 from omni.layers.state import State
 
 _FRAMES_AT_ONCE = 256  # bounds the memory of decoding without gradients (20 s of speech, released config)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.layers.snake import SnakeBeta
+from omni.code2wav.snake import SnakeBeta
 from omni.layers.state import State
 
 _SMALL_SIGNAL = 32768  # values; from here on torch's convolution is as fast as the matrix product or faster

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from omni.config import Code2WavConfig
+from omni.config.qwen3_omni import Code2WavConfig
 from omni.layers.attention_backends import attention
 from omni.layers.decoder_layer import SelfAttention
 from omni.layers.norm import RMSNorm

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config import AudioEncoderConfig
-from omni.config_qwen2_5 import WhisperAudioEncoderConfig
+from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig
+from omni.config.qwen3_omni import AudioEncoderConfig
 from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
-from omni.encoders.output import EncoderOutput
+from omni.encoders.contract import EncoderOutput
 from omni.layers.attention_backends import packed_attention
 from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.layers.state import State

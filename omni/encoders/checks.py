@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omni.config import VisionEncoderConfig
-from omni.config_qwen2_5 import WindowVisionEncoderConfig
+from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
+from omni.config.qwen3_omni import VisionEncoderConfig
 
 Grid = tuple[int, int, int]
 _MAX_SAMPLE = 1e15  # the squares that a spectrum adds up must stay within fp32

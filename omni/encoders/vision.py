@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config import VisionEncoderConfig
-from omni.config_qwen2_5 import WindowVisionEncoderConfig
+from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
+from omni.config.qwen3_omni import VisionEncoderConfig
 from omni.encoders.checks import Grid, check_patches
-from omni.encoders.output import EncoderOutput
+from omni.encoders.contract import EncoderOutput
 from omni.layers.attention_backends import packed_attention
 from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.rope.rotary import AxialRotary, apply_rotary

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config_qwen2_5 import WhisperAudioEncoderConfig
+from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig
 from omni.encoders.audio import FRAMES_HZ, AudioLayer, ClipState, sinusoids
 from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
-from omni.encoders.output import EncoderOutput
+from omni.encoders.contract import EncoderOutput
 from omni.layers.packing import BlockPasses, PackedBlocks
 
 _POSITIONS_AT_ONCE = 8192  # bounds the memory of convolutions and layers (164 s of audio)

@@ -16,9 +16,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from omni.config_qwen2_5 import WindowVisionEncoderConfig
+from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
 from omni.encoders.checks import Grid, check_patches
-from omni.encoders.output import EncoderOutput
+from omni.encoders.contract import EncoderOutput
 from omni.encoders.vision import (
     PatchEmbed,
     PatchMerger,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from omni.config_decoder import SpeechRules
+from omni.config.decoder import SpeechRules
 from omni.generation.sampling import SamplingConfig
 
 if TYPE_CHECKING:
+    from omni.code2wav.voices import Voice
     from omni.model import OmniModel
-    from omni.token2wav.voices import Voice
 
 RELEASED_RESIDUAL = SamplingConfig(temperature=1.0, top_k=50, top_p=0.8)  # hard-coded in the reference
 
@@ -189,7 +189,7 @@ def _voice(model: OmniModel, name: str) -> Voice | None:
     if not model.voices:
         raise ValueError(
             "the codec decoder needs recordings of voices, and the model has none; read them with "
-            "omni.token2wav.voices.load_voices(path) into model.voices, or pass return_audio=False"
+            "omni.code2wav.voices.load_voices(path) into model.voices, or pass return_audio=False"
         )
     return next(voice for key, voice in model.voices.items() if key.lower() == name)
 

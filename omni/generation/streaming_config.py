@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omni.token2wav.sampler import ODEConfig
-from omni.token2wav.streaming import ChunkSchedule
+from omni.code2wav.chunk_schedule import ChunkSchedule
+from omni.code2wav.ode_sampler import ODEConfig
 
 
 @dataclass(frozen=True)

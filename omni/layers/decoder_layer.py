@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from omni.config_decoder import DecoderConfig
+from omni.config.decoder import DecoderConfig
 from omni.layers.attention_backends import attention, cached_attention, packed_attention
 from omni.layers.cache import LayerCache
 from omni.layers.norm import RMSNorm

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni.config_decoder import DecoderConfig
+from omni.config.decoder import DecoderConfig
 from omni.layers.cache import KVCache, LayerCache
 from omni.layers.packing import PackedBlocks
 from omni.layers.state import State

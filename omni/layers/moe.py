@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config_decoder import MoEConfig
+from omni.config.decoder import MoEConfig
 from omni.layers.experts_backends import EXPERTS, choose_experts
 from omni.layers.swiglu import SwiGLU
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,3 +222,20 @@ def join_clips(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         padded[row, :, : clip.shape[1]] = clip
         mask[row, : clip.shape[1]] = 1
     return padded, mask
+
+
+def write_sound(path: Path, samples: Tensor, sample_rate: int) -> None:
+    """Write samples [n] in the format of the file's name; the old file stays until the new one is complete.
+
+    Raises OSError when it cannot be written.
+    """
+    import soundfile
+
+    partial = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        soundfile.write(partial, samples.numpy(), sample_rate)
+        partial.replace(path)
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

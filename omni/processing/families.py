@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omni.config import AudioEncoderConfig
-from omni.config_positions import PositionRule
-from omni.config_qwen2_5 import WhisperAudioEncoderConfig
+from omni.config.positions import PositionRule
+from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig
+from omni.config.qwen3_omni import AudioEncoderConfig
 from omni.encoders.audio import num_audio_tokens
 from omni.encoders.whisper_audio import num_whisper_tokens
 from omni.processing.vision import VIDEO_MAX_PIXELS, VIDEO_MIN_PIXELS
 
-DEMO_DATA = Path(__file__).parents[1] / "demo_data"
+RELEASED = Path(__file__).parent / "released"  # preprocessor values and the built-in chat template
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ QWEN3 = ProcessorFamily(
     clip_end="mirror",
     audio_tokens=num_audio_tokens,
     frame_pixels=(VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS),
-    preprocessor=DEMO_DATA / "preprocessor_config.json",
+    preprocessor=RELEASED / "qwen3_omni_moe.json",
 )
 QWEN2_5 = ProcessorFamily(
     processor_class="Qwen2_5OmniProcessor",
@@ -82,7 +82,7 @@ QWEN2_5 = ProcessorFamily(
     clip_end="silence",  # the release fills every clip up to 300 s before it looks at the spectrum
     audio_tokens=lambda frames, chunk_frames: num_whisper_tokens(frames),
     frame_pixels=(128 * 28 * 28, 768 * 28 * 28),
-    preprocessor=DEMO_DATA / "preprocessor_config_qwen2_5.json",
+    preprocessor=RELEASED / "qwen2_5_omni.json",
     speech_system="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving "
     "auditory and visual inputs, as well as generating text and speech.",  # the model card's
 )

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omni.config_positions import PositionRule
-from omni.config_reading import read_json
+from omni.config.positions import PositionRule
+from omni.config.reading import read_json
 from omni.processing.families import QWEN3, ProcessorFamily, find_family
 
 _JSON_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.config import ThinkerConfig
+from omni.config.qwen3_omni import ThinkerConfig
 from omni.processing.families import audio_counter
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, parse_segments
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from omni.processing.families import DEMO_DATA, QWEN3
+from omni.processing.families import QWEN3, RELEASED
 
 # Private-use characters, from which those are taken that occur nowhere in the conversation.
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
@@ -26,7 +26,7 @@ def built_in_template(tokens: Mapping[str, str] | None = None) -> str:
 
     `tokens`: spellings of the media tokens by their names as in `omni.processing.families` (None: Qwen3-Omni's).
     """
-    template = (DEMO_DATA / "chat_template.jinja").read_text(encoding="utf-8")
+    template = (RELEASED / "chat_template.jinja").read_text(encoding="utf-8")
     for name, own in (tokens or {}).items():
         template = template.replace(QWEN3.tokens[name], own)
     return template

@@ -15,7 +15,7 @@ from typing import NamedTuple, Union
 import torch
 from torch import Tensor
 
-from omni.config_positions import PositionRule
+from omni.config.positions import PositionRule
 
 
 @dataclass(frozen=True)

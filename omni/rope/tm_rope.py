@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from omni.config_decoder import LanguageConfig
+from omni.config.decoder import LanguageConfig
 from omni.rope.rotary import double_angles, inverse_frequencies
 
 

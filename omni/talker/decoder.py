@@ -6,7 +6,6 @@ codebooks. Rows are left-aligned.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ class TalkerOutput(NamedTuple):
     router_logits: list[Tensor] | None = None
 
 
-class TalkerDecoder(nn.Module, ABC):
+class TalkerDecoder(nn.Module):
     """The passes of a Talker; a family's class builds the modules named here and says what it hears.
 
     reads_replies: a reply token is heard by the Thinker's hidden state too, so the Thinker has to read it before it is
@@ -57,13 +56,13 @@ class TalkerDecoder(nn.Module, ABC):
         """Token ranges [start, stop) of a prompt that are heard; im_start, user: ids that open a user's turn."""
         return [(0, len(ids))] if self.hears_all else user_spans(ids, im_start, user)
 
-    @abstractmethod
     def text_vectors(self, embeds: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Text as it is heard [n, Di]: token embeddings [n, Dt] and, of tokens that were read, hidden states alike."""
+        raise NotImplementedError
 
-    @abstractmethod
     def media_vectors(self, hidden: Tensor) -> Tensor:
         """Sound and vision as they are heard [n, Di], by the Thinker's hidden states [n, Dt]."""
+        raise NotImplementedError
 
     def prompt_vectors(self, embeds: Tensor, hidden: Tensor, media: Tensor) -> Tensor:
         """The heard part of a prompt: embeds and hidden [T, Dt], media bool [T] -> [T, Di]."""
@@ -72,20 +71,20 @@ class TalkerDecoder(nn.Module, ABC):
         out[~media], out[media] = text, self.media_vectors(hidden[media]).to(text.dtype)
         return out
 
-    @abstractmethod
     def prefix_ids(self, header: Sequence[int], tts_pad: int, tts_bos: int, speaker: int) -> list[int]:
         """The text ids of the prefix, but for the first reply token; header: the ids that open the reply's turn."""
+        raise NotImplementedError
 
-    @abstractmethod
     def assistant_prefix(self, text: Tensor, first: Tensor, speaker: int) -> Tensor:
         """The inputs between prompt and first frame [prefix_length, Di].
 
         text: vectors of `prefix_ids`; first [Di]: the vector of the first reply token.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def suppressed(self) -> Tensor:
         """bool [V]: codec ids that are never drawn."""
+        raise NotImplementedError
 
     def seen_at_first(self) -> Tensor:
         """bool [V]: codec ids that the repetition penalty counts from the start."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from omni.config import MTPConfig
+from omni.config.qwen3_omni import MTPConfig
 from omni.layers.cache import KVCache, LayerCache
 from omni.layers.decoder_layer import DecoderLayer, Tables
 from omni.layers.norm import RMSNorm

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omni.config_qwen2_5_decoder import DenseTalkerConfig
+from omni.config.qwen2_5_omni import DenseTalkerConfig
 from omni.layers.cache import KVCache
 from omni.layers.decoder_layer import DecoderLayer
 from omni.layers.norm import RMSNorm

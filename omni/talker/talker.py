@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config import TalkerConfig
+from omni.config.qwen3_omni import TalkerConfig
 from omni.layers.decoder_layer import DecoderLayer
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm

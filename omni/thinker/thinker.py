@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from omni.config import ThinkerConfig
+from omni.config.qwen3_omni import ThinkerConfig
 from omni.layers.cache import LayerCache
 from omni.layers.decoder_layer import DecoderLayer, Tables, run_layer
 from omni.layers.decoder_state import DecoderState, layer_views

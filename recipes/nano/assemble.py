@@ -20,7 +20,7 @@ from make_model import GENERATION
 from pictures import draw_picture
 
 from omni import OmniConfig, OmniModel, OmniProcessor
-from omni.training.codec import draw_weights
+from omni.training.codec.codec import draw_weights
 
 _HEARD = 20.0  # makes what is heard as large as the position sinusoids that are added to it
 _FIRST_PICTURES = 64

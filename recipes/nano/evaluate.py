@@ -44,8 +44,8 @@ from voices import (
 from world import SKILLS, Task
 
 from omni import AudioChunk, OmniEngine, OmniModel, TextDelta, TurnEnd
-from omni.training.metrics import mel_distance
-from omni.training.speech_codes import load_codec_encoder
+from omni.metrics.scores import mel_distance
+from omni.training.codec.speech_codes import load_codec_encoder
 
 TARGETS = {  # what the project asks for, by group
     "typed": 0.97,

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from make_model import nano_config
 
-from omni.training.mel_codec import MelCodec
-from omni.training.speech_codes import read_speech
+from omni.training.codec.mel_codec import MelCodec
+from omni.training.codec.speech_codes import read_speech
 
 
 def fit_codes(manifest: Path, folder: Path) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Makes what `omni demo` shows omni-nano, in omni/nano_data/demo: a request, a picture with a question, a clip.
+"""Makes what `omni demo` shows omni-nano, in its folder `demo`: a request, a picture with a question, a clip.
 
     python recipes/nano/make_demo_media.py
 
@@ -14,7 +14,7 @@ from pictures import CLIP_SECONDS, draw_clip, draw_picture, write_clip
 from voices import RATE_HZ, Manner, speak, surround
 from world import Clip, Item, Picture
 
-from omni.nano import NANO_DATA, QUESTIONS
+from omni.packaged.nano import NANO_DATA, QUESTIONS
 
 FOLDER = NANO_DATA / "demo"
 SHOWN = Picture((Item("circle", "red", 0), Item("square", "blue", 2), Item("star", "purple", 7)), seed=5)

@@ -3,7 +3,7 @@
     python recipes/nano/make_model.py FOLDER
 
 There are no weights yet: the first stage draws them. Shapes and ids that are not named here are those of the packaged
-toy (`omni/demo_data`), whose special tokens this tokenizer shares.
+toy (`omni/packaged/toy_data`), whose special tokens this tokenizer shares.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from world import vocabulary
 
-from omni.demo import DEMO_DATA
+from omni.packaged.toy import TOY_DATA
+from omni.processing.families import RELEASED
 
 FIRST_WORD_ID = 280  # below are bytes, special tokens and the names of roles
 VOCABULARY_SIZE = 832
@@ -79,7 +80,7 @@ GENERATION = {
 
 def nano_config() -> dict[str, Any]:
     """config.json of omni-nano."""
-    return _merged(json.loads((DEMO_DATA / "config.json").read_text(encoding="utf-8")), SHAPES)
+    return _merged(json.loads((TOY_DATA / "config.json").read_text(encoding="utf-8")), SHAPES)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def nano_tokenizer() -> dict[str, Any]:
 
     Letters are made small, so that it does not matter how a question is typed.
     """
-    tokenizer = json.loads((DEMO_DATA / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((TOY_DATA / "tokenizer.json").read_text(encoding="utf-8"))
     model = tokenizer["model"]
     words = [piece for word in vocabulary() for piece in _pieces(word)]
     known = {token: id for token, id in model["vocab"].items() if id < FIRST_WORD_ID}
@@ -115,9 +116,9 @@ def _pieces(word: str) -> list[str]:
 def make_model(folder: Path) -> None:
     """Write the folder anew."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(DEMO_DATA / "chat_template.jinja", folder / "chat_template.jinja")
-    pixels = json.loads((DEMO_DATA / "preprocessor_config.json").read_text(encoding="utf-8"))
-    settings = json.loads((DEMO_DATA / "tokenizer_config.json").read_text(encoding="utf-8"))
+    shutil.copyfile(RELEASED / "chat_template.jinja", folder / "chat_template.jinja")
+    pixels = json.loads((RELEASED / "qwen3_omni_moe.json").read_text(encoding="utf-8"))
+    settings = json.loads((TOY_DATA / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
     files = {
         "config.json": nano_config(),

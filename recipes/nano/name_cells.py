@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni import OmniModel
-from omni.training.optimiser import lr_factor
+from omni.training.run.optimiser import lr_factor
 
 _BATCH = 32  # pictures, or as many frames of clips
 # Kinds of batches in turn. In a clip one token of 36 has a name, and two frames half a second apart share it: harder.

@@ -9,7 +9,7 @@ import numpy as np
 import world
 from voices import to_rate
 
-from omni.training.metrics import word_error_rate
+from omni.metrics.scores import word_error_rate
 
 _RATE_HZ = 16_000
 

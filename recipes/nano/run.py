@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from think import encode, think
 
-from omni.training.stages import build_run
-from omni.training.train_config import TrainConfig
+from omni.training.run.stages import build_run
+from omni.training.run.train_config import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 STAGES = HERE / "stages"

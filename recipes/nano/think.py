@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from omni import OmniModel
 from omni.generation.prompt import encode_prompt
 from omni.layers.packing import PackedBlocks
-from omni.training.batches import collate
-from omni.training.conversation_samples import SampleMaker, SkipRow
-from omni.training.losses import linear_cross_entropy, router_balance
-from omni.training.manifest import Manifest
-from omni.training.optimiser import lr_factor
-from omni.training.samples import IGNORED, Sample
+from omni.training.data.batches import collate
+from omni.training.data.conversation_samples import SampleMaker, SkipRow
+from omni.training.data.manifest import Manifest
+from omni.training.data.samples import IGNORED, Sample
+from omni.training.objectives.losses import linear_cross_entropy, router_balance
+from omni.training.run.optimiser import lr_factor
 
 TYPED, SUMS, SHOWN = "typed", "sums", "shown"  # made as they are needed; every other source is a file of `encode`
 SHARES = {TYPED: 0.12, SUMS: 0.08, SHOWN: 0.35}

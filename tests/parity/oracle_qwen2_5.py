@@ -15,7 +15,7 @@ import torch
 from oracle import randomise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-DEMO = Path(__file__).parents[2] / "omni" / "demo_data"
+DEMO = Path(__file__).parents[2] / "omni" / "packaged" / "toy_data"
 SPECIAL = {"audio_token_index": 275, "image_token_index": 265, "video_token_index": 266, "audio_start_token_id": 269}
 SPECIAL |= {"vision_start_token_id": 262, "audio_end_token_id": 270, "vision_end_token_id": 263}
 # Tiny encoders.
@@ -93,7 +93,7 @@ def reference_parts(seed: int) -> tuple[Any, Any]:
 def converted_parts(seed: int) -> tuple[Any, Any]:
     """The same Thinker and Talker in omni, by way of the file's key names."""
     from omni.checkpoint.keys import QWEN2_5_OMNI
-    from omni.config import OmniConfig
+    from omni.config.qwen3_omni import OmniConfig
     from omni.talker.single_codebook import SingleCodebookTalker
     from omni.thinker.thinker import Thinker
 
@@ -146,7 +146,7 @@ def write_processor(folder: Path) -> Path:
 
     The media tokens keep the demo's ids (`SPECIAL`) and get this family's spellings.
     """
-    from omni.processing.families import QWEN2_5, QWEN3
+    from omni.processing.families import QWEN2_5, QWEN3, RELEASED
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -155,6 +155,6 @@ def write_processor(folder: Path) -> Path:
             text = text.replace(QWEN3.tokens[key], own)
         text = text.replace(QWEN3.processor_class, QWEN2_5.processor_class)
         (folder / name).write_text(text, encoding="utf-8")
-    shutil.copy(DEMO / "preprocessor_config_qwen2_5.json", folder / "preprocessor_config.json")
+    shutil.copy(RELEASED / "qwen2_5_omni.json", folder / "preprocessor_config.json")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     return folder

@@ -12,7 +12,7 @@ from torch import nn
 
 from omni.checkpoint import LoadReport, apply_adapter, atomic_folder, load_weights, read_headers, save_weights
 from omni.checkpoint.keys import QWEN3_OMNI
-from omni.config import OmniConfig
+from omni.config.qwen3_omni import OmniConfig
 from omni.model import OmniModel
 
 

@@ -11,7 +11,7 @@ from oracle import randomise
 from torch import Tensor
 
 from omni.code2wav.code2wav import Code2Wav
-from omni.config import Code2WavConfig
+from omni.config.qwen3_omni import Code2WavConfig
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "released_rates": {"codebook_size": 64, "num_quantizers": 4, "hidden_size": 32, "decoder_dim": 32},

@@ -12,7 +12,7 @@ import torch
 from oracle import randomise
 from torch import Tensor
 
-from omni.config import AudioEncoderConfig, VisionEncoderConfig
+from omni.config.qwen3_omni import AudioEncoderConfig, VisionEncoderConfig
 from omni.encoders.audio import AudioEncoder, num_audio_tokens
 from omni.encoders.mel import LogMel
 from omni.encoders.vision import VisionEncoder

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from omni.nano import NANO_DATA, QUESTIONS, nano_model
+from omni.packaged.nano import NANO_DATA, QUESTIONS, nano_model
 
 TYPED = [[{"role": "user", "content": text}] for text in ("what is seven plus five", "say my cat sees the blue house")]
 

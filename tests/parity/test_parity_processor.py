@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3OmniMoeProcessor
 
-from omni.config import OmniConfig
+from omni.config.qwen3_omni import OmniConfig
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.rope.positions import AudioVideo
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "omni" / "demo_data"
+DEMO = ROOT / "omni" / "packaged" / "toy_data"
 SIZES = {"small": (20, 30), "wide": (64, 200), "odd": (75, 133)}
 
 
@@ -26,8 +26,11 @@ def ours() -> OmniProcessor:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Any:
-    return Qwen3OmniMoeProcessor.from_pretrained(str(DEMO))
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The reference's processor on the same files, written out in full (here the released values are a default)."""
+    folder = tmp_path_factory.mktemp("processor")
+    OmniProcessor.from_pretrained(DEMO).save_pretrained(folder)
+    return Qwen3OmniMoeProcessor.from_pretrained(str(folder))
 
 
 def clip(samples: int, seed: int = 0) -> np.ndarray:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from omni import OmniConfig, OmniModel
 from omni.checkpoint import read_headers
 from omni.checkpoint.keys import QWEN2_5_OMNI
-from omni.token2wav.voices import Voice, load_voices
+from omni.code2wav.voices import Voice, load_voices
 
 SEEDS = range(2)
 

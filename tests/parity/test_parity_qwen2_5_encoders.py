@@ -12,7 +12,7 @@ from oracle import randomise
 from torch import Tensor
 
 from omni.checkpoint.keys import QWEN2_5_OMNI
-from omni.config_qwen2_5 import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
+from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from omni.encoders.whisper_audio import WhisperAudioEncoder, num_whisper_tokens
 from omni.encoders.window_vision import WindowVisionEncoder
 

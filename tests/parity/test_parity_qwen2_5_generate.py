@@ -21,9 +21,9 @@ from test_parity_token2wav import BIGVGAN, DIT, randomise
 
 from omni import OmniConfig, OmniInputs, OmniModel
 from omni.checkpoint.keys import QWEN2_5_OMNI
+from omni.code2wav.ode_sampler import position_noise
+from omni.code2wav.voices import Voice
 from omni.generation.sampling import SOUND_STREAM, stream_seed
-from omni.token2wav.sampler import position_noise
-from omni.token2wav.voices import Voice
 
 SEEDS = range(6)
 TOKENS, CODES = 6, 15

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle_qwen2_5 import rope_reference
 
-from omni.config_qwen2_5_decoder import joint_rule
+from omni.config.qwen2_5_omni import joint_rule
 from omni.rope.positions import (
     Audio,
     AudioVideo,

@@ -8,7 +8,7 @@ from oracle import assert_close
 from oracle_qwen2_5 import CONFIGS, config_values, converted_parts, reference_parts
 
 from omni.checkpoint.keys import QWEN2_5_OMNI
-from omni.config import OmniConfig
+from omni.config.qwen3_omni import OmniConfig
 from omni.layers.init import MetaBuild
 from omni.talker.single_codebook import SingleCodebookTalker
 from omni.thinker.thinker import Thinker

@@ -11,11 +11,11 @@ from oracle import assert_close
 from torch import Tensor
 
 from omni.checkpoint.keys import QWEN2_5_OMNI
-from omni.config_token2wav import Token2WavConfig
-from omni.token2wav.block_attention import block_mask
-from omni.token2wav.sampler import ODEConfig, integrate, time_grid
-from omni.token2wav.token2wav import Token2Wav
-from omni.token2wav.voices import Voice
+from omni.code2wav.block_attention import block_mask
+from omni.code2wav.ode_sampler import ODEConfig, integrate, time_grid
+from omni.code2wav.token2wav import Token2Wav
+from omni.code2wav.voices import Voice
+from omni.config.token2wav import Token2WavConfig
 
 DIT: dict[str, Any] = {
     "hidden_size": 32,

@@ -10,8 +10,8 @@ import torch
 from transformers import Qwen3OmniMoeForConditionalGeneration
 
 from omni import OmniModel
-from omni.training.stages import build_run
-from omni.training.train_config import TrainConfig
+from omni.training.run.stages import build_run
+from omni.training.run.train_config import TrainConfig
 
 CODES = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9], [3, 2, 3, 8, 4]]
 KINDS = {

@@ -1,0 +1,94 @@
+"""Arguments that several commands of `omni` share, the types of their values, and the model that they name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from omni.model import OmniModel
+
+MODEL_HELP = "checkpoint folder or Hub id"
+NANO = "omni-nano"  # as `omni.packaged.nano` says; not imported, so that `omni --help` answers at once
+
+
+def add_speech_arguments(parser: argparse.ArgumentParser, default_out: str | None) -> None:
+    where = "sound file to write: .wav, .flac, .ogg or .mp3" + (f" (default: {default_out})" if default_out else "")
+    parser.add_argument("--out", type=Path, required=default_out is None, metavar="F", help=where)
+    parser.add_argument("--speaker", metavar="S", help="voice, as `omni info` lists them (default: the checkpoint's)")
+    parser.add_argument("--max-frames", type=count_value, metavar="N", help="frames of speech at most, 80 ms each")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda:1, or auto for all (default: cuda, else cpu)")
+    parser.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="keep decoder weights at low precision")
+
+
+def count_value(text: str) -> int:
+    """argparse's type of a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def pace_value(text: str) -> float:
+    """argparse's type of a finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def seconds_value(text: str) -> float:
+    """argparse's type of a positive number of seconds."""
+    value = pace_value(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def consoles() -> tuple[Console, Console]:
+    """For results and for progress. A pipe has no width of its own, so tables get room there."""
+    from rich.console import Console
+
+    out = Console() if sys.stdout.isatty() else Console(width=160)
+    return out, Console(stderr=True)
+
+
+def check_sound_path(path: Path) -> None:
+    """Fail before the model is loaded rather than after it has spoken. Raises FileNotFoundError or ValueError."""
+    import soundfile
+
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist; create it or choose another --out")
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file in it, such as {path / 'out.wav'}")
+    if path.suffix.lstrip(".").upper() not in soundfile.available_formats():
+        raise ValueError(f"--out {path} must end in .wav, .flac, .ogg or .mp3")
+
+
+def load_model(args: argparse.Namespace, console: Console, parts: Sequence[str]) -> OmniModel:
+    """The model that --model and --device name."""
+    from omni.model import OmniModel
+
+    if args.quantize and args.device == "auto":
+        args.misuse("--quantize packs a model on one device; leave --device auto out")
+    placement = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
+    dtype = "float32" if args.model == NANO else "auto"  # small enough, and faster on a CPU than bfloat16
+    with console.status(f"loading {args.model} ..."):
+        return OmniModel.from_pretrained(args.model, parts=parts, dtype=dtype, quantize=args.quantize, **placement)
+
+
+def or_nano(args: argparse.Namespace, progress: Console) -> None:
+    """The packaged model where no other is named, and a line that says so."""
+    if args.model is None:
+        from omni.packaged.nano import NOTICE
+
+        args.model = NANO
+        progress.print(NOTICE, style="yellow", markup=False, highlight=False)

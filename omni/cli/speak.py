@@ -1,0 +1,46 @@
+"""`omni speak`: speech for a given text, as a sound file."""
+
+from __future__ import annotations
+
+import argparse
+
+from omni.cli.arguments import (
+    MODEL_HELP,
+    NANO,
+    add_speech_arguments,
+    check_sound_path,
+    consoles,
+    load_model,
+    or_nano,
+)
+
+HELP = "say a text"
+
+
+def add_arguments(speak: argparse.ArgumentParser) -> None:
+    """The arguments of `omni speak`."""
+    speak.description = (
+        "Writes speech for a given text. Without --model it is spoken by omni-nano, which knows about a hundred words."
+    )
+    speak.add_argument("text", help="what to say")
+    speak.add_argument("--model", metavar="DIR", help=f"{MODEL_HELP} (default: {NANO}, which is part of omni)")
+    add_speech_arguments(speak, None)
+    speak.set_defaults(run=run, misuse=speak.error)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Speak and write the sound. Raises ValueError or OSError for what cannot be done."""
+    from omni.processing.audio_file import write_sound
+
+    check_sound_path(args.out)
+    console, progress = consoles()
+    or_nano(args, progress)
+    model = load_model(args, progress, ("thinker", "talker", "code2wav"))
+    max_frames = args.max_frames or 4095
+    with progress.status("speaking ..."):
+        samples = model.speak(args.text, speaker=args.speaker, max_frames=max_frames, seed=args.seed)
+    assert model.code2wav is not None
+    sample_rate = int(model.code2wav.sample_rate)  # type: ignore[arg-type]
+    write_sound(args.out, samples, sample_rate)
+    seconds = len(samples) / sample_rate
+    console.print(f"speech: {seconds:.2f} s at {sample_rate} Hz in {args.out}", highlight=False, soft_wrap=True)

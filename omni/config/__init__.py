@@ -1,0 +1,1 @@
+"""Configurations: strict reading and faithful writing of `config.json`, and the model families."""

@@ -1,0 +1,1 @@
+"""Scores of text, speech and codes, and how far two models agree."""

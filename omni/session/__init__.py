@@ -1,0 +1,1 @@
+"""Conversations over time: sessions, an engine that runs several, live media, and their file."""

@@ -1,0 +1,244 @@
+"""OmniEngine: many sessions in one process share the batched steps of the Thinker, the Talker and the codec.
+
+Each session has a row. One thread ticks all rows that have a turn running; sessions are used from any other threads or
+from asyncio. A lock guards the rows: a push holds it for one piece of the prompt at a time and lets a tick pass between
+pieces, so that running streams do not wait for a long prompt. A turn whose events are not taken pauses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from omni.generation.events import Event
+from omni.generation.rows import Rows
+from omni.generation.streaming_config import StreamingConfig
+from omni.generation.turn import Turn
+from omni.processing.processor import OmniProcessor
+from omni.session.conversation import Conversation
+from omni.session.reply_events import ReplyEvents
+from omni.session.session import Kept, OmniSession
+
+if TYPE_CHECKING:
+    from omni.model import OmniModel
+
+MAX_WAITING_EVENTS = 64  # of one turn; it pauses until they are taken
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class EngineFullError(RuntimeError):
+    """All rows of an engine are taken."""
+
+
+class OmniEngine:
+    """Sessions side by side. `max_sessions` rows are reserved; the engine's thread ends with `close` or the process.
+
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        model: OmniModel,
+        processor: OmniProcessor | None = None,
+        *,
+        max_sessions: int = 8,
+        streaming: StreamingConfig | None = None,
+    ) -> None:
+        if type(max_sessions) is not int or max_sessions < 1:
+            raise ValueError(f"max_sessions must be a whole number of at least 1, got {max_sessions!r}")
+        self.model, self.processor, self.streaming = model, processor, streaming
+        self.rows = Rows(model, max_sessions)
+        self.sessions: list[EngineSession | None] = [None] * max_sessions
+        self.changed = threading.Condition(threading.RLock())
+        self.ticks = 0
+        self.closed = False
+        self._thread = threading.Thread(target=self._work, name="omni-engine", daemon=True)
+        self._thread.start()
+
+    def session(self, **options: Any) -> EngineSession:
+        """A new session with the options of `OmniSession`. Raises EngineFullError when all rows are taken."""
+        with self.changed:
+            row = self.take_row()
+            try:
+                return EngineSession(self, row, **{"streaming": self.streaming, **options})
+            except BaseException:
+                self.rows.clear(row)
+                self.sessions[row] = None
+                raise
+
+    def take_row(self) -> int:
+        """A free row. Raises EngineFullError or, after `close`, ValueError."""
+        if self.closed:
+            raise ValueError("the engine is closed")
+        if None not in self.sessions:
+            raise EngineFullError(
+                f"all {len(self.sessions)} sessions of the engine are taken; close one, or raise max_sessions"
+            )
+        return self.sessions.index(None)
+
+    def close(self) -> None:
+        """End all turns and the engine's thread."""
+        with self.changed:
+            for session in self.sessions:
+                if session is not None:
+                    session.close()
+            self.closed = True
+            self.changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> OmniEngine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def let_a_tick_pass(self) -> None:
+        """Called with the lock held, between the pieces of a prompt."""
+        before = self.ticks
+        if threading.current_thread() is not self._thread:
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.ticks > before or not self._has_work(), timeout=1.0)
+
+    def _has_work(self) -> bool:
+        return any(not turn.paused for _, turn in self.rows.running())
+
+    def _work(self) -> None:
+        """The engine's thread: tick while a turn runs."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.closed or self._has_work())
+                if self.closed:
+                    return
+                try:
+                    events = self.rows.tick()
+                except Exception:  # nothing in a tick depends on input, so this ends what runs, not the engine
+                    events = [self.rows.end(row, turn, "error") for row, turn in self.rows.running()]
+                self.ticks += 1
+                for event in events:
+                    session = self.sessions[event.row]
+                    if session is not None:
+                        session.deliver(event)
+                self.changed.notify_all()
+
+
+def _locked(method: F) -> F:
+    """Run a method of a session with the engine's lock held."""
+
+    @wraps(method)
+    def run(self: EngineSession, *args: Any, **kwargs: Any) -> Any:
+        with self.engine.changed:
+            if self.closed:
+                raise ValueError("the session is closed")
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+class EngineSession(OmniSession):
+    """A session of an engine: the same methods, from any thread; `close` gives its row back."""
+
+    def __init__(self, engine: OmniEngine, row: int, *, system: str | None = None, **options: Any) -> None:
+        self.engine, self.closed = engine, False
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        engine.sessions[row] = self  # reserved before the lock can be let go
+        names = ("speaker", "streaming", "use_audio_in_video", "keep_media")
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            raise TypeError(f"a session has no option {unknown[0]!r}; it has system, {', '.join(names)}")
+        self._set_up(
+            engine.model,
+            engine.processor,
+            options.get("speaker"),
+            options.get("streaming"),
+            options.get("use_audio_in_video", False),
+        )
+        self._lock = engine.changed
+        self._conversation = Conversation(
+            engine.rows,
+            row,
+            self.streaming.prefill_tokens,
+            between=self._between_pieces,
+            keep_media=options.get("keep_media", False),
+        )
+        self._write_system(system)
+
+    push_text = _locked(OmniSession.push_text)
+    push_audio = _locked(OmniSession.push_audio)
+    push_image = _locked(OmniSession.push_image)
+    push_video_frame = _locked(OmniSession.push_video_frame)
+    drop_oldest_turns = _locked(OmniSession.drop_oldest_turns)
+    save = _locked(OmniSession.save)
+
+    def respond(self, **arguments: Any) -> ReplyEvents:
+        """As `OmniSession.respond`; the engine's thread does the work."""
+        with self.engine.changed:
+            if self.closed:
+                raise ValueError("the session is closed")
+            events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+            self._events = events
+            turn = self._begin(arguments)
+            self.engine.changed.notify_all()
+        return self._events_of(turn, lambda: self._take(turn, events))
+
+    def _take(self, turn: Turn, events: queue.SimpleQueue[Event | None]) -> list[Event]:
+        """The next event that the engine delivered; none after an interruption."""
+        event = events.get()
+        if turn.paused and events.qsize() < MAX_WAITING_EVENTS // 2:
+            with self.engine.changed:
+                turn.paused = False
+                self.engine.changed.notify_all()
+        return [] if event is None else [event]
+
+    def deliver(self, event: Event) -> None:
+        """Take over an event of this session's row; called by the engine with the lock held."""
+        event = dataclasses.replace(event, row=0)
+        self._events.put(event)
+        assert self._turn is not None
+        if self._events.qsize() >= MAX_WAITING_EVENTS:
+            self._turn.paused = True
+
+    @_locked
+    def interrupt(self, played_ms: float | None = None) -> Kept:
+        """As `OmniSession.interrupt`; events that were not taken yet are dropped."""
+        kept = super().interrupt(played_ms)
+        self._events.put(None)  # wakes a reader
+        return kept
+
+    def _between_pieces(self) -> None:
+        """Let the engine tick between the pieces of a long prompt; the session may be closed meanwhile."""
+        self.engine.let_a_tick_pass()
+        if self.closed:
+            raise ValueError("the session was closed while it was reading")
+
+    @_locked
+    def fork(self) -> EngineSession:
+        """A second session of the engine with the same past. Raises EngineFullError when no row is free."""
+        row = self.engine.take_row()
+        other: EngineSession = self._copy(self.engine.rows, row)  # type: ignore[assignment]
+        other._events, other._lock = queue.SimpleQueue(), self.engine.changed
+        other._conversation.between = other._between_pieces
+        self.engine.sessions[row] = other
+        return other
+
+    def __enter__(self) -> EngineSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End a running turn and give the row back; the session cannot be used any more."""
+        with self.engine.changed:
+            if self.closed:
+                return
+            if self.responding:
+                self.interrupt()
+            row = self._conversation.row
+            self.closed = True
+            self.engine.rows.clear(row)
+            self.engine.sessions[row] = None

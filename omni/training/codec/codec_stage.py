@@ -1,0 +1,424 @@
+"""Codec training as objectives for the trainer: the whole codec, or Code2Wav alone on codes of another encoder.
+
+    mel, stft             distance of spectra of the decoded and the recorded wave; not computed at weight 0
+    commitment, codebook  the quantiser's two losses                                     (whole codec)
+    adversarial, feature  what discriminators make of the decoded wave                   (with an adversary)
+    discriminator, perplexity   only reported: the discriminators' own loss; codes in use, in effect
+
+The trainer prepares all micro-batches of a step before it takes their losses. The first `prepare` of a step is where
+codebooks start and dead codes restart, so nothing moves under a gradient. The discriminators learn in between: each
+`prepare` adds their gradient on its micro-batch, and the step's first `losses` moves them, once, by the mean over all
+micro-batches of all processes. This is the usual order, discriminators first, for the price of decoding once more.
+
+Shapes: B rows, n samples, K codebooks of `size` codes, F frames, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from omni.code2wav.code2wav import Code2Wav
+from omni.metrics.scores import mel_distance
+from omni.processing.messages import nearest
+from omni.training.codec.codec import (
+    Codec,
+    CodecEncoder,
+    CodecOutput,
+    CodeUsage,
+    ResidualQuantiser,
+    code_shares,
+    draw_weights,
+)
+from omni.training.codec.codec_losses import (
+    MEL_SCALES,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+    multi_scale_mel_loss,
+    multi_scale_stft_loss,
+)
+from omni.training.codec.discriminators import Discriminators
+from omni.training.data.recordings import Crops
+from omni.training.objectives.losses import Loss
+from omni.training.parallel.processes import process_count
+
+SPECTRA = {"mel": 5.0, "stft": 1.0}
+QUANTISER = {"commitment": 0.25, "codebook": 1.0}
+ADVERSARIAL = {"adversarial": 1.0, "feature": 2.0}  # Kong et al., 2020
+_BETAS = (0.8, 0.99)  # of the discriminators' AdamW (Kong et al., 2020)
+
+
+def make_codec(code2wav: Code2Wav, *, width: int | None = None, fresh: bool = False) -> Codec:
+    """A codec to train around a model's Code2Wav, with a new encoder of random weights (`width` as in `CodecEncoder`).
+
+    fresh: Code2Wav is new too, and its weights are drawn for training from nothing (`draw_weights`).
+    """
+    if fresh:
+        draw_weights(code2wav)
+    return Codec(code2wav, CodecEncoder(code2wav.config, width).to(code2wav.code_embedding.weight))
+
+
+class Adversary:
+    """Discriminators with their own optimiser. Parameters learn in `collect` and `update` alone."""
+
+    def __init__(self, judges: Discriminators, lr: float = 1e-4, kind: str = "least_squares") -> None:
+        """judges: equal on all processes; kind: see `discriminator_loss`. Raises ValueError for a rate not above 0."""
+        if not lr > 0:
+            raise ValueError(f"a learning rate of {lr} for the discriminators moves nothing; it must be above 0")
+        self.judges, self.kind = judges.requires_grad_(False), kind
+        self.optimizer = torch.optim.AdamW(judges.parameters(), lr=lr, betas=_BETAS)
+        for p in judges.parameters():  # made now, so that a checkpoint always holds all of it
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros(()), **moments}
+        self._rows = torch.zeros(())
+
+    def to(self, device: torch.device) -> None:
+        """Move weights and moments."""
+        self.judges.to(device)
+        for p in self.judges.parameters():
+            state = self.optimizer.state[p]
+            state |= {key: value.to(device) for key, value in state.items() if key != "step"}  # which stays on the CPU
+
+    def collect(self, wave: Tensor, recorded: Tensor) -> None:
+        """Add the gradient of the discriminators' loss on decoded and recorded waves [B, n]."""
+        self.judges.requires_grad_(True)
+        with torch.enable_grad():
+            real, fake = self.judges(recorded), self.judges(wave.detach())
+            loss = discriminator_loss([j.logits for j in real], [j.logits for j in fake], self.kind)
+            loss.total.backward()
+        self.judges.requires_grad_(False)
+        self._rows = self._rows.to(loss[1]) + loss[1]
+
+    def update(self) -> None:
+        """Move the discriminators by the mean gradient of what was collected, on all processes; then start anew.
+
+        Where a gradient is not finite nothing is moved.
+        """
+        parameters = list(self.judges.parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(grad.flatten() for grad in grads), self._rows.to(grads[0]).view(1)])
+        if process_count() > 1:
+            dist.all_reduce(flat)
+        if flat.isfinite().all() and flat[-1] > 0:
+            mean = flat[:-1] / flat[-1]
+            for p, grad in zip(parameters, mean.split([p.numel() for p in parameters])):
+                p.grad = grad.view_as(p)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._rows = torch.zeros(())
+
+    def losses(self, wave: Tensor, recorded: Tensor) -> dict[str, Loss]:
+        """ "adversarial" and "feature" of decoded waves [B, n] with gradients, "discriminator" for the log."""
+        fake = self.judges(wave)
+        with torch.no_grad():
+            real = self.judges(recorded)
+        own = discriminator_loss([j.logits for j in real], [j.logits.detach() for j in fake], self.kind)
+        return {
+            "adversarial": generator_loss([j.logits for j in fake], self.kind),
+            "feature": feature_matching_loss([j.features for j in fake], [j.features for j in real]),
+            "discriminator": own,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and the optimiser's moments by the weights' names."""
+        moments = {name: self.optimizer.state[p] for name, p in self.judges.named_parameters()}
+        return {"weights": self.judges.state_dict(), "optimizer": moments}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave. Raises ValueError for other discriminators."""
+        try:
+            self.judges.load_state_dict(state["weights"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint is of other discriminators: {error}; build them as in that run"
+            ) from error
+        for name, p in self.judges.named_parameters():
+            for key, moment in self.optimizer.state[p].items():
+                moment.copy_(state["optimizer"][name][key])
+
+
+class WaveObjective(ABC):
+    """What both objectives share: spectral and adversarial losses of decoded waves, and their place in a step."""
+
+    def __init__(
+        self,
+        code2wav: Code2Wav,
+        weights: Mapping[str, float],
+        given: Mapping[str, float] | None,
+        adversary: Adversary | None,
+        start_adversarial_step: int,
+        mel_scales: Sequence[Sequence[int]],
+        floor_db: float,
+    ) -> None:
+        known = {**SPECTRA, **weights, **(ADVERSARIAL if adversary is not None else {})}
+        for name in given or {}:
+            if name not in known:
+                hint = "pass an adversary for it" if name in ADVERSARIAL else nearest(name, known)
+                raise ValueError(f"[loss] has {name!r}, which is none of this objective's losses; {hint}")
+        weighted = {**known, **(given or {})}
+        self.weights = {name: weight for name, weight in weighted.items() if weight or name not in SPECTRA}
+        self.adversary, self.start_adversarial_step = adversary, start_adversarial_step
+        self.sample_rate, self.device = code2wav.sample_rate, code2wav.code_embedding.weight.device
+        self.mel_scales = [(int(window), int(bins)) for window, bins in mel_scales]
+        self.floor = 10 ** (floor_db / 20)
+        self.steps = 0  # that have begun
+        self._preparing = False
+        if adversary is not None:
+            adversary.to(self.device)
+
+    @property
+    def judged(self) -> bool:
+        """Whether the discriminators take part in this step."""
+        return self.adversary is not None and self.steps > self.start_adversarial_step
+
+    def prepare(self, model: Any, batch: Crops) -> Crops:
+        """The batch on the model's device; what has to happen before a step, see above."""
+        batch = batch.to(self.device)
+        if not self._preparing:
+            self._preparing = True
+            self.steps += 1
+            self.begin_step(model, batch)
+        if self.adversary is not None and self.judged:
+            self.adversary.collect(*self.compare(model, batch)[:2])
+        return batch
+
+    def losses(self, model: Any, batch: Crops) -> dict[str, Loss]:
+        """All losses of one batch, gradients attached."""
+        if self._preparing:
+            self._preparing = False
+            if self.adversary is not None and self.judged:
+                self.adversary.update()
+        wave, recorded, own = self.compare(model, batch)
+        losses = dict(own)
+        if "mel" in self.weights:
+            losses["mel"] = multi_scale_mel_loss(wave, recorded, self.sample_rate, self.mel_scales, self.floor)
+        if "stft" in self.weights:
+            losses["stft"] = multi_scale_stft_loss(wave, recorded, floor=self.floor)
+        if self.adversary is not None and self.judged:
+            losses |= self.adversary.losses(wave, recorded)
+        elif self.adversary is not None:
+            rows = torch.tensor(float(len(wave)), device=wave.device)
+            losses |= dict.fromkeys((*ADVERSARIAL, "discriminator"), Loss(torch.zeros_like(rows), rows))
+        return losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model's parameters."""
+        return {"steps": self.steps, "adversary": None if self.adversary is None else self.adversary.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` stands. Raises ValueError where one of them has discriminators and the other has none."""
+        if (state["adversary"] is None) != (self.adversary is None):
+            raise ValueError(
+                "the checkpoint and this run are not both adversarial; resume with the same adversarial and feature "
+                "weights, or begin a new run from the exported model"
+            )
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
+        self.steps, self._preparing = state["steps"], False
+
+    @abstractmethod
+    def begin_step(self, model: Any, batch: Crops) -> None:
+        """Called once a step, without gradients, on its first batch."""
+
+    @abstractmethod
+    def counts(self, batch: Crops) -> dict[str, float]:
+        """Items of each loss."""
+
+    @abstractmethod
+    def compare(self, model: Any, batch: Crops) -> tuple[Tensor, Tensor, dict[str, Loss]]:
+        """Decoded and recorded waves [B, m], and further losses."""
+
+
+class CodecObjective(WaveObjective):
+    """Trains the parameters of a `Codec` that require gradients; the trainer's model is the codec.
+
+    given: weights of losses other than the defaults above. adversary: takes part after `start_adversarial_step` steps.
+    mel_scales: (window, mel bins) each. floor_db: level, relative to full scale, below which spectra count as silent.
+    initialise: set the codebooks by k-means on the first batch; False for a codec that is trained already.
+    restart_every: steps between restarts of codes that fell out of use, 0 for none. Where the code table is frozen
+    neither happens. seed: of both; of several processes the first one decides.
+    It is saved with the run: `Trainer(also={"codec": objective})`.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        given: Mapping[str, float] | None = None,
+        *,
+        adversary: Adversary | None = None,
+        start_adversarial_step: int = 0,
+        mel_scales: Sequence[Sequence[int]] = MEL_SCALES,
+        floor_db: float = -100.0,
+        initialise: bool = True,
+        restart_every: int = 100,
+        restart_below: float = 0.05,
+        usage_decay: float = 0.99,
+        seed: int = 0,
+    ) -> None:
+        """Raises ValueError for a weight of a loss that is not there."""
+        super().__init__(codec.code2wav, QUANTISER, given, adversary, start_adversarial_step, mel_scales, floor_db)
+        self.hop_length, self.lookahead = codec.encoder.hop_length, codec.code2wav.lookahead
+        self.restart_every, self.restart_below = restart_every, restart_below
+        self.usage = CodeUsage.start(codec, usage_decay)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._initialise = initialise
+
+    def counts(self, batch: Crops) -> dict[str, float]:
+        """Rows, and frames for the quantiser's losses."""
+        rows, samples = batch.waves.shape
+        frames = rows * -(-samples // self.hop_length)
+        return {name: float(frames if name in QUANTISER else rows) for name in self.weights}
+
+    def begin_step(self, model: Codec, batch: Crops) -> None:
+        """Start the codebooks, or give codes that are not used another place."""
+        table = model.code2wav.code_embedding.weight
+        first, due = self._initialise, self.restart_every and (self.steps - 1) % self.restart_every == 0
+        self._initialise = False
+        if not table.requires_grad or not (first or (due and self.steps > 1)):
+            return
+        if process_count() == 1 or dist.get_rank() == 0:
+            frames = (batch.lengths + self.hop_length - 1) // self.hop_length
+            latents = model.encoder(batch.waves).transpose(1, 2)  # [B, F, D]
+            heard = torch.arange(latents.shape[1], device=latents.device) < frames[:, None]
+            latents = latents[heard].t()[None]  # what is silence behind the end gets no codes of its own
+            if first:
+                model.quantiser.initialise_codebooks(latents, generator=self.generator)
+            else:
+                model.quantiser.restart_dead_codes(latents, self.usage, self.restart_below, self.generator)
+        if process_count() > 1:
+            dist.broadcast(table.detach(), src=0)
+
+    def compare(self, model: Codec, batch: Crops) -> tuple[Tensor, Tensor, dict[str, Loss]]:
+        """Waves through the codec and as they were; the silence behind a recording's end is coded like any sound."""
+        out: CodecOutput = model(batch.waves)
+        if out.wave.shape[1] == 0:
+            raise ValueError(
+                f"crops of {batch.waves.shape[1]} samples give none: {self.lookahead} are lost to the lookahead; make "
+                "crop_s larger"
+            )
+        if torch.is_grad_enabled():
+            self.usage.update(out.codes)
+        once = torch.ones((), device=out.wave.device)
+        own = {
+            "commitment": out.commitment,
+            "codebook": out.codebook,
+            "perplexity": Loss(out.perplexity.mean(), once),
+        }
+        return out.wave, batch.waves[:, : out.wave.shape[1]].to(out.wave), own
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also how codes were used, and the generator's state."""
+        return {
+            **super().state_dict(),
+            "initialise": self._initialise,
+            "shares": self.usage.shares,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` stands."""
+        super().load_state_dict(state)
+        self._initialise = state["initialise"]
+        self.usage.shares.copy_(state["shares"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+class DecoderObjective(WaveObjective):
+    """Trains Code2Wav to decode given codes, such as Mimi's; the trainer's model is any module with a `code2wav`.
+
+    Batches are crops with codes. Code2Wav's whole context lies before a frame, so what stands behind a recording's end
+    changes only the `lookahead` samples before it; neither these nor the silence count. Arguments as in
+    `CodecObjective`.
+    """
+
+    def __init__(
+        self,
+        code2wav: Code2Wav,
+        given: Mapping[str, float] | None = None,
+        *,
+        adversary: Adversary | None = None,
+        start_adversarial_step: int = 0,
+        mel_scales: Sequence[Sequence[int]] = MEL_SCALES,
+        floor_db: float = -100.0,
+    ) -> None:
+        """Raises ValueError for a weight of a loss that is not there."""
+        super().__init__(code2wav, {}, given, adversary, start_adversarial_step, mel_scales, floor_db)
+        self.config = code2wav.config
+
+    def prepare(self, model: Any, batch: Crops) -> Crops:
+        """Also checks the codes, which a lookup on a GPU would not. Raises ValueError for codes that do not fit."""
+        books, size = self.config.num_quantizers, self.config.codebook_size
+        if batch.codes is None:
+            raise ValueError("the crops have no codes; give crop_batches codes= and hop_length=")
+        if batch.codes.shape[1] != books or not 0 <= int(batch.codes.min()) <= int(batch.codes.max()) < size:
+            raise ValueError(
+                f"the crops have {batch.codes.shape[1]} codebooks of codes {int(batch.codes.min())} .. "
+                f"{int(batch.codes.max())}, Code2Wav has {books} of 0 .. {size - 1}; use the codec's own encoder"
+            )
+        return super().prepare(model, batch)
+
+    def begin_step(self, model: Any, batch: Crops) -> None:
+        """Nothing moves beside what the optimiser does."""
+
+    def counts(self, batch: Crops) -> dict[str, float]:
+        """Rows."""
+        return dict.fromkeys(self.weights, float(len(batch.waves)))
+
+    def compare(self, model: Any, batch: Crops) -> tuple[Tensor, Tensor, dict[str, Loss]]:
+        """Decoded and recorded waves, both silent where nothing is to be compared."""
+        assert batch.codes is not None
+        wave = decode_with_gradients(model.code2wav, batch.codes)
+        if wave.shape[1] == 0:
+            raise ValueError(f"crops of {batch.codes.shape[2]} frame(s) give no sample; make crop_s larger")
+        ends = batch.lengths - torch.where(batch.lengths < batch.waves.shape[1], model.code2wav.lookahead, 0)
+        heard = torch.arange(wave.shape[1], device=wave.device) < ends[:, None]
+        return wave * heard, batch.waves[:, : wave.shape[1]].to(wave) * heard, {}
+
+
+def decode_with_gradients(code2wav: Code2Wav, codes: Tensor) -> Tensor:
+    """`code2wav(codes)`, codes int64 [B, K, F] -> [B, m], with gradients also where samples are clipped."""
+    x = code2wav.pre_transformer(ResidualQuantiser(code2wav).embed(codes)).transpose(1, 2)
+    loud = code2wav.decoder(code2wav.upsample(x))[:, 0]
+    return loud.detach().clamp(-1, 1) + (loud - loud.detach())  # exactly the clipped wave
+
+
+@torch.no_grad()
+def evaluate_codec(codec: Codec, batches: Sequence[Crops]) -> dict[str, float]:
+    """How well crops survive the codec: "mel_db", mean mel distance in decibels (`mel_distance`), and "perplexity",
+    codes in use of a codebook, in effect, averaged over codebooks. Silence behind a recording's end does not count."""
+    distances, codes = [], []
+    device = codec.code2wav.code_embedding.weight.device
+    for batch in batches:
+        for wave, length in zip(batch.waves.to(device), batch.lengths.tolist()):
+            code = codec.encode(wave[None, :length])
+            distances.append(_decibels(codec.decode(code)[0], wave[:length], codec.sample_rate))
+            codes.append(code)
+    shares = code_shares(torch.cat(codes, dim=2), codec.code2wav.config.codebook_size)
+    return {
+        "mel_db": sum(distances) / len(distances),
+        "perplexity": float(torch.special.entr(shares).sum(1).exp().mean()),
+    }
+
+
+@torch.no_grad()
+def evaluate_decoder(code2wav: Code2Wav, batches: Sequence[Crops]) -> dict[str, float]:
+    """ "mel_db" as in `evaluate_codec`, of what Code2Wav makes of given codes."""
+    distances, device = [], code2wav.code_embedding.weight.device
+    for batch in batches:
+        assert batch.codes is not None, "crops with codes"
+        for wave, length, codes in zip(batch.waves, batch.lengths.tolist(), batch.codes):
+            frames = -(-length // code2wav.hop_length)
+            decoded = code2wav(codes[None, :, :frames].to(device))[0]
+            distances.append(_decibels(decoded, wave[:length], code2wav.sample_rate))
+    return {"mel_db": sum(distances) / len(distances)}
+
+
+def _decibels(wave: Tensor, recorded: Tensor, sample_rate: int) -> float:
+    return mel_distance(wave.float(), recorded.float(), sample_rate).decibels

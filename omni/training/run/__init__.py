@@ -1,0 +1,1 @@
+"""A run: its file, its stages, the loop, its checkpoints and log."""

@@ -1,0 +1,389 @@
+"""What each objective is made of: the module that learns, its losses, its data.
+
+An objective of your own is one entry of `OBJECTIVES`: a function that makes a `Stage` of a `Setup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from omni.config.names import import_name
+from omni.model import OmniModel
+from omni.processing.messages import nearest
+from omni.processing.processor import OmniProcessor
+from omni.training.codec.codec import draw_weights
+from omni.training.codec.codec_stage import (
+    Adversary,
+    CodecObjective,
+    DecoderObjective,
+    evaluate_codec,
+    evaluate_decoder,
+    make_codec,
+)
+from omni.training.codec.discriminators import Discriminators
+from omni.training.codec.speech_codes import SpeechEncoder, cached_codes, load_codec_encoder
+from omni.training.data.augmentation import PLAIN, SpeechAugmentation
+from omni.training.data.batches import Batches, collate
+from omni.training.data.conversation_samples import SampleMaker
+from omni.training.data.manifest import Manifest
+from omni.training.data.mixture import Mixture
+from omni.training.data.recordings import crop_batches, open_sounds
+from omni.training.data.samples import TrainingBatch
+from omni.training.objectives.distillation import Distillation
+from omni.training.objectives.dpo import DPO
+from omni.training.objectives.flow_stage import FlowMaker, FlowObjective, evaluate_flow, flow_batches, speakers_of
+from omni.training.objectives.gspo import GSPO
+from omni.training.objectives.supervised import Supervised
+from omni.training.objectives.transcription_stage import (
+    CharacterLabels,
+    Labels,
+    TokenLabels,
+    Transcriber,
+    TranscriptionObjective,
+    clip_batches,
+    evaluate_transcriber,
+)
+from omni.training.run.contracts import Data, Objective, Stateful
+from omni.training.run.train_config import DataTable, FilterTable, TrainConfig
+
+Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
+
+
+@dataclass
+class Setup:
+    """What every stage is made from: the config, the model as it will be trained, its processor (None where the
+    folder has none), and this process's share of the data as (index, shares)."""
+
+    config: TrainConfig
+    model: OmniModel
+    processor: OmniProcessor | None
+    share: tuple[int, int] = (0, 1)
+
+    def require_processor(self) -> OmniProcessor:
+        """The processor, or a ValueError with the remedy."""
+        if self.processor is None:
+            raise ValueError(
+                "conversations need a tokenizer: start from a checkpoint folder that has one, or name a folder with "
+                "model.processor"
+            )
+        return self.processor
+
+    def mixture(self, read: Callable[[str], Manifest] = Manifest, part: str = "train") -> Mixture:
+        """The manifests of `part`, train or eval, in their shares, filtered. Raises ValueError where there are none."""
+        table = self.config.data
+        sources = getattr(table, part)
+        if not sources:
+            raise ValueError(f"there is no data; set data.{part} = [{{ manifest = '{part}.jsonl' }}]")
+        return Mixture(
+            [read(source.manifest) for source in sources],
+            [source.weight for source in sources],
+            self.config.train.seed,
+            rank=self.share[0],
+            world_size=self.share[1],
+            keep=partial(keeps, filters=table.filters) if table.filters else None,
+        )
+
+
+@dataclass
+class Stage:
+    """What the trainer is given. module: holds the parameters that learn; also: further things to save; finish: called
+    after training, to put the result into the model; evaluate: scores of the module at a step, on `data.eval`."""
+
+    module: nn.Module
+    objective: Objective
+    data: Data
+    also: Mapping[str, Stateful] = field(default_factory=dict)
+    finish: Callable[[], None] = lambda: None
+    evaluate: Evaluate | None = None
+
+
+class Collated:
+    """Lists of samples as training batches; saving and resuming are the list's."""
+
+    def __init__(self, batches: Batches, pad_token_id: int) -> None:
+        self.batches = batches
+        self.pad_token_id = pad_token_id
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        return (collate(samples, self.pad_token_id) for samples in self.batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches.load_state_dict(state)
+
+
+def keeps(row: Mapping[str, Any], filters: tuple[FilterTable, ...]) -> bool:
+    """Whether a manifest's row passes every filter: the quality filter of continued pre-training."""
+    for wanted in filters:
+        value = row.get(wanted.key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not wanted.min <= value <= wanted.max:
+            return False
+    return True
+
+
+def conversations(setup: Setup, *, speech: bool) -> Collated:
+    """The manifests' conversations as batches; with `speech`, the answers' recordings as codes."""
+    processor, table = setup.require_processor(), setup.config.data
+    maker = SampleMaker(
+        processor,
+        setup.model.config,
+        codes_of(setup.model, table) if speech else None,
+        max_tokens=table.max_tokens,
+        loss_on=table.loss_on,
+        speech=speech,
+    )
+    batches = Batches(
+        setup.mixture(),
+        maker,
+        max_tokens=table.max_tokens,
+        bucket_size=table.bucket,
+        seed=setup.config.train.seed,
+        skip_limit=table.skip_limit,
+        workers=table.workers,
+        padded=False,
+    )
+    pad = processor.tokenizer.pad_token_id
+    return Collated(batches, 0 if pad is None else int(pad))
+
+
+def scores(setup: Setup) -> Evaluate | None:
+    """`eval.metrics` of the model on the manifests of `data.eval`; None where no evaluation is asked for."""
+    table, sources = setup.config.eval, setup.config.data.eval
+    if not table.every:
+        return None
+    if not sources:
+        raise ValueError("eval.every needs data to evaluate on; set data.eval = [{ manifest = 'eval.jsonl' }]")
+    scorer = import_name(table.scorer)
+    codes = codes_of(setup.model, setup.config.data)
+    hooks = {
+        Path(source.manifest).stem: scorer(
+            setup.require_processor(), source.manifest, table.metrics or ("loss",), table.limit, codes
+        )
+        for source in sources
+    }
+
+    def evaluate(module: nn.Module, step: int) -> dict[str, float]:
+        found = {name: hook(module, step) for name, hook in hooks.items()}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        return {f"{manifest}/{name}": value for manifest, own in found.items() for name, value in own.items()}
+
+    return evaluate
+
+
+def _on_fixed_batches(setup: Setup, batches: Callable[[], Iterator[Any]], score: Callable[..., Any]) -> Evaluate | None:
+    """A score of the module on the first batches of `data.eval`, always the same ones."""
+    table = setup.config.eval
+    if not table.every:
+        return None
+    source = batches()
+    held = [next(source) for _ in range(table.limit or 4)]
+    return lambda module, step: score(module, held)
+
+
+def codec_encoder(model: OmniModel, table: DataTable) -> SpeechEncoder | None:
+    """The encoder of data.codec; None where none is named."""
+    if table.codec.path is None:
+        return None
+    talker = model.config.talker_config
+    return load_codec_encoder(
+        table.codec.kind, table.codec.path, num_codebooks=None if talker is None else talker.num_code_groups
+    )
+
+
+def codes_of(model: OmniModel, table: DataTable) -> Callable[[Any], torch.Tensor] | None:
+    """What encodes a recording to codes, through the cache; None without a codec (manifests then hold codes)."""
+    encoder = codec_encoder(model, table)
+    if encoder is None:
+        return None
+    cache = table.codec.cache or str(Path(table.train[0].manifest).parent / "codes")
+    return partial(cached_codes, encoder=encoder, folder=cache)
+
+
+def _supervised(setup: Setup, *, text: bool, speech: bool) -> Stage:
+    options = dict(setup.config.objective)
+    objective = _with_options(
+        partial(Supervised, setup.model, text=text, speech=speech, given=setup.config.loss),
+        options,
+        ("detach", "residual_weight", "residual_share"),
+    )
+    return Stage(setup.model, objective, conversations(setup, speech=speech), evaluate=scores(setup))
+
+
+def _on_conversations(setup: Setup, make: Callable[..., Objective], *, speech: bool, known: tuple[str, ...]) -> Stage:
+    """An objective over the manifests' conversations."""
+    objective = _with_options(partial(make, setup.model, given=setup.config.loss), setup.config.objective, known)
+    return Stage(setup.model, objective, conversations(setup, speech=speech), evaluate=scores(setup))
+
+
+def _dpo(setup: Setup) -> Stage:
+    known = ("text", "speech", "beta", "label_smoothing", "residual_weight", "detach", "reference")
+    return _on_conversations(setup, DPO, speech=bool(setup.config.objective.get("speech")), known=known)
+
+
+def _distillation(setup: Setup) -> Stage:
+    if "teacher" not in setup.config.objective:
+        raise ValueError("distillation needs a teacher; set objective.teacher to its folder or Hub id")
+    known = ("teacher", "on_policy", "top_k", "temperature", "direction", "max_new_tokens", "sampling")
+    return _on_conversations(setup, Distillation, speech=False, known=known)
+
+
+def _gspo(setup: Setup) -> Stage:
+    if "rewards" not in setup.config.objective:
+        raise ValueError("gspo needs rewards; set objective.rewards, for example to ['exact_answer']")
+    known = (
+        "rewards", "group_size", "clip_low", "clip_high", "kl_weight", "max_new_tokens", "sampling", "audio",
+    )  # fmt: skip
+    return _on_conversations(setup, GSPO, speech=False, known=known)
+
+
+def _codec(setup: Setup) -> Stage:
+    """The whole codec on crops of recordings; with `decoder_only`, Code2Wav on the codes of data.codec."""
+    setup.model.require("code2wav")
+    options = dict(setup.config.objective)
+    decoder_only, fresh = options.pop("decoder_only", False), options.pop("fresh", False)
+    width, crop_s, batch_size = options.pop("width", None), options.pop("crop_s", 1.0), options.pop("batch_size", 16)
+    folder = options.pop("encoder_folder", None)
+    adversary = None
+    if any(setup.config.loss.get(name) for name in ("adversarial", "feature")):
+        adversary = Adversary(Discriminators(options.pop("judge_width", 32)), options.pop("judge_lr", 1e-4))
+    code2wav, table = setup.model.code2wav, setup.config.data
+    known = ["start_adversarial_step", "mel_scales", "floor_db"]
+    known += [] if decoder_only else ["initialise", "restart_every", "restart_below", "usage_decay"]
+    codec = None if decoder_only else make_codec(code2wav, width=width, fresh=fresh)
+    make: Callable[..., Any]
+    if codec is None:
+        if fresh:
+            draw_weights(code2wav)
+            encoder = codec_encoder(setup.model, table)
+            if encoder is not None and encoder.start_table is not None:
+                encoder.start_table(code2wav)
+        make = partial(DecoderObjective, code2wav)
+    else:
+        make = partial(CodecObjective, codec, seed=setup.config.train.seed)
+    objective = _with_options(partial(make, setup.config.loss, adversary=adversary), options, tuple(known))
+    codes = codes_of(setup.model, table) if decoder_only else None
+
+    def crops(part: str, workers: int = 0) -> Any:
+        return crop_batches(
+            setup.mixture(open_sounds, part), code2wav.sample_rate, crop_s, batch_size=batch_size, codes=codes,
+            hop_length=code2wav.hop_length, skip_limit=table.skip_limit, workers=workers,
+        )  # fmt: skip
+
+    def score(module: Any, held: Any) -> dict[str, float]:
+        return evaluate_decoder(module.code2wav, held) if decoder_only else evaluate_codec(module, held)
+
+    evaluate = _on_fixed_batches(setup, lambda: iter(crops("eval")), score)
+
+    def finish() -> None:
+        if folder is not None and codec is not None:
+            codec.save(folder)
+
+    module = nn.ModuleDict({"code2wav": code2wav}) if codec is None else codec
+    return Stage(module, objective, crops("train", table.workers), {"codec": objective}, finish, evaluate)
+
+
+def _flow_matching(setup: Setup) -> Stage:
+    """The diffusion transformer of Token2Wav on recordings; the vocoder stays."""
+    setup.model.require("code2wav")
+    code2wav, table = setup.model.code2wav, setup.config.data
+    if not hasattr(code2wav, "dit"):
+        raise ValueError("flow_matching trains a diffusion transformer, and this model's codec decoder has none")
+    options, codes = dict(setup.config.objective), codes_of(setup.model, table)
+    batch_size = options.pop("batch_size", 16)
+    made = {name: options.pop(name) for name in ("crop_s", "reference_s", "n_fft") if name in options}
+    objective = _with_options(partial(FlowObjective, setup.config.loss), options, ("drop_rate",))
+
+    def batches(part: str, workers: int = 0) -> Any:
+        mixture = setup.mixture(part=part)
+        make = FlowMaker(
+            code2wav, speakers_of(mixture), voices=setup.model.voices, codes=codes, **made,
+            seed=mixture.seed, rank=mixture.rank,
+        )  # fmt: skip
+        return flow_batches(mixture, make, batch_size=batch_size, skip_limit=table.skip_limit, workers=workers)
+
+    evaluate = _on_fixed_batches(setup, lambda: iter(batches("eval")), evaluate_flow)
+    module = nn.ModuleDict({"dit": code2wav.dit})
+    return Stage(module, objective, batches("train", table.workers), evaluate=evaluate)
+
+
+def _transcription(setup: Setup) -> Stage:
+    """The audio encoder with a head of its own, which is left behind."""
+    setup.model.require("thinker")
+    if setup.model.audio_encoder is None:
+        raise ValueError("this model has no audio encoder to train")
+    options = dict(setup.config.objective)
+    language, max_s = options.pop("language", "en") or None, options.pop("max_s", 30.0)  # "": texts as they are
+    batch_size, head = options.pop("batch_size", 16), options.pop("head", "ctc")
+    alphabet, kind = options.pop("alphabet", None), options.pop("labels", "characters")
+    if kind not in ("characters", "tokens"):
+        raise ValueError(f"objective.labels: {nearest(str(kind), ('characters', 'tokens'))}")
+    labels: Labels = CharacterLabels() if alphabet is None else CharacterLabels(alphabet)
+    if kind == "tokens":
+        labels = TokenLabels(setup.require_processor())
+    make = partial(Transcriber, setup.model.audio_encoder, labels.size, head)
+    known: tuple[str, ...] = ("dim", "layers", "heads")
+    if head == "embeddings":
+        make, known = partial(make, **_embeddings(setup, kind, options.pop("blank", None))), ("scale",)
+    changes = {name: options.pop(name) for name in ("speeds", "frequency_masks", "time_masks") if name in options}
+    heard_as = {"train": SpeechAugmentation(**changes, seed=setup.config.train.seed), "eval": PLAIN}
+    transcriber = _with_options(make, options, known)
+    table = setup.config.data
+
+    def clips(part: str, workers: int = 0) -> Any:
+        return clip_batches(
+            setup.mixture(part=part), labels, transcriber, language=language, max_s=max_s, batch_size=batch_size,
+            skip_limit=table.skip_limit, workers=workers, augmentation=heard_as[part],
+        )  # fmt: skip
+
+    score = partial(evaluate_transcriber, labels=labels, language=language or "en")
+    evaluate = _on_fixed_batches(setup, lambda: iter(clips("eval")), score)
+    objective = TranscriptionObjective(transcriber, setup.config.loss)
+    return Stage(transcriber, objective, clips("train", table.workers), evaluate=evaluate)
+
+
+def _embeddings(setup: Setup, kind: str, blank: str | None) -> dict[str, Any]:
+    """What an `EmbeddingHead` compares with: the Thinker's embeddings of the tokenizer's ids."""
+    if kind != "tokens" or blank is None:
+        raise ValueError(
+            "objective.head = 'embeddings' compares with the Thinker's embeddings; set objective.labels = 'tokens' and "
+            "objective.blank to a text of one token that stands for no word"
+        )
+    processor = setup.require_processor()
+    ids = processor.encode_text(blank)
+    if len(ids) != 1:
+        raise ValueError(f"objective.blank = {blank!r} is {len(ids)} tokens; choose a text of one")
+    embeddings = setup.model.thinker.embed_tokens.weight[: len(processor.tokenizer)]
+    return {"embeddings": embeddings, "blank": ids[0]}
+
+
+def _with_options(make: Callable[..., Any], options: dict[str, Any], known: tuple[str, ...]) -> Any:
+    """`make(**options)`; ValueError for an option that it does not have."""
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown key 'objective.{name}'; {nearest(name, known)}")
+    return make(**options)
+
+
+OBJECTIVES: dict[str, Callable[[Setup], Stage]] = {
+    "thinker": partial(_supervised, text=True, speech=False),
+    "talker": partial(_supervised, text=False, speech=True),
+    "joint": partial(_supervised, text=True, speech=True),
+    "dpo": _dpo,
+    "distillation": _distillation,
+    "gspo": _gspo,
+    "codec": _codec,
+    "flow_matching": _flow_matching,
+    "transcription": _transcription,
+}
+# what learns is not the model but a module made around a part of it
+OWN_MODULE = ("codec", "flow_matching", "transcription")

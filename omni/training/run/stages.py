@@ -1,0 +1,161 @@
+"""From a config file to a run: model, what learns, objective, data, processes, and the finished model's folder.
+
+A stage is a preset of all of these; the published ones are the files `configs/train_*.toml`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from omni.config.locate import resolve_folder
+from omni.config.qwen3_omni import OmniConfig
+from omni.model import OmniModel
+from omni.processing.messages import nearest
+from omni.processing.processor import OmniProcessor
+from omni.training.parallel.distributed_run import spread, store_of
+from omni.training.parallel.processes import init_from_env, process_count
+from omni.training.run.contracts import TrainResult
+from omni.training.run.lora import add_lora, merge_lora
+from omni.training.run.optimiser import trainable
+from omni.training.run.speakers import SpeakerEmbedding, add_speaker, merge_speakers, speaker_parameters
+from omni.training.run.stage_table import OBJECTIVES, OWN_MODULE, Evaluate, Setup, Stage
+from omni.training.run.train_config import TrainConfig
+from omni.training.run.trainer import Trainer
+
+
+@dataclass
+class Run:
+    """A run that is ready to start. model: as it is trained; `train` runs it, resumes it where its folder holds a
+    checkpoint, and writes the finished model."""
+
+    setup: Setup
+    stage: Stage
+    trainer: Trainer
+
+    def train(self, *, resume: bool = True) -> TrainResult:
+        """Train to the end, or to a signal. A run that was ended early is exported only when it is taken up again."""
+        if resume and self.trainer.store is not None:
+            self.trainer.resume()
+        result = self.trainer.train()
+        export = self.setup.config.save.export
+        if export is not None and not result.stopped:
+            self.export(export)
+        return result
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model in the Hub's layout, with the averaged parameters if there are any. The run ends with this:
+        low-rank updates and new voices are merged into the model's own weights."""
+        ema = self.trainer.ema
+        with ema.applied() if ema is not None else nullcontext():
+            self.stage.finish()
+            finish_model(self.setup.model)
+            save(self.setup.model, folder)
+
+
+def finish_model(model: OmniModel) -> None:
+    """Merge what training put beside the weights: low-rank updates and rows of voices."""
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        merge_lora(model)
+    if model.talker is not None and isinstance(model.talker.codec_embedding, SpeakerEmbedding):
+        merge_speakers(model)
+
+
+def save(model: OmniModel, folder: str | Path) -> None:
+    """`save_pretrained`, by all processes together where there are several."""
+    from omni.training.parallel.distributed_checkpoint import export
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        export(model, folder)
+    else:
+        model.save_pretrained(folder)
+
+
+def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
+    """Everything that a config file describes, ready to train. evaluate: in place of the stage's own scores.
+
+    Raises ValueError, FileNotFoundError or OSError.
+    """
+    if config.train.objective not in OBJECTIVES:
+        raise ValueError(f"train.objective: {nearest(config.train.objective, OBJECTIVES)}")
+    parts = config.model.parts
+    whole = "thinker" in parts and ("talker" in parts) == ("code2wav" in parts)
+    if config.save.export is not None and not whole:  # saving would fail in the end
+        raise ValueError(
+            f"save.export writes a checkpoint, and {', '.join(parts)} make none; let model.parts be all parts, or the "
+            "thinker alone, or leave save.export out"
+        )
+    init_from_env()  # before anything is put on a device
+    torch.manual_seed(config.train.seed)  # what is added to the model is alike on all processes
+    model = load_model(config)
+    own_module = config.train.objective in OWN_MODULE
+    if own_module:
+        model.requires_grad_(False)
+    else:
+        choose_parameters(model, config)
+    ranks, share = spread(model, config, whole=own_module)
+    setup = Setup(config, model, model.processor, share)
+    stage = OBJECTIVES[config.train.objective](setup)
+    if own_module:
+        trainable(stage.module, config.train.parameters)
+    trainer = Trainer(
+        stage.module,
+        stage.objective,
+        stage.data,
+        config,
+        evaluate or stage.evaluate,
+        ranks,
+        store_of(config),
+        also=stage.also,
+    )
+    return Run(setup, stage, trainer)
+
+
+def load_model(config: TrainConfig) -> OmniModel:
+    """The model that a run starts from: a checkpoint, or random weights drawn with the run's seed."""
+    table = config.model
+    device = None if config.train.device == "auto" else config.train.device
+    if device is None and process_count() > 1:
+        device = "cpu"  # `spread` puts each process's part on its GPU
+    if table.checkpoint is not None:
+        model = OmniModel.from_pretrained(table.checkpoint, dtype=table.dtype, device=device, parts=table.parts)
+    else:
+        assert table.config is not None
+        torch.manual_seed(config.train.seed)
+        dtype = torch.bfloat16 if table.dtype == "bfloat16" else torch.float32
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = OmniModel(OmniConfig.from_pretrained(table.config), table.parts).to(place, dtype)
+    if table.processor is not None:
+        model.processor = OmniProcessor.from_pretrained(resolve_folder(table.processor))
+    return model
+
+
+def choose_parameters(model: OmniModel, config: TrainConfig) -> None:
+    """Add the new voice and low-rank updates that the config asks for, and let learn what it names.
+
+    With [lora], or a voice of which the row alone learns, `train.parameters` left at its default adds nothing.
+    """
+    chosen, default = config.train.parameters, type(config.train).parameters
+    special: list[nn.Parameter] = []
+    if config.speaker is not None:
+        add_speaker(model, config.speaker.add, config.speaker.like)
+    if config.lora is not None:
+        table = config.lora
+        names = set(add_lora(model, table.patterns, table.rank, table.alpha, table.dropout, table.experts))
+        special += [p for name, p in model.named_parameters() if name in names]
+    row_only = config.speaker is not None and config.speaker.row_only
+    if row_only:
+        assert config.speaker is not None
+        special += speaker_parameters(model, config.speaker.add)
+    if special and chosen == default:
+        model.requires_grad_(False)
+    else:
+        trainable(model, chosen)
+        if row_only:  # the rest of the table never learns beside it
+            model.talker.codec_embedding.weight.requires_grad_(False)
+    for parameter in special:
+        parameter.requires_grad_(True)
