@@ -3,67 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni.checkpoint.atomic import atomic_folder
 from omni.checkpoint.keys import KEY_TABLES, KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
 from omni.checkpoint.save import save_weights
-from omni.code2wav.code2wav import Code2Wav
-from omni.code2wav.token2wav import Token2Wav
 from omni.code2wav.voices import Voice, find_voices, save_voice_files
 from omni.config.keywords import names_keywords
 from omni.config.locate import resolve_folder
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
-from omni.config.qwen2_5_omni import DenseTalkerConfig
-from omni.config.qwen3_omni import AudioEncoderConfig, Code2WavConfig, OmniConfig, TalkerConfig, VisionEncoderConfig
+from omni.config.qwen3_omni import OmniConfig
 from omni.config.reading import read_json
-from omni.config.token2wav import Token2WavConfig
-from omni.encoders.audio import AudioEncoder
-from omni.encoders.vision import VisionEncoder
-from omni.encoders.whisper_audio import WhisperAudioEncoder
-from omni.encoders.window_vision import WindowVisionEncoder
 from omni.generation import generate as generation
 from omni.generation.compilation import compile_steps
 from omni.generation.events import Event
-from omni.generation.graphs import GraphPool
 from omni.generation.output import OmniOutput
 from omni.generation.prompt import encode_prompt
 from omni.generation.steps import Steps
 from omni.generation.streaming_config import StreamingConfig
-from omni.layers.init import MetaBuild, initialise
+from omni.layers.init import MetaBuild
 from omni.layers.quantized import DEFAULT_PARTS
 from omni.layers.quantized import quantize as pack_weights
+from omni.parts import PARTS, ModelParts, check_parts
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
-from omni.talker.single_codebook import SingleCodebookTalker
-from omni.talker.talker import Talker
-from omni.thinker.thinker import Thinker, ThinkerOutput
+from omni.thinker.thinker import ThinkerOutput
 
 if TYPE_CHECKING:
     from omni.generation.arguments import PerRow
 
-PARTS = ("thinker", "talker", "code2wav")
-_USUAL_STD = 0.02  # where a part's config names none
-CHILDREN = ("audio_encoder", "vision_encoder", *PARTS)  # the encoders come and go with the Thinker
-BUILDERS: dict[type, Callable[[Any], nn.Module]] = {  # what a part's config makes
-    AudioEncoderConfig: AudioEncoder,
-    VisionEncoderConfig: VisionEncoder,
-    TalkerConfig: Talker,
-    Code2WavConfig: Code2Wav,
-    WhisperAudioEncoderConfig: WhisperAudioEncoder,
-    WindowVisionEncoderConfig: WindowVisionEncoder,
-    DenseTalkerConfig: SingleCodebookTalker,
-    Token2WavConfig: Token2Wav,
-}
 
-
-class OmniModel(nn.Module):
+class OmniModel(ModelParts):
     """A Thinker-Talker model (Qwen3-Omni technical report, section 2).
 
     Attributes: `audio_encoder`, `vision_encoder`, `thinker`, `talker`, `code2wav`, each None where the variant or
@@ -75,94 +50,13 @@ class OmniModel(nn.Module):
     a module of your own with the same contract: `audio_encoder=Mine(...)`, `code2wav=Mine(...)` and so on.
     """
 
-    # Each part is any module that keeps its contract, or None; a type would only name the released one.
-    audio_encoder: Any
-    vision_encoder: Any
-    thinker: Any
-    talker: Any
-    code2wav: Any
     load_report: LoadReport | None = None
-    steps: Steps = Steps()  # how decoding steps are run; `compile` changes it
-    graphs: GraphPool | None = None  # captured steps, if any
-
-    def __init__(
-        self,
-        config: OmniConfig,
-        parts: Sequence[str] = PARTS,
-        *,
-        audio_encoder: nn.Module | None = None,
-        vision_encoder: nn.Module | None = None,
-        thinker: nn.Module | None = None,
-        talker: nn.Module | None = None,
-        code2wav: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        if not isinstance(config, OmniConfig):
-            raise TypeError(
-                f"OmniModel takes an OmniConfig, got {type(config).__name__}; read one with "
-                "OmniConfig.from_pretrained, or load a checkpoint with OmniModel.from_pretrained"
-            )
-        parts = _check_parts(parts)
-        self.config = config
-        self.processor: OmniProcessor | None = None
-        self.generation_config: dict[str, Any] = {}
-        self.voices: dict[str, Voice] = {}
-        own = (audio_encoder, vision_encoder, thinker, talker, code2wav)
-        given = {name for name, part in zip(CHILDREN, own) if part is not None}
-        thinks, speaks = "thinker" in parts, config.has_talker
-        c, t = config.thinker_config, config.talker_config
-        accept = t.accept_hidden_layer if t is not None and speaks else None
-        if audio_encoder is None and thinks and c.audio_config is not None:
-            audio_encoder = _build(c.audio_config)
-        if vision_encoder is None and thinks and c.vision_config is not None:
-            vision_encoder = _build(c.vision_config)
-        if thinker is None and thinks:
-            thinker = Thinker(c, accept)
-        if talker is None and speaks and "talker" in parts and t is not None:
-            talker = _build(t)
-        if code2wav is None and speaks and "code2wav" in parts and config.code2wav_config is not None:
-            code2wav = _build(config.code2wav_config)
-        self.audio_encoder, self.vision_encoder = audio_encoder, vision_encoder
-        self.thinker, self.talker, self.code2wav = thinker, talker, code2wav
-        for name, part in self.named_children():
-            if name not in given:
-                initialise(part, self._std_of(name))
-        self.eval()
-
-    def _std_of(self, part: str) -> Any:
-        """`initializer_range` of the config that governs a module, by its name within `part`."""
-        c = self.config
-        configs: dict[str, Any] = {
-            "audio_encoder": c.thinker_config.audio_config,
-            "vision_encoder": c.thinker_config.vision_config,
-            "thinker": c.thinker_config.text_config,
-            "talker": c.talker_config and c.talker_config.text_config,
-            "code2wav": c.code2wav_config,
-        }
-        return lambda name: getattr(configs[part], "initializer_range", _USUAL_STD)
+    steps = Steps()  # how decoding steps are run; `compile` changes it
 
     @property
     def key_table(self) -> KeyTable:
         """How this family's files name the weights."""
         return KEY_TABLES[self.config.model_type]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's inputs go: the device of its first parameter."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating type of the model's first parameter."""
-        return next(self.parameters()).dtype
-
-    def require(self, part: str) -> None:
-        """Raise ValueError, with the remedy, if a part of the model is not there."""
-        if getattr(self, part) is not None:
-            return
-        if part in ("talker", "code2wav") and not self.config.has_talker:
-            raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
-        raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
 
     def forward(self, inputs: OmniInputs, with_router_logits: bool = False) -> ThinkerOutput:  # type: ignore[override]
         """One pass of the Thinker over whole prompts: logits [B, T, V] and hidden [B, T, D] as in `ThinkerOutput`.
@@ -337,7 +231,7 @@ class OmniModel(nn.Module):
         "fp8", see `quantize` (it takes no device_map). Raises FileNotFoundError, OSError or ValueError, each with the
         remedy.
         """
-        parts = _check_parts(parts)
+        parts = check_parts(parts)
         folder = resolve_folder(
             folder_or_hub_id,
             revision=revision,
@@ -360,13 +254,6 @@ class OmniModel(nn.Module):
         model.processor = _attached_processor(folder)
         model.voices = voices if model.code2wav is not None else {}
         return model.eval()
-
-    def _initialise_only(self, names: set[str]) -> None:
-        """Draw the named parameters at random, as a new model would."""
-        for part, module in self.named_children():
-            own = {name[len(part) + 1 :] for name in names if name.startswith(part + ".")}
-            if own:
-                initialise(module, self._std_of(part), own)
 
     @names_keywords
     def save_pretrained(
@@ -395,10 +282,6 @@ class OmniModel(nn.Module):
             save_weights(self, target, table=self.key_table, max_shard_size=max_shard_size, experts=experts)
 
 
-def _build(config: Any) -> nn.Module:
-    return BUILDERS[type(config)](config)
-
-
 def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
     """The speakers' ids that a checkpoint keeps beside their recordings."""
     return {name.lower(): voice.bos_token for name, voice in voices.items() if voice.bos_token is not None}
@@ -407,15 +290,6 @@ def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
 def _with_speakers(config: OmniConfig, ids: dict[str, int] | None) -> OmniConfig:
     talker = config.talker_config
     return config.replace(talker_config=talker.replace(speaker_id=ids)) if ids and talker is not None else config
-
-
-def _check_parts(parts: Sequence[str]) -> tuple[str, ...]:
-    """The parts as a tuple; ValueError for an unknown or empty choice."""
-    chosen = (parts,) if isinstance(parts, str) else tuple(parts or ())
-    unknown = [part for part in chosen if part not in PARTS]
-    if unknown or not chosen:
-        raise ValueError(f"parts must name some of {', '.join(PARTS)}, got {list(chosen)}")
-    return chosen
 
 
 def _as_inputs(inputs: OmniInputs) -> OmniInputs:

@@ -11,10 +11,10 @@ import torch
 
 from omni.config.decoder import SpeechRules
 from omni.generation.sampling import SamplingConfig
+from omni.parts import ModelParts
 
 if TYPE_CHECKING:
     from omni.code2wav.voices import Voice
-    from omni.model import OmniModel
 
 RELEASED_RESIDUAL = SamplingConfig(temperature=1.0, top_k=50, top_p=0.8)  # hard-coded in the reference
 
@@ -40,7 +40,7 @@ class TurnArguments:
 
 
 def resolve(
-    model: OmniModel,
+    model: ModelParts,
     rows: int,
     *,
     max_new_tokens: int,
@@ -75,7 +75,7 @@ def resolve(
     )
 
 
-def wants_audio(model: OmniModel, return_audio: bool | None) -> bool:
+def wants_audio(model: ModelParts, return_audio: bool | None) -> bool:
     """Whether the turn speaks; None means: if the model can. Raises ValueError if it was asked to and cannot."""
     if return_audio is not None and not isinstance(return_audio, bool):
         raise TypeError(f"return_audio must be True, False or None, got {return_audio!r}")
@@ -86,7 +86,7 @@ def wants_audio(model: OmniModel, return_audio: bool | None) -> bool:
     return return_audio
 
 
-def _check_text_ids(model: OmniModel, speakers: dict[str, int]) -> None:
+def _check_text_ids(model: ModelParts, speakers: dict[str, int]) -> None:
     """Speech needs the text ids that pad and frame it, and those that stand for a voice where there are such."""
     vocabulary = model.config.thinker_config.text_config.vocab_size
     for name in ("tts_pad_token_id", "tts_bos_token_id", "tts_eos_token_id"):
@@ -118,7 +118,7 @@ def _whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def default_text(model: OmniModel) -> SamplingConfig:
+def default_text(model: ModelParts) -> SamplingConfig:
     """Text sampling as the checkpoint's generation_config.json says (released: greedy)."""
     g = model.generation_config
     penalty = float(g.get("repetition_penalty") or 1.0)
@@ -128,19 +128,19 @@ def default_text(model: OmniModel) -> SamplingConfig:
     return SamplingConfig(repetition_penalty=penalty, **{k: v for k, v in values.items() if v is not None})
 
 
-def default_codes(model: OmniModel) -> SamplingConfig:
+def default_codes(model: ModelParts) -> SamplingConfig:
     """Codebook-0 sampling: the talker_* values of generation_config.json, else the family's released ones."""
     rules = model.config.talker_config or SpeechRules
     return _speech_sampling(model, "talker", SamplingConfig.of(rules.code_sampling))
 
 
-def default_residual(model: OmniModel) -> SamplingConfig:
+def default_residual(model: ModelParts) -> SamplingConfig:
     """Sampling of the residual codebooks: the code_predictor_* values of generation_config.json. The release has none;
     a checkpoint that is to speak greedily sets `code_predictor_do_sample` to false."""
     return _speech_sampling(model, "code_predictor", RELEASED_RESIDUAL)
 
 
-def _speech_sampling(model: OmniModel, prefix: str, released: SamplingConfig) -> SamplingConfig:
+def _speech_sampling(model: ModelParts, prefix: str, released: SamplingConfig) -> SamplingConfig:
     g = model.generation_config
     values = {}
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
@@ -151,7 +151,7 @@ def _speech_sampling(model: OmniModel, prefix: str, released: SamplingConfig) ->
     return SamplingConfig(**values)
 
 
-def speaker_ids(model: OmniModel) -> dict[str, int]:
+def speaker_ids(model: ModelParts) -> dict[str, int]:
     """The ids of the voices by their names in lower case; where the model has voice files, of these.
 
     Raises ValueError if there are none.
@@ -166,7 +166,7 @@ def speaker_ids(model: OmniModel) -> dict[str, int]:
     return ids
 
 
-def speaker_name(model: OmniModel, name: str | None) -> str:
+def speaker_name(model: ModelParts, name: str | None) -> str:
     """The lower-case name of a voice given in any case; None is the default. Raises ValueError that lists them."""
     ids = speaker_ids(model)
     if name is None:
@@ -177,12 +177,12 @@ def speaker_name(model: OmniModel, name: str | None) -> str:
     return name.lower()
 
 
-def speaker_id(model: OmniModel, name: str | None) -> int:
+def speaker_id(model: ModelParts, name: str | None) -> int:
     """The id of a voice: a codec id, or the text token that it begins with. Raises as `speaker_name`."""
     return speaker_ids(model)[speaker_name(model, name)]
 
 
-def _voice(model: OmniModel, name: str) -> Voice | None:
+def _voice(model: ModelParts, name: str) -> Voice | None:
     """What the codec decoder needs of a voice. Raises ValueError if it is not there."""
     if not getattr(model.code2wav, "needs_voice", False):
         return None
@@ -194,7 +194,7 @@ def _voice(model: OmniModel, name: str) -> Voice | None:
     return next(voice for key, voice in model.voices.items() if key.lower() == name)
 
 
-def stop_ids(model: OmniModel) -> frozenset[int]:
+def stop_ids(model: ModelParts) -> frozenset[int]:
     """The ids that end a reply: `im_end_token_id` and generation_config's eos_token_id."""
     eos = model.generation_config.get("eos_token_id")
     more = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -15,14 +14,12 @@ from omni.generation.rows import Rows
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling, SamplingConfig
 from omni.generation.steps import Steps, compiled_steps
 from omni.generation.turn import GREEDY
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
+from omni.parts import ModelParts
 
 MODES = ("eager", "inductor", "graphs")
 
 
-def compile_steps(model: OmniModel, mode: str | None, batch_sizes: Sequence[int]) -> None:
+def compile_steps(model: ModelParts, mode: str | None, batch_sizes: Sequence[int]) -> None:
     """See `OmniModel.compile`."""
     mode = mode or ("graphs" if model.device.type == "cuda" else "inductor")
     if mode not in MODES:
@@ -40,7 +37,7 @@ def compile_steps(model: OmniModel, mode: str | None, batch_sizes: Sequence[int]
 
 
 @torch.no_grad()
-def warm_up(model: OmniModel, batch_sizes: Sequence[int]) -> None:
+def warm_up(model: ModelParts, batch_sizes: Sequence[int]) -> None:
     """Run every step of a turn for each number of rows: greedy, and as a turn samples by default."""
     kinds = [(GREEDY,) * 3, (default_text(model), default_codes(model), default_residual(model))]
     work = [(rows, kind) for rows in batch_sizes for kind in kinds]
@@ -50,7 +47,7 @@ def warm_up(model: OmniModel, batch_sizes: Sequence[int]) -> None:
             _run_once(model, rows, kind)
 
 
-def _run_once(model: OmniModel, rows: int, kind: Sequence[SamplingConfig]) -> None:
+def _run_once(model: ModelParts, rows: int, kind: Sequence[SamplingConfig]) -> None:
     runner = Rows(model, rows).runner
     seeds = torch.zeros(rows, dtype=torch.int64, device=model.device)
     streams = (TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM)

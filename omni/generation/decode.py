@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from omni.generation.sampling import RowSampling
-from omni.generation.steps import Steps
 from omni.layers.cache import KVCache
 from omni.layers.decoder_state import DecoderState
 from omni.layers.state import State
+from omni.parts import StepRunner
 from omni.talker.decoder import TalkerDecoder
 from omni.thinker.thinker import Thinker
 
@@ -79,7 +79,7 @@ class SpeechState(State):
         )
 
 
-def draw_token(steps: Steps, state: TextState, sampling: RowSampling, active: Tensor) -> Tensor:
+def draw_token(steps: StepRunner, state: TextState, sampling: RowSampling, active: Tensor) -> Tensor:
     """The next token of every row, int64 [B]; the Thinker has not read it yet."""
     ids = steps.draw(sampling, state.logits, state.steps, state.seen)
     _mark_seen(state.seen, ids, active)
@@ -87,7 +87,9 @@ def draw_token(steps: Steps, state: TextState, sampling: RowSampling, active: Te
     return ids
 
 
-def read_token(steps: Steps, thinker: Thinker, state: TextState, ids: Tensor, active: Tensor, span: int | None) -> None:
+def read_token(
+    steps: StepRunner, thinker: Thinker, state: TextState, ids: Tensor, active: Tensor, span: int | None
+) -> None:
     """The Thinker reads the tokens int64 [B] that were drawn."""
     logits, hidden = steps.thinker(thinker, ids, state.decoder, span)
     state.logits.copy_(torch.where(active[:, None], logits, state.logits))
@@ -97,7 +99,7 @@ def read_token(steps: Steps, thinker: Thinker, state: TextState, ids: Tensor, ac
 
 
 def draw_frame(
-    steps: Steps,
+    steps: StepRunner,
     talker: TalkerDecoder,
     state: SpeechState,
     codes: RowSampling,
@@ -126,7 +128,7 @@ def draw_frame(
 
 
 def read_frame(
-    steps: Steps, talker: TalkerDecoder, state: SpeechState, text: Tensor, active: Tensor, span: int | None
+    steps: StepRunner, talker: TalkerDecoder, state: SpeechState, text: Tensor, active: Tensor, span: int | None
 ) -> None:
     """The Talker reads the frame that waits and the text vectors [B, Di] that follow it."""
     logits, hidden = steps.talker(talker, state.frame + text, state.decoder, span)

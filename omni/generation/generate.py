@@ -18,17 +18,17 @@ from omni.generation.rows import Rows
 from omni.generation.speech import heard_part
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
 from omni.generation.turn import Turn
+from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
 from omni.rope.positions import prompt_positions
 
 if TYPE_CHECKING:
-    from omni.model import OmniModel
     from omni.processing.processor import OmniProcessor
 
 
 def stream(
-    model: OmniModel, inputs: OmniInputs, streaming: StreamingConfig | None = None, **arguments: Any
+    model: ModelParts, inputs: OmniInputs, streaming: StreamingConfig | None = None, **arguments: Any
 ) -> Iterator[Event]:
     """Answer a batch of prompts event by event; see `OmniModel.stream`."""
     args = resolve(model, len(inputs.input_ids), **arguments)
@@ -41,7 +41,7 @@ def stream(
     return events()
 
 
-def generate(model: OmniModel, inputs: OmniInputs, **arguments: Any) -> OmniOutput:
+def generate(model: ModelParts, inputs: OmniInputs, **arguments: Any) -> OmniOutput:
     """Answer a batch of prompts at once; see `OmniModel.generate`."""
     args = resolve(model, len(inputs.input_ids), **arguments)
     rows = start(model, inputs, args, OFFLINE)
@@ -63,7 +63,7 @@ def generate(model: OmniModel, inputs: OmniInputs, **arguments: Any) -> OmniOutp
 
 
 @torch.no_grad()
-def start(model: OmniModel, inputs: OmniInputs, args: TurnArguments, streaming: StreamingConfig) -> Rows:
+def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming: StreamingConfig) -> Rows:
     """Read the prompts and begin a turn in every row."""
     began = time.perf_counter()
     rows = Rows(model, len(inputs.input_ids))
@@ -91,14 +91,14 @@ def run_to_end(rows: Rows) -> list[Tensor]:
     return [torch.cat(pieces) if pieces else torch.zeros(0) for pieces in sounds]
 
 
-def join_codes(model: OmniModel, turn: Turn) -> Tensor:
+def join_codes(model: ModelParts, turn: Turn) -> Tensor:
     """All codes of a turn, int64 [K, n]."""
     if turn.codes:
         return torch.stack(turn.codes, dim=1)
     return torch.zeros(model.talker.config.num_code_groups, 0, dtype=torch.int64, device=model.device)
 
 
-def _new_turn(model: OmniModel, prompt: Prompt, row: int, args: TurnArguments, streaming: StreamingConfig) -> Turn:
+def _new_turn(model: ModelParts, prompt: Prompt, row: int, args: TurnArguments, streaming: StreamingConfig) -> Turn:
     ids, processor, c = prompt.row_ids(row), model.processor, model.config
     think = processor.think_token_ids if processor is not None else None
     decode = processor.decode if processor is not None else None
@@ -119,7 +119,7 @@ def _new_turn(model: OmniModel, prompt: Prompt, row: int, args: TurnArguments, s
 
 
 def new_turn(
-    model: OmniModel,
+    model: ModelParts,
     args: TurnArguments,
     row: int,
     streaming: StreamingConfig,
@@ -160,12 +160,12 @@ def _read_heard_part(
     limit_frames(model, turn, len(embeds))
 
 
-def limit_frames(model: OmniModel, turn: Turn, heard_tokens: int) -> None:
+def limit_frames(model: ModelParts, turn: Turn, heard_tokens: int) -> None:
     """No more frames than the Talker has positions for."""
     turn.frame_limit = min(turn.frame_limit, check_talker_room(model, heard_tokens))
 
 
-def check_talker_room(model: OmniModel, heard_tokens: int) -> int:
+def check_talker_room(model: ModelParts, heard_tokens: int) -> int:
     """Frames that the Talker has positions for after the tokens that it has heard. Raises ValueError if none."""
     talker = model.talker
     room: int = talker.config.text_config.max_position_embeddings - heard_tokens - talker.prefix_length
@@ -178,7 +178,7 @@ def check_talker_room(model: OmniModel, heard_tokens: int) -> int:
     return room
 
 
-def assistant_header(model: OmniModel, found: list[int] | None, processor: OmniProcessor | None = None) -> list[int]:
+def assistant_header(model: ModelParts, found: list[int] | None, processor: OmniProcessor | None = None) -> list[int]:
     """The three ids that open an assistant turn: the prompt's own, else the processor's. Raises ValueError."""
     processor = processor if processor is not None else model.processor
     if found is not None:
@@ -200,7 +200,7 @@ def _sequences(prompt_ids: Tensor, replies: Sequence[Sequence[int]], fill: int) 
 
 
 @torch.no_grad()
-def speak(model: OmniModel, texts: Sequence[str], **arguments: Any) -> list[Tensor]:
+def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Tensor]:
     """Speech for given texts; see `OmniModel.speak`."""
     if not model.config.has_talker:
         raise ValueError("this variant has no talker: it answers in text only and cannot speak")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from omni.generation.runner import Frame, Runner
 from omni.generation.sampling import RowSampling
 from omni.layers.cache import KVCache
 from omni.layers.state import State
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
+from omni.parts import ModelParts
 
 Outputs = tuple[Tensor, ...]
 Replay = Callable[[], Outputs]
@@ -65,7 +63,7 @@ class FrameInputs(NamedTuple):
 class GraphRunner(Runner):
     """A runner whose steps are captured; `capture` makes a replayable step of a function."""
 
-    def __init__(self, model: OmniModel, rows: int, capacity: int, capture: Capture = cuda_graph) -> None:
+    def __init__(self, model: ModelParts, rows: int, capacity: int, capture: Capture = cuda_graph) -> None:
         super().__init__(model, rows, max(capacity, _CAPACITY))
         device = model.device
         self.capture = capture
@@ -223,7 +221,7 @@ class GraphPool:
         self._idle: dict[int, list[GraphRunner]] = {}
         self._weights: tuple[int, ...] = ()
 
-    def take(self, user: object, model: OmniModel, rows: int, capacity: int) -> GraphRunner:
+    def take(self, user: object, model: ModelParts, rows: int, capacity: int) -> GraphRunner:
         """A runner for `rows` rows; it comes back when `user` is gone."""
         weights = tuple(p.data_ptr() for p in model.parameters())
         if weights != self._weights:  # graphs read the weights where they were when captured

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import Segment, prompt_positions, reply_position
 from omni.thinker.merge import lay_out_taps, merge_embeddings
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Prompt:
         return self.ids[row, : self.lengths[row]].tolist()
 
 
-def encode_prompt(model: OmniModel, inputs: OmniInputs, *, touch_absent: bool = False) -> Prompt:
+def encode_prompt(model: ModelParts, inputs: OmniInputs, *, touch_absent: bool = False) -> Prompt:
     """Encode media and lay out the batch for the Thinker.
 
     touch_absent: an encoder that the batch has nothing for is called too, with a gradient of zero (training).
@@ -70,7 +67,7 @@ def encode_prompt(model: OmniModel, inputs: OmniInputs, *, touch_absent: bool = 
     return Prompt(ids, lengths.tolist(), embeds, positions.to(device), next_position, media, taps, segments, columns)
 
 
-def _check(model: OmniModel, inputs: OmniInputs) -> None:
+def _check(model: ModelParts, inputs: OmniInputs) -> None:
     """Refuse what this model cannot read."""
     text = model.config.thinker_config.text_config
     if inputs.input_features is not None and model.audio_encoder is None:
@@ -101,7 +98,7 @@ def _left_align(inputs: OmniInputs) -> tuple[Tensor, Tensor, Tensor]:
     return ids.gather(1, columns) * valid, lengths, columns
 
 
-def _no_audio(model: OmniModel) -> Tensor | float:
+def _no_audio(model: ModelParts) -> Tensor | float:
     """Zero, with a gradient of zero for the audio encoder."""
     config = model.config.thinker_config.audio_config
     if model.audio_encoder is None or config is None:
@@ -110,7 +107,7 @@ def _no_audio(model: OmniModel) -> Tensor | float:
     return 0 * model.audio_encoder(silence, torch.ones(1, dtype=torch.int64)).embeds.sum()
 
 
-def _no_vision(model: OmniModel) -> Tensor | float:
+def _no_vision(model: ModelParts) -> Tensor | float:
     """Zero, with a gradient of zero for the vision encoder."""
     config = model.config.thinker_config.vision_config
     if model.vision_encoder is None or config is None:
@@ -122,7 +119,7 @@ def _no_vision(model: OmniModel) -> Tensor | float:
 
 
 def _merge_media(
-    model: OmniModel, inputs: OmniInputs, ids: Tensor, embeds: Tensor, valid: Tensor, touch_absent: bool
+    model: ModelParts, inputs: OmniInputs, ids: Tensor, embeds: Tensor, valid: Tensor, touch_absent: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Encode all media of the batch and put them in place -> (embeds, taps, media mask).
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,7 @@ from omni.generation.runner import Runner
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
 from omni.generation.sound import write_sound
 from omni.generation.turn import GREEDY, IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
-
+from omni.parts import ModelParts
 
 STEP_STAGES = ("thinker", "talker", "residual_codes", "codec", "frame")  # what every frame of a running reply costs
 
@@ -32,7 +29,7 @@ STEP_STAGES = ("thinker", "talker", "residual_codes", "codec", "frame")  # what 
 class Rows:
     """The turns that run in B rows, and the runner that holds the rows' states and moves them."""
 
-    def __init__(self, model: OmniModel, rows: int, capacity: int = 256) -> None:
+    def __init__(self, model: ModelParts, rows: int, capacity: int = 256) -> None:
         model.require("thinker")
         self.model = model
         self.turns: list[Turn | None] = [None] * rows

@@ -6,7 +6,7 @@ Shapes: B rows, b of them in a step, V text vocabulary, K codebooks, Di width of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from omni.generation.stage_times import StageTimes
 from omni.generation.steps import codec_step
 from omni.layers.cache import KVCache
 from omni.layers.state import State
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
+from omni.parts import ModelParts
 
 
 class Frame(NamedTuple):
@@ -35,7 +33,7 @@ class Runner:
 
     decodes_sound = False  # whether `frame` decodes what it draws, for rows that have called `adopt_sound`
 
-    def __init__(self, model: OmniModel, rows: int, capacity: int) -> None:
+    def __init__(self, model: ModelParts, rows: int, capacity: int) -> None:
         self.model = model
         self.steps = model.steps
         self.times = StageTimes(model.device)
@@ -137,7 +135,7 @@ class Runner:
         return torch.tensor(active[:width], device=self.model.device)
 
 
-def _banned(model: OmniModel) -> Tensor:
+def _banned(model: ModelParts) -> Tensor:
     """bool [C]: codec ids that are never drawn: those the Talker suppresses, and those that no codec could decode."""
     banned: Tensor = model.talker.suppressed()
     codec = model.config.code2wav_config

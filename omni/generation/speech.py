@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from omni.generation.prompt import Prompt
+from omni.parts import ModelParts
 from omni.rope.positions import Segment, slice_segments
 
-if TYPE_CHECKING:
-    from omni.model import OmniModel
 
-
-def heard_part(model: OmniModel, prompt: Prompt, hidden: Tensor, row: int) -> tuple[Tensor, list[Segment]]:
+def heard_part(model: ModelParts, prompt: Prompt, hidden: Tensor, row: int) -> tuple[Tensor, list[Segment]]:
     """What the Talker hears of one row, as it hears it: vectors [T, Di] and their segments.
 
     hidden [T, Dt]: the Thinker's hidden states of the row.

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from omni.config.positions import PositionRule
 from omni.generation.rows import Rows
+from omni.parts import ModelParts
 from omni.rope.positions import Segment, segment_positions
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
 
 
 @dataclass
@@ -77,7 +74,7 @@ class Conversation:
     heard_before: Place = field(default_factory=Place)  # where the Talker's prompt stood then
 
     @property
-    def model(self) -> OmniModel:
+    def model(self) -> ModelParts:
         return self.rows.model
 
     def check_room(self, tokens: int) -> None:

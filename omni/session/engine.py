@@ -12,19 +12,17 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from omni.generation.events import Event
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import Turn
+from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.session.conversation import Conversation
 from omni.session.reply_events import ReplyEvents
 from omni.session.session import Kept, OmniSession
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
 
 MAX_WAITING_EVENTS = 64  # of one turn; it pauses until they are taken
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,7 +40,7 @@ class OmniEngine:
 
     def __init__(
         self,
-        model: OmniModel,
+        model: ModelParts,
         processor: OmniProcessor | None = None,
         *,
         max_sessions: int = 8,

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from omni.generation.reply import ReplyReader
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
+from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
@@ -34,9 +35,6 @@ from omni.session.conversation import Conversation, Place
 from omni.session.file import load_session, save_session, streaming_of
 from omni.session.live_media import Ear, OpenClip, OpenVideo, mono
 from omni.session.reply_events import ReplyEvents
-
-if TYPE_CHECKING:
-    from omni.model import OmniModel
 
 
 class Kept(NamedTuple):
@@ -57,7 +55,7 @@ class OmniSession:
 
     def __init__(
         self,
-        model: OmniModel,
+        model: ModelParts,
         processor: OmniProcessor | None = None,
         *,
         speaker: str | None = None,
@@ -82,7 +80,7 @@ class OmniSession:
 
     def _set_up(
         self,
-        model: OmniModel,
+        model: ModelParts,
         processor: OmniProcessor | None,
         speaker: str | None,
         streaming: StreamingConfig | None,
@@ -430,7 +428,7 @@ class OmniSession:
         save_session(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: OmniModel, processor: OmniProcessor | None = None) -> OmniSession:
+    def load(cls, path: str | Path, model: ModelParts, processor: OmniProcessor | None = None) -> OmniSession:
         """A session that `save` wrote, for the same model. Raises FileNotFoundError or ValueError."""
         session = OmniSession(model, processor, **streaming_of(path))
         load_session(session, path)
