@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from omni import OmniConfig, OmniModel
-from omni.cli import main
+from omni.cli.main import main
 
 from .models import CONFIGS, DEMO, NANO, build, chat, nano, second_values, tiny, tiny_config
 from .registry import by_key, complaint, each_family, item

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from omni import OmniConfig, OmniModel, OmniProcessor
-from omni.nano import nano_model
-from omni.token2wav.voices import Voice
+from omni.packaged.nano import nano_model
+from omni.code2wav.voices import Voice
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS, DEMO = ROOT / "configs", ROOT / "omni" / "demo_data"
-NANO = ROOT / "omni" / "nano_data"
+CONFIGS, DEMO = ROOT / "configs", ROOT / "omni" / "packaged" / "toy_data"
+NANO = ROOT / "omni" / "packaged" / "nano_data"
+RELEASED = ROOT / "omni" / "processing" / "released"
 FAMILIES = ("qwen3", "qwen2_5")
 # The demo's spellings of the media tokens and those of the second family; the ids stay.
 SPELLINGS = {
@@ -122,12 +123,11 @@ def tiny_config(family: str) -> OmniConfig:
 def write_processor(family: str, folder: Path) -> Path:
     """A family's processor files around the demo's tokenizer; the second family's get its token spellings."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["tokenizer.json", "tokenizer_config.json"]
+    released = "qwen3_omni_moe" if family == "qwen3" else "qwen2_5_omni"
+    shutil.copy(RELEASED / f"{released}.json", folder / "preprocessor_config.json")
     if family == "qwen3":
-        names += ["preprocessor_config.json", "chat_template.jinja"]
-    else:
-        shutil.copy(DEMO / "preprocessor_config_qwen2_5.json", folder / "preprocessor_config.json")
-    for name in names:
+        shutil.copy(RELEASED / "chat_template.jinja", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (DEMO / name).read_text(encoding="utf-8")
         if family != "qwen3":
             for theirs, own in SPELLINGS.items():

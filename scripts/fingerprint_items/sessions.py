@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from omni import AudioChunk, OmniEngine, OmniModel, OmniSession
-from omni.nano import NANO_DATA
+from omni.packaged.nano import NANO_DATA
 
 from .configs import checkpoint_content
 from .models import nano, picture, sound, tiny
