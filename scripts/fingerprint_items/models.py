@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from omni import OmniConfig, OmniModel, OmniProcessor
-from omni.packaged.nano import nano_model
 from omni.code2wav.voices import Voice
+from omni.packaged.nano import nano_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DEMO = ROOT / "configs", ROOT / "omni" / "packaged" / "toy_data"

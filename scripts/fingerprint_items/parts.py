@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from omni import OmniInputs
+from omni.code2wav.chunk_schedule import ChunkSchedule, first_audio
 from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.ode_sampler import ODEConfig, position_noise, time_grid
-from omni.code2wav.chunk_schedule import ChunkSchedule, first_audio
 
 from .inputs import conversations
 from .models import build, draw, draw_ids, processor_of, tiny

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from omni import AudioChunk, OmniModel, OmniOutput, OmniSession, SamplingConfig, StreamingConfig, TextDelta, TurnEnd
-from omni.metrics.agreement import agreement
-from omni.generation.graphs import GraphPool
-from omni.packaged.nano import QUESTIONS
-from omni.code2wav.ode_sampler import ODEConfig
 from omni.code2wav.chunk_schedule import ChunkSchedule
+from omni.code2wav.ode_sampler import ODEConfig
+from omni.generation.graphs import GraphPool
+from omni.metrics.agreement import agreement
+from omni.packaged.nano import QUESTIONS
 
 from .inputs import conversations
 from .models import build, chat, fill, nano, processor_of, tiny

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from omni import OmniModel
-from omni.training.data.batches import collate
 from omni.training.codec.codec import Codec, CodeUsage
 from omni.training.codec.codec_losses import multi_scale_mel_loss, multi_scale_stft_loss
+from omni.training.data.batches import collate
 from omni.training.data.conversation_samples import answer_spans, spoken_ids
-from omni.training.objectives.flow_matching import FlowBatch, draw_flow, flow_matching_loss
-from omni.training.objectives.supervised import Supervised
-from omni.training.objectives.passes import talker_pass, thinker_pass
-from omni.training.objectives.dpo import DPO
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn
-from omni.training.run.stages import build_run
+from omni.training.objectives.dpo import DPO
+from omni.training.objectives.flow_matching import FlowBatch, draw_flow, flow_matching_loss
+from omni.training.objectives.passes import talker_pass, thinker_pass
+from omni.training.objectives.supervised import Supervised
 from omni.training.objectives.teacher_forced import score_samples
+from omni.training.run.stages import build_run
 from omni.training.run.train_config import TrainConfig
 
 from .models import CONFIGS, build, chat, draw, draw_ids, picture, second_values, sound, tiny, write_processor
