@@ -34,12 +34,17 @@ LEVELS = (
     ("bench", "serve"),
     ("cli",),
 )
+# The same within training.
+TRAINING_LEVELS = (("parallel", "data"), ("objectives",), ("codec",), ("run",))
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
 def room_of(module: str) -> str:
     """The room of a dotted module name: `omni.layers.norm` -> layers."""
     return module.split(".")[1]
+
+
+TRAINING_LEVEL = {room: level for level, rooms in enumerate(TRAINING_LEVELS) for room in rooms}
 
 
 def module_of(path: Path) -> str:
@@ -73,6 +78,16 @@ def test_imports_go_in_one_direction(path: Path) -> None:
     assert importer in LEVEL, f"{path.name} belongs to no known room; add it to the levels or place it in one"
     wrong = [name for name in imports_of(ast.parse(path.read_text())) if not allowed(importer, room_of(name))]
     assert not wrong, f"{module} ({importer}) must not import {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "training").glob("*/*.py")), ids=module_of)
+def test_rooms_of_training_go_in_one_direction(path: Path) -> None:
+    own = path.parent.name
+    inner = [
+        name.split(".")[2] for name in imports_of(ast.parse(path.read_text())) if name.startswith("omni.training.")
+    ]
+    wrong = [room for room in inner if room != own and not TRAINING_LEVEL[room] < TRAINING_LEVEL[own]]
+    assert not wrong, f"{path.name} ({own}) must not import {', '.join(wrong)}"
 
 
 def test_the_rule_can_fail() -> None:

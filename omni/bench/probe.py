@@ -71,9 +71,9 @@ def _train(
 
     import torch
 
-    from omni.bench.rows_training import training_step
     from omni.bench.sides import Peer
     from omni.bench.timing import peak_memory
+    from omni.bench.training_step import training_step
     from omni.config.qwen3_omni import OmniConfig
     from omni.model import OmniModel
 

@@ -163,7 +163,8 @@ def _encoder(args: argparse.Namespace, model: OmniModel) -> Callable[[Any], Tens
     """What turns recordings into codes, by way of the cache if there is one."""
     if args.codec is None:
         return None
-    from omni.training.codec.speech_codes import cached_codes, load_codec_encoder, read_speech
+    from omni.training.codec.speech_codes import cached_codes, load_codec_encoder
+    from omni.training.data.sound import read_speech
 
     books = None if model.config.talker_config is None else model.config.talker_config.num_code_groups
     encoder = load_codec_encoder(

@@ -25,11 +25,11 @@ from omni.generation.sampling import SamplingConfig
 from omni.model import OmniModel
 from omni.processing.messages import read_conversation
 from omni.processing.processor import OmniProcessor
-from omni.training.codec.speech_codes import read_speech
 from omni.training.data.batches import collate
 from omni.training.data.conversation_samples import SampleMaker, SkipRow, check_codes, read_codes
 from omni.training.data.manifest import Manifest, Row, Voice
 from omni.training.data.samples import IGNORED, Sample
+from omni.training.data.sound import read_speech
 from omni.training.objectives.teacher_forced import score_samples
 
 Transcribe = Callable[[Tensor, int], str]  # samples float32 [n] on the CPU and their rate in Hz -> what is said

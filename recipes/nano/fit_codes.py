@@ -13,7 +13,7 @@ import torch
 from make_model import nano_config
 
 from omni.training.codec.mel_codec import MelCodec
-from omni.training.codec.speech_codes import read_speech
+from omni.training.data.sound import read_speech
 
 
 def fit_codes(manifest: Path, folder: Path) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from omni import OmniModel
 from omni.encoders.mel import LogMel
-from omni.training.codec.speech_codes import read_speech
+from omni.training.data.sound import read_speech
 
 _CLIPS = 60
 

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from omni.code2wav.code2wav import Code2Wav
-from omni.encoders.resample import MAX_RATE_HZ, MIN_RATE_HZ, StreamingResampler
-from omni.processing.audio_file import check_samples, decode_audio, read_array
-from omni.processing.sources import describe, is_source, open_source
+from omni.processing.audio_file import read_array
+from omni.processing.sources import describe, open_source
+from omni.training.data.sound import AUDIO_SUFFIXES, medium_of, read_speech
 
-AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".aif", ".webm"))
 MIMI_FOLDER = "kyutai/mimi"  # on the Hub; CC-BY 4.0
 
 
@@ -175,26 +174,6 @@ def weights_fingerprint(model: nn.Module, label: str) -> str:
     return f"{label}-{digest.hexdigest()[:24]}"
 
 
-def read_speech(source: Any, rate_hz: int) -> Tensor:
-    """A recording as mono fp32 samples [n] at `rate_hz`.
-
-    `source` is a path, address, data URI or bytes, an `(array, rate_hz)` pair or a dict with `array` and
-    `sampling_rate` (or `path` / `bytes`). Raises FileNotFoundError, OSError or ValueError naming the medium.
-    """
-    value = _medium(source)
-    name = describe(value[0] if isinstance(value, tuple) else value)
-    if isinstance(value, tuple):
-        samples, rate = read_array(value[0]), value[1]
-        if isinstance(rate, bool) or not MIN_RATE_HZ <= round(float(rate)) <= MAX_RATE_HZ:
-            raise ValueError(
-                f"the sampling rate of audio {name} is {rate!r}; it must lie in {MIN_RATE_HZ}..{MAX_RATE_HZ}"
-            )
-    else:
-        samples, rate = decode_audio(open_source(value, "audio"), name)
-    check_samples(samples, name)
-    return StreamingResampler(round(float(rate)), rate_hz)(samples)
-
-
 def cached_codes(source: Any, encoder: SpeechEncoder, folder: str | Path) -> Tensor:
     """The codes int64 [K, T] of a recording (see `read_speech`), read from `folder` or computed and kept there.
 
@@ -315,7 +294,7 @@ def _encode(
 
 def _cached(source: Any, encoder: SpeechEncoder, folder: Path) -> tuple[Tensor, bool]:
     """A recording's codes, and whether they were found."""
-    source = _medium(source)
+    source = medium_of(source)
     if not isinstance(source, tuple):
         source = open_source(source, "audio")  # downloaded or read once, for hashing and decoding
     key = hashlib.sha256(f"{encoder.fingerprint} {_content_hash(source)}".encode()).hexdigest()
@@ -370,23 +349,6 @@ def _content_hash(source: Any) -> str:
         samples = read_array(source[0])
         digest.update(f"samples at {source[1]} Hz;".encode() + samples.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _medium(source: Any) -> Any:
-    """A path, address or bytes; or an (array, rate) pair."""
-    if isinstance(source, Mapping):
-        if source.get("array") is not None:
-            if source.get("sampling_rate") is None:
-                raise ValueError("a recording given as {'array': …} needs its 'sampling_rate' in Hz")
-            return source["array"], source["sampling_rate"]
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, tuple) and len(source) == 2:
-        return source
-    if not is_source(source):
-        raise TypeError(
-            f"a recording must be a path, address, bytes, (array, rate) pair or dict, got {type(source).__name__}"
-        )
-    return source
 
 
 def _speech_of(row: Mapping[str, Any]) -> list[str]:

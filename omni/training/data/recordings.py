@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from omni.training.codec.speech_codes import AUDIO_SUFFIXES, read_speech
 from omni.training.data.conversation_samples import SkipRow
 from omni.training.data.manifest import Manifest, RowStore
 from omni.training.data.mixture import Draw, Mixture, random_number
+from omni.training.data.sound import AUDIO_SUFFIXES, read_speech
 
 HEARD = ("audio", "audios")  # keys of what a conversation hears; items of its messages belong to them
 SOUNDS = (*HEARD, "speech")

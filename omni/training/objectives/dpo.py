@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from omni.model import OmniModel
 from omni.training.data.samples import IGNORED, TrainingBatch
+from omni.training.objectives.ema import EMA, forget_copies
 from omni.training.objectives.losses import Loss, linear_token_log_probs, token_log_probs
 from omni.training.objectives.passes import TalkerPass, ThinkerPass, talker_pass, thinker_pass
 from omni.training.objectives.preference_losses import dpo_loss, dpo_rewards, preference_accuracy, speech_log_prob
 from omni.training.parallel.parallelise import full_weight
 from omni.training.parallel.processes import process_count
-from omni.training.run.ema import EMA, forget_copies
 
 
 class InitialWeights:

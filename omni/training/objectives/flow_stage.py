@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from omni.code2wav.token2wav import Token2Wav
 from omni.code2wav.voices import Voice
-from omni.training.codec.speech_codes import read_speech
 from omni.training.data.conversation_samples import SkipRow, read_codes
 from omni.training.data.mixture import Draw, Mixture, random_number
 from omni.training.data.recordings import DrawnBatches, sounds_of
+from omni.training.data.sound import read_speech
 from omni.training.objectives.flow_matching import DROP_RATE, FlowBatch, FlowDraw, draw_flow, flow_matching_loss
 from omni.training.objectives.losses import Loss
 from omni.training.objectives.voice_mel import VoiceMel

@@ -22,11 +22,11 @@ from omni.metrics.text_normaliser import normalise
 from omni.processing.audio_file import join_clips
 from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
-from omni.training.codec.speech_codes import read_speech
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.conversation_samples import SkipRow
 from omni.training.data.mixture import Draw, Mixture
 from omni.training.data.recordings import HEARD, DrawnBatches, sounds_of
+from omni.training.data.sound import read_speech
 from omni.training.objectives.losses import Loss
 from omni.training.objectives.transcription import (
     AttentionDecoder,

@@ -17,9 +17,9 @@ from omni.config.qwen3_omni import OmniConfig
 from omni.model import OmniModel
 from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
-from omni.training.parallel.distributed_run import spread, store_of
 from omni.training.parallel.processes import init_from_env, process_count
 from omni.training.run.contracts import TrainResult
+from omni.training.run.distributed_run import spread, store_of
 from omni.training.run.lora import add_lora, merge_lora
 from omni.training.run.optimiser import trainable
 from omni.training.run.speakers import SpeakerEmbedding, add_speaker, merge_speakers, speaker_parameters
@@ -67,7 +67,7 @@ def finish_model(model: OmniModel) -> None:
 
 def save(model: OmniModel, folder: str | Path) -> None:
     """`save_pretrained`, by all processes together where there are several."""
-    from omni.training.parallel.distributed_checkpoint import export
+    from omni.training.run.distributed_checkpoint import export
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         export(model, folder)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from omni.training.objectives.ema import EMA, forget_copies
 from omni.training.run.activations import checkpoint_activations
 from omni.training.run.checkpoints import Checkpoints, rng_state, seed_everything, set_rng_state
 from omni.training.run.contracts import Data, Objective, Ranks, Stateful, StepResult, Store, TrainResult
-from omni.training.run.ema import EMA, forget_copies
 from omni.training.run.optimiser import lr_factor, make_adamw, named_state, set_lr
 from omni.training.run.train_config import TrainConfig
 from omni.training.run.train_log import TrainLog

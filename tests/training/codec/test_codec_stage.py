@@ -25,10 +25,10 @@ from omni.training.codec.codec_stage import (
     make_codec,
 )
 from omni.training.codec.discriminators import Discriminators
-from omni.training.codec.speech_codes import read_speech
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import Crops, SoundFolder, crop_batches, open_sounds
+from omni.training.data.sound import read_speech
 from omni.training.run.train_config import LogTable, OptimiserTable, RunTable, SaveTable, TrainConfig
 from omni.training.run.trainer import Trainer
 

@@ -13,7 +13,8 @@ from omni import OmniConfig
 from omni.code2wav.code2wav import Code2Wav
 from omni.packaged.toy import TOY_DATA
 from omni.training.codec.mel_codec import MelCodec
-from omni.training.codec.speech_codes import load_codec_encoder, read_speech
+from omni.training.codec.speech_codes import load_codec_encoder
+from omni.training.data.sound import read_speech
 from omni.training.run.stages import build_run
 from omni.training.run.train_config import TrainConfig
 

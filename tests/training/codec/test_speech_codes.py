@@ -23,9 +23,9 @@ from omni.training.codec.speech_codes import (
     encode_folder,
     encode_manifest,
     load_codec_encoder,
-    read_speech,
     weights_fingerprint,
 )
+from omni.training.data.sound import read_speech
 
 RATE = 24000
 

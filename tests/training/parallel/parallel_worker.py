@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni import OmniConfig, OmniInputs, OmniModel
-from omni.training.parallel.distributed_checkpoint import export, load_distributed, save_distributed
 from omni.training.parallel.parallelise import (
     ParallelConfig,
     clip_grad_norm,
@@ -23,6 +22,7 @@ from omni.training.parallel.parallelise import (
     sum_gradients,
 )
 from omni.training.parallel.processes import batch_share, init_from_env, is_main, shut_down, sum_over_ranks
+from omni.training.run.distributed_checkpoint import export, load_distributed, save_distributed
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.json"
 ROWS, STEPS, MAX_NORM = 4, 3, 0.5  # of the longest check; most take one step on two rows

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from omni import OmniModel
-from omni.training.parallel.distributed_checkpoint import load_distributed, save_distributed
 from omni.training.parallel.parallelise import ParallelConfig, clip_grad_norm, full_weight, make_mesh, sum_gradients
 from omni.training.parallel.processes import batch_share, init_from_env, is_main, shut_down, sum_over_ranks
+from omni.training.run.distributed_checkpoint import load_distributed, save_distributed
 
 PRELOADED = ["torch.distributed." + name for name in ("fsdp", "tensor.parallel", "checkpoint.state_dict")]
 TIMEOUT_S = 240  # a process that waits for another one in vain fails the test, a busy machine does not

@@ -10,7 +10,7 @@ from torch import nn
 
 from omni import OmniModel
 from omni.packaged.toy import toy_model
-from omni.training.run.ema import EMA
+from omni.training.objectives.ema import EMA
 from omni.training.run.speakers import SpeakerEmbedding, add_speaker, merge_speakers, speaker_parameters
 
 TAKEN = "aiden, chelsie, ethan"

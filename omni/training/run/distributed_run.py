@@ -26,11 +26,11 @@ from torch import Tensor
 
 from omni.checkpoint.atomic import atomic_folder
 from omni.model import OmniModel
-from omni.training.parallel.distributed_checkpoint import from_main
 from omni.training.parallel.parallelise import ParallelConfig, clip_grad_norm, make_mesh, parallelise, sum_gradients
 from omni.training.parallel.processes import batch_share, init_from_env, is_main, process_count, sum_over_ranks
 from omni.training.run.checkpoints import STATE, TENSORS, Checkpoints, pack, sync, unpack
 from omni.training.run.contracts import Ranks
+from omni.training.run.distributed_checkpoint import from_main
 from omni.training.run.train_config import ParallelTable, TrainConfig
 
 _FIXED = ("parameters", "buffers", "optimizer", "ema")  # parts of the state whose shapes follow from the model

@@ -30,10 +30,10 @@ from omni.training.data.samples import TrainingBatch
 from omni.training.objectives.losses import Loss
 from omni.training.objectives.passes import thinker_pass
 from omni.training.objectives.supervised import Supervised, text_losses
-from omni.training.parallel.distributed_run import DistributedStore
 from omni.training.parallel.processes import shut_down
 from omni.training.run import stages
 from omni.training.run.checkpoints import pack
+from omni.training.run.distributed_run import DistributedStore
 from omni.training.run.stage_table import OBJECTIVES, Setup, Stage, conversations
 from omni.training.run.stages import Run, build_run
 from omni.training.run.train_config import (

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omni import OmniModel
-from omni.training.parallel.distributed_run import DistributedStore, spread, store_of
 from omni.training.run.contracts import Ranks
+from omni.training.run.distributed_run import DistributedStore, spread, store_of
 from omni.training.run.train_config import ParallelTable
 from omni.training.run.train_log import read_log
 
