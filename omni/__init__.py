@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.config.model import OmniConfig
     from omni.generation.events import AudioChunk, TextDelta, TurnEnd
     from omni.generation.output import OmniOutput
     from omni.generation.sampling import SamplingConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AudioChunk": "omni.generation.events",
-    "OmniConfig": "omni.config.qwen3_omni",
+    "OmniConfig": "omni.config.model",
     "OmniEngine": "omni.session.engine",
     "OmniInputs": "omni.processing.inputs",
     "OmniModel": "omni.model",

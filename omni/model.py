@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from omni.checkpoint.atomic import atomic_folder
-from omni.checkpoint.keys import KEY_TABLES, KeyTable
+from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
 from omni.checkpoint.save import save_weights
 from omni.code2wav.voices import Voice, find_voices, save_voice_files
 from omni.config.keywords import names_keywords
-from omni.config.locate import resolve_folder
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.locate import locate
+from omni.config.model import OmniConfig
 from omni.config.reading import read_json
 from omni.generation import generate as generation
 from omni.generation.compilation import compile_steps
@@ -56,7 +56,7 @@ class OmniModel(ModelParts):
     @property
     def key_table(self) -> KeyTable:
         """How this family's files name the weights."""
-        return KEY_TABLES[self.config.model_type]
+        return KeyTable.of(self.config.family)
 
     def forward(self, inputs: OmniInputs, with_router_logits: bool = False) -> ThinkerOutput:  # type: ignore[override]
         """One pass of the Thinker over whole prompts: logits [B, T, V] and hidden [B, T, D] as in `ThinkerOutput`.
@@ -232,7 +232,7 @@ class OmniModel(ModelParts):
         remedy.
         """
         parts = check_parts(parts)
-        folder = resolve_folder(
+        folder = locate(
             folder_or_hub_id,
             revision=revision,
             token=token,
@@ -264,10 +264,7 @@ class OmniModel(ModelParts):
         experts: "separate" (one tensor an expert, as released) or "fused". A model loaded without its Talker is saved
         as a variant that answers in text.
         """
-        self.require("thinker")
-        if (self.talker is None) != (self.code2wav is None):
-            raise ValueError("only one of talker and code2wav is loaded; load both, or neither, before saving")
-        config = self.config.replace(enable_audio_output=self.talker is not None)
+        config = self._config_to_save()
         if self.voices and config.talker_config and _speaker_ids(self.voices) == config.talker_config.speaker_id:
             config = _with_speakers(config, type(config.talker_config)().speaker_id)  # they are in the voices' files
         values = {**config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
@@ -280,6 +277,17 @@ class OmniModel(ModelParts):
                 self.processor.save_pretrained(target)
             save_voice_files(self.voices, target)
             save_weights(self, target, table=self.key_table, max_shard_size=max_shard_size, experts=experts)
+
+    def _config_to_save(self) -> OmniConfig:
+        """The config of what is loaded. Raises ValueError where that is not what a checkpoint can hold."""
+        if self.config.thinker_config is None:
+            for part in self.config.parts:
+                self.require(part)
+            return self.config
+        self.require("thinker")
+        if (self.talker is None) != (self.code2wav is None):
+            raise ValueError("only one of talker and code2wav is loaded; load both, or neither, before saving")
+        return self.config.replace(enable_audio_output=self.talker is not None)
 
 
 def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:

@@ -12,37 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from omni.code2wav.code2wav import Code2Wav
-from omni.code2wav.token2wav import Token2Wav
 from omni.code2wav.voices import Voice
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
-from omni.config.qwen2_5_omni import DenseTalkerConfig
-from omni.config.qwen3_omni import AudioEncoderConfig, Code2WavConfig, OmniConfig, TalkerConfig, VisionEncoderConfig
-from omni.config.token2wav import Token2WavConfig
-from omni.encoders.audio import AudioEncoder
-from omni.encoders.vision import VisionEncoder
-from omni.encoders.whisper_audio import WhisperAudioEncoder
-from omni.encoders.window_vision import WindowVisionEncoder
+from omni.config.model import OmniConfig
+from omni.config.reading import USUAL_STD
 from omni.layers.decoder_state import DecoderState
 from omni.layers.init import initialise
 from omni.processing.processor import OmniProcessor
-from omni.talker.single_codebook import SingleCodebookTalker
-from omni.talker.talker import Talker
-from omni.thinker.thinker import Thinker
 
 PARTS = ("thinker", "talker", "code2wav")
 CHILDREN = ("audio_encoder", "vision_encoder", *PARTS)  # the encoders come and go with the Thinker
-_USUAL_STD = 0.02  # where a part's config names none
-BUILDERS: dict[type, Callable[[Any], nn.Module]] = {  # what a part's config makes
-    AudioEncoderConfig: AudioEncoder,
-    VisionEncoderConfig: VisionEncoder,
-    TalkerConfig: Talker,
-    Code2WavConfig: Code2Wav,
-    WhisperAudioEncoderConfig: WhisperAudioEncoder,
-    WindowVisionEncoderConfig: WindowVisionEncoder,
-    DenseTalkerConfig: SingleCodebookTalker,
-    Token2WavConfig: Token2Wav,
-}
 
 
 class StepRunner(Protocol):
@@ -110,39 +88,27 @@ class ModelParts(nn.Module):
         self.processor: OmniProcessor | None = None
         self.generation_config: dict[str, Any] = {}
         self.voices: dict[str, Voice] = {}
-        own = (audio_encoder, vision_encoder, thinker, talker, code2wav)
-        given = {name for name, part in zip(CHILDREN, own) if part is not None}
-        thinks, speaks = "thinker" in parts, config.has_talker
-        c, t = config.thinker_config, config.talker_config
-        accept = t.accept_hidden_layer if t is not None and speaks else None
-        if audio_encoder is None and thinks and c.audio_config is not None:
-            audio_encoder = _build(c.audio_config)
-        if vision_encoder is None and thinks and c.vision_config is not None:
-            vision_encoder = _build(c.vision_config)
-        if thinker is None and thinks:
-            thinker = Thinker(c, accept)
-        if talker is None and speaks and "talker" in parts and t is not None:
-            talker = _build(t)
-        if code2wav is None and speaks and "code2wav" in parts and config.code2wav_config is not None:
-            code2wav = _build(config.code2wav_config)
-        self.audio_encoder, self.vision_encoder = audio_encoder, vision_encoder
-        self.thinker, self.talker, self.code2wav = thinker, talker, code2wav
-        for name, part in self.named_children():
-            if name not in given:
-                initialise(part, self._std_of(name))
+        given = (audio_encoder, vision_encoder, thinker, talker, code2wav)
+        wanted = {*parts, *(CHILDREN[:2] if "thinker" in parts else ())} & config.parts.keys()
+        if config.thinker_config is None and not wanted and not any(given):
+            raise ValueError(f"this checkpoint has {' and '.join(config.parts)} alone; name some of it in parts=")
+        for name, part in zip(CHILDREN, given):
+            setattr(self, name, self._build(name) if part is None and name in wanted else part)
+        for name, part in zip(CHILDREN, given):
+            if part is None and name in wanted:
+                initialise(getattr(self, name), self._std_of(name))
         self.eval()
 
-    def _std_of(self, part: str) -> Any:
-        """`initializer_range` of the config that governs a module, by its name within `part`."""
-        c = self.config
-        configs: dict[str, Any] = {
-            "audio_encoder": c.thinker_config.audio_config,
-            "vision_encoder": c.thinker_config.vision_config,
-            "thinker": c.thinker_config.text_config,
-            "talker": c.talker_config and c.talker_config.text_config,
-            "code2wav": c.code2wav_config,
-        }
-        return lambda name: getattr(configs[part], "initializer_range", _USUAL_STD)
+    def _build(self, name: str) -> nn.Module:
+        """A new part by its config, as the family says."""
+        talker = self.config.parts.get("talker")
+        reads = [getattr(talker, "accept_hidden_layer", None)] if name == "thinker" else []
+        return self.config.family.builder(name)(self.config.parts[name], *reads)
+
+    def _std_of(self, part: str) -> Callable[[str], float]:
+        """What initialises a part: the deviation of its random weights."""
+        own = self.config.parts.get(part)
+        return lambda _: USUAL_STD if own is None else own.weights_std
 
     def _initialise_only(self, names: set[str]) -> None:
         """Draw the named parameters at random, as a new model would."""
@@ -165,13 +131,11 @@ class ModelParts(nn.Module):
         """Raise ValueError, with the remedy, if a part of the model is not there."""
         if getattr(self, part) is not None:
             return
+        if self.config.thinker_config is None and part not in self.config.parts:
+            raise ValueError(f"this model has no {part}: its config describes {' and '.join(self.config.parts)} alone")
         if part in ("talker", "code2wav") and not self.config.has_talker:
             raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
         raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
-
-
-def _build(config: Any) -> nn.Module:
-    return BUILDERS[type(config)](config)
 
 
 def check_parts(parts: Sequence[str]) -> tuple[str, ...]:

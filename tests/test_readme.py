@@ -63,7 +63,7 @@ def test_commands_and_files_it_names_exist() -> None:
 def test_figures_are_those_of_the_released_config() -> None:
     from omni.bench.footprint import cache_bytes_per_token
     from omni.cli.checkpoint_info import sizes_from_config
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.config.model import OmniConfig
 
     config = OmniConfig.from_pretrained(ROOT / "configs" / "qwen3_omni_30b_a3b.json")
     sizes = sizes_from_config(config)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from omni.code2wav.voices import Voice
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.config.reading import read_json
 from omni.model import OmniModel
 from omni.packaged.toy import TOY_DATA
@@ -77,7 +77,7 @@ def only(part: str, path: Path, thinker_layers: int = 1) -> OmniConfig:
     whole = read_config(path)
     if whole.talker_config is None or whole.talker_config.num_code_groups < 2:
         raise ValueError(f"{path}: full-size parts are measured on models with experts and residual codes")
-    width = whole.thinker_config.text_config.hidden_size if part == "thinker" else 64
+    width = whole.thinker.text_config.hidden_size if part == "thinker" else 64
     text: dict[str, Any] = {"num_hidden_layers": thinker_layers, "vocab_size": 8192}
     if part != "thinker":
         text = {"num_hidden_layers": 1, "vocab_size": 640, "hidden_size": width, **_SMALL_EXPERTS, **_SMALL_HEADS}

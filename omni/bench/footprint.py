@@ -6,8 +6,11 @@ bytes, divided by the bandwidth, over the time measured.
 
 from __future__ import annotations
 
+from typing import cast
+
 from omni.config.decoder import DecoderConfig, LanguageConfig, MoEConfig
-from omni.config.qwen3_omni import Code2WavConfig, MTPConfig, OmniConfig, TalkerTextConfig
+from omni.config.model import OmniConfig
+from omni.config.qwen3_omni import Code2WavConfig, MTPConfig
 
 
 def attention_values(c: DecoderConfig, qk_norm: bool | None = None) -> int:
@@ -34,9 +37,7 @@ def moe_values(c: MoEConfig, tokens: int = 1) -> float:
 
 def layer_values(c: DecoderConfig, layer: int, tokens: int = 1) -> float:
     """Parameters that one decoder layer reads."""
-    # The Talker's layers all hold experts, whatever `is_sparse` says.
-    sparse = isinstance(c, TalkerTextConfig) or (isinstance(c, MoEConfig) and c.is_sparse(layer))
-    mlp = moe_values(c, tokens) if sparse and isinstance(c, MoEConfig) else 3 * c.hidden_size * c.intermediate_size
+    mlp = moe_values(cast("MoEConfig", c), tokens) if c.is_sparse(layer) else 3 * c.hidden_size * c.intermediate_size
     return attention_values(c) + 2 * c.hidden_size + mlp
 
 
@@ -80,5 +81,5 @@ def code2wav_bytes(c: Code2WavConfig, value_bytes: int, batch: int = 1) -> float
 
 def cache_bytes_per_token(config: OmniConfig, value_bytes: int = 2) -> int:
     """Memory that one position takes in the Thinker's key-value cache, at `value_bytes` a value (2 for bfloat16)."""
-    text = config.thinker_config.text_config
+    text = config.thinker.text_config
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_size * value_bytes

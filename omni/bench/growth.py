@@ -13,7 +13,7 @@ from omni.bench.result import Growth, Row
 from omni.bench.rows_streams import run_sessions
 from omni.bench.timing import peak_memory, seconds_of
 from omni.bench.workbench import Workbench
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 
 _LAYERS = 4  # of the Thinker: growth is the same in every layer
 _CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -41,7 +41,7 @@ def growth(bench: Workbench) -> Row:
 def _shallow(config: OmniConfig) -> OmniConfig:
     """The config with a Thinker of a few layers, as many as DeepStack needs."""
     values = config.to_dict()
-    text, taps = values["thinker_config"]["text_config"], config.thinker_config.num_taps
+    text, taps = values["thinker_config"]["text_config"], config.thinker.num_taps
     text["num_hidden_layers"] = min(text["num_hidden_layers"], max(_LAYERS, taps))
     values["talker_config"]["accept_hidden_layer"] = 1
     return OmniConfig.from_dict(values)
@@ -50,7 +50,7 @@ def _shallow(config: OmniConfig) -> OmniConfig:
 def context_growth(bench: Workbench, contexts: tuple[int, ...]) -> list[Growth]:
     """Prefill in pieces of 512, its last piece, one decoded token, and memory, after each number of positions."""
     config = _shallow(bench.config)
-    text = config.thinker_config.text_config
+    text = config.thinker.text_config
     contexts = tuple(n for n in contexts if n <= text.max_position_embeddings)
     thinker = random_model(config, bench.device, bench.dtype).thinker
     state = thinker.init_state(1, 256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,7 +21,6 @@ from omni.bench.result import Row, Series, Table
 from omni.bench.rows import PARTS
 from omni.bench.timing import enough_calls, seconds_of, take_turns
 from omni.bench.workbench import Workbench
-from omni.config.qwen3_omni import Code2WavConfig
 
 Part = tuple[str, Callable[[], units.Step], int, float | None]
 
@@ -28,9 +28,10 @@ Part = tuple[str, Callable[[], units.Step], int, float | None]
 def parts(bench: Workbench) -> Row:
     """The chosen parts at a batch of one; those of the decoders per layer, each layer in turn."""
     model, config, size = bench.ours, bench.config, bench.dtype.itemsize
-    text, talker, codec = config.thinker_config.text_config, config.talker_config, config.code2wav_config
+    text: Any = config.thinker.text_config
+    talker, codec = config.talker_config, config.code2wav_config
     assert talker is not None and codec is not None
-    speech, framed = talker.text_config, isinstance(codec, Code2WavConfig)
+    speech, framed = talker.text_config, codec.by_frames
     context = 32 if bench.options.quick else 512
     sides = (("Thinker", model.thinker, text), ("Talker", model.talker, speech))
     layers = [(f"{name} {{}}", decoder, c.num_hidden_layers, c) for name, decoder, c in sides]

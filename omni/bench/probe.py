@@ -45,7 +45,7 @@ def _load(side: str, folder: str, dtype: str, device: str, threads: int) -> dict
     from omni.bench.checkpoint import parameter_bytes
     from omni.bench.sides import peer_class
     from omni.bench.timing import peak_memory, synchronise
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.config.model import OmniConfig
     from omni.model import OmniModel
 
     torch.set_num_threads(threads)
@@ -74,7 +74,7 @@ def _train(
     from omni.bench.sides import Peer
     from omni.bench.timing import peak_memory
     from omni.bench.training_step import training_step
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.config.model import OmniConfig
     from omni.model import OmniModel
 
     torch.set_num_threads(threads)

@@ -108,7 +108,7 @@ def thinker_decode(bench: Workbench) -> Row:
     tokens = 8 if bench.options.quick else 32
     inputs = prompt(bench.config, 60)
     row.remarks.append(agree_all(bench, inputs, tokens, 0))
-    text = bench.config.thinker_config.text_config
+    text = bench.config.thinker.text_config
     touched = decoder_step_bytes(text, bench.dtype.itemsize, 60)
     table = _decode_table(bench, row, bench.ours, bench.peer, bench.compiled, tokens, touched)
     table.title = f"{text.num_hidden_layers} layers of {text.hidden_size}"
@@ -122,7 +122,7 @@ def thinker_decode(bench: Workbench) -> Row:
     bench.drop_models()
     layers = 2
     config = only("thinker", bench.options.released, layers)
-    wide = config.thinker_config.text_config
+    wide: Any = config.thinker.text_config
     with bench.pair(config, torch.bfloat16) as (ours, peer, _):
         row.remarks.append(f"Full width: {agree(ours, peer, inputs, tokens, 0)}")
         compiled = bench.compiled_twin(ours)

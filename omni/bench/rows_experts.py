@@ -29,7 +29,7 @@ def experts(bench: Workbench) -> Row:
     """p5: the block against every experts implementation of transformers that runs here."""
     row = Row("p5", "Mixture-of-experts block")
     bench.drop_models()
-    config = read_config(bench.options.config).thinker_config.text_config
+    config: Any = read_config(bench.options.config).thinker.text_config
     wide = config.replace(hidden_size=512, moe_intermediate_size=256, num_experts=128, num_experts_per_tok=8)
     sizes = {bench.options.config.stem: config} | ({} if bench.options.quick else {"128 experts of 256": wide})
     for name, c in sizes.items():

@@ -15,12 +15,11 @@ from omni.bench.sides import EXPERTS, GREEDY, GREEDY_CODES, STREAMED, Answer, Pe
 from omni.bench.timing import seconds_of
 from omni.bench.workbench import Workbench
 from omni.code2wav.contract import SAMPLE_RATE_HZ
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.generation.events import AudioChunk
 from omni.generation.streaming_config import StreamingConfig
 from omni.model import OmniModel
 from omni.packaged.toy import TOY_DATA
-from omni.processing.families import FAMILIES, QWEN3
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.session.session import OmniSession
@@ -131,14 +130,13 @@ def first_audio(bench: Workbench) -> Row:
         row.remarks.append(f"Real-time factor, {name}: end to end {got.total_s / seconds:.3f}{step}.")
     row.remarks.append("transformers returns the sound of an answer when all of it is there.")
     row.verdicts.append(Verdict("first audio before transformers'", first.ratio(EAGER), ">=", 10.0))
-    hears = FAMILIES[bench.config.model_type] is QWEN3  # what the packaged processor hears for
-    if hears and not bench.options.quick:
+    if bench.hears and not bench.options.quick:
         row.tables.append(_spoken_question(bench, bench.processor))
         row.remarks.append(
             "Spoken question: the packaged 2.3 s, audio window 1 s; the clock starts when it has ended. The session "
             "was fed in pieces of 100 ms and had read what it could."
         )
-    if hears and bench.device.type == "cuda":
+    if bench.hears and bench.device.type == "cuda":
         row.verdicts.append(Verdict("first audio", first[EAGER].median, "<=", 0.060, "s"))
         session = row.tables[-1]["omni session, read while it was heard"].median
         row.verdicts.append(Verdict("first audio after the end of speech", session, "<=", 0.030, "s"))

@@ -148,7 +148,7 @@ def long_session(bench: Workbench) -> Row:
     generator = torch.Generator().manual_seed(0)
     step_s, steps = (2, 2) if bench.options.quick else (20, 6)
     x, other, used, formula = [], [], [], []
-    text = bench.config.thinker_config.text_config
+    text = bench.config.thinker.text_config
     talker = bench.config.talker_config
     assert talker is not None
     size = bench.dtype.itemsize

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from omni.checkpoint.keys import KEY_TABLES, KeyTable
-from omni.config.qwen3_omni import OmniConfig
+from omni.checkpoint.keys import KeyTable
+from omni.config.model import OmniConfig
 from omni.generation.events import AudioChunk, TextDelta, TurnEnd
 from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import StreamingConfig
@@ -155,13 +155,20 @@ PEERS = {
 }
 
 
+def peer_of(model_type: str) -> PeerFamily:
+    """What transformers has for a family. Raises ValueError where it has no such model."""
+    if model_type not in PEERS:
+        raise ValueError(f"transformers has no model beside {model_type!r} to measure against")
+    return PEERS[model_type]
+
+
 class Peer:
     """transformers' model with the same weights. `setting` holds what was changed from its defaults."""
 
     def __init__(self, model: Any, config: OmniConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model.eval(), config, device
         self.setting: dict[str, Any] = {}
-        self.family = PEERS[config.model_type]
+        self.family = peer_of(config.model_type)
         self._shipped = self.model.get_experts_implementation() if self.family.experts else None
 
     @classmethod
@@ -172,9 +179,9 @@ class Peer:
     @classmethod
     def sharing(cls, ours: OmniModel) -> Peer:
         """On the tensors of our model, for what is too large to be held twice. Raises ValueError if one is copied."""
-        if not PEERS[ours.config.model_type].shares:
+        if not peer_of(ours.config.model_type).shares:
             raise ValueError(f"{ours.config.model_type} is compared by way of a folder; leave --share-weights out")
-        found, table = peer_class(ours.config.model_type), KEY_TABLES[ours.config.model_type]
+        found, table = peer_class(ours.config.model_type), ours.key_table
         tensors = {_name_in_memory(table, name): p.detach() for name, p in ours.named_parameters()}
         config = found.config_class.from_dict(ours.config.to_dict())
         place = {"": ours.device}
@@ -284,7 +291,7 @@ def peer_class(model_type: str) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    family = PEERS[model_type]
+    family = peer_of(model_type)
     found = getattr(transformers, family.class_name, None)
     if found is None:
         raise ValueError(

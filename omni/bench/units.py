@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni.generation.arguments import RELEASED_RESIDUAL
+from omni.generation.arguments import default_residual
 from omni.generation.sampling import RESIDUAL_STREAM, RowSampling
 from omni.layers.decoder_state import DecoderState
 from omni.model import OmniModel
@@ -59,7 +59,9 @@ def residual_codes(model: OmniModel, batch: int = 1, hidden: Tensor | None = Non
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(2, batch, weight.shape[0], generator=generator).to(weight)
     hidden, first = drawn[0] if hidden is None else hidden, drawn[1] if first is None else first
-    sampling = RowSampling.of([RELEASED_RESIDUAL] * batch, torch.arange(batch, device=weight.device), RESIDUAL_STREAM)
+    sampling = RowSampling.of(
+        [default_residual(model)] * batch, torch.arange(batch, device=weight.device), RESIDUAL_STREAM
+    )
     places = torch.arange(len(mtp.lm_head) * batch, device=weight.device).view(-1, batch).unbind(0)
     cache = mtp.init_cache(batch)
 

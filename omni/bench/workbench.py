@@ -25,10 +25,9 @@ from omni.bench.result import Series
 from omni.bench.sides import Peer, answer
 from omni.bench.timing import Run, take_turns
 from omni.code2wav.contract import SAMPLE_RATE_HZ
-from omni.config.qwen3_omni import Code2WavConfig, OmniConfig
+from omni.config.model import OmniConfig
 from omni.model import OmniModel
 from omni.packaged.toy import toy_processor
-from omni.processing.families import FAMILIES
 from omni.processing.processor import OmniProcessor
 
 TRIALS = 2  # calls of each setting that are tried before one is chosen
@@ -80,7 +79,7 @@ class Workbench:
 
     def need_frames(self) -> None:
         """Raise ValueError where the codec decoder draws sound by windows of codes, not by frames."""
-        if not isinstance(self.config.code2wav_config, Code2WavConfig):
+        if not self.config.code2wav_config.by_frames:
             raise ValueError(
                 f"{self.options.config} draws sound by windows of codes, and this row measures frames; "
                 "benchmarks/chunk_schedules.py measures windows"
@@ -89,10 +88,14 @@ class Workbench:
     @cached_property
     def processor(self) -> OmniProcessor:
         """The packaged processor. Raises ValueError where it hears for models of another family."""
-        processor = toy_processor()
-        if processor.files.family is not FAMILIES[self.config.model_type]:
+        if not self.hears:
             raise ValueError(f"{self.options.config} is of another family than the packaged processor of this row")
-        return processor
+        return toy_processor()
+
+    @cached_property
+    def hears(self) -> bool:
+        """Whether the packaged processor hears for models of the main config's family."""
+        return toy_processor().files.family == self.config.family
 
     # the main config's models, loaded once
 

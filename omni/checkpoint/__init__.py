@@ -2,15 +2,12 @@
 
 from omni.checkpoint.adapters import apply_adapter
 from omni.checkpoint.atomic import atomic_folder
-from omni.checkpoint.keys import KEY_TABLES, QWEN3_OMNI, KeyTable
+from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.load import LoadReport, Mismatch, load_weights, resolve_dtype
 from omni.checkpoint.save import save_weights
 from omni.checkpoint.shards import TensorInfo, read_headers, tensor_files
-from omni.config.locate import resolve_folder
 
 __all__ = [
-    "KEY_TABLES",
-    "QWEN3_OMNI",
     "KeyTable",
     "LoadReport",
     "Mismatch",
@@ -20,7 +17,6 @@ __all__ = [
     "load_weights",
     "read_headers",
     "resolve_dtype",
-    "resolve_folder",
     "save_weights",
     "tensor_files",
 ]

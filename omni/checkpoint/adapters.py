@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, Slot
+from omni.checkpoint.keys import KeyTable, Slot
 from omni.checkpoint.shards import read_file_header
 from omni.config.reading import read_json
 from omni.layers.quantized import packed_kind
@@ -74,7 +74,7 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def apply_adapter(model: nn.Module, folder: str | Path, *, table: KeyTable = QWEN3_OMNI) -> None:
+def apply_adapter(model: nn.Module, folder: str | Path, *, table: KeyTable) -> None:
     """Merge the adapter in `folder` into the weights of `model`, in place.
 
     Reads adapters that PEFT saved for the transformers model or for this one: LoRA on linear layers, embeddings, single

@@ -1,4 +1,4 @@
-"""How tensors are named: one table per family, between this library's modules and the Hub's files, both directions.
+"""How tensors are named: a family's table, between this library's modules and the Hub's files, in both directions.
 
 Shapes: E experts, I expert width, D model width. A file holds three matrices an expert, the model two stacked
 parameters a layer: gate_up_proj [E, 2I, D] (gate rows first) and down_proj [E, D, I].
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+from omni.config.family import Family, KeyNames
 
 Piece = Literal["whole", "gate", "up", "down"]
 _EXPERT_KEY = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -36,19 +38,13 @@ class Slot:
         return matrix[:half] if self.piece == "gate" else matrix[half:]
 
 
-@dataclass(frozen=True)
-class KeyTable:
-    """The names of one model family.
+class KeyTable(KeyNames):
+    """The names of one family's weights, and the way from either side to the other."""
 
-    `renames` pairs a prefix of ours with the Hub's; the longest match wins, in either direction. `also_read` pairs ours
-    with prefixes that other writers use. Keys that end in `derived` are tables some writers store and the model
-    computes. `parts` are the Hub's first name components in the order of the released files.
-    """
-
-    renames: tuple[tuple[str, str], ...]
-    also_read: tuple[tuple[str, str], ...]
-    derived: tuple[str, ...]
-    parts: tuple[str, ...]
+    @classmethod
+    def of(cls, family: Family) -> KeyTable:
+        """The table of a family."""
+        return cls(**vars(family.keys))
 
     def from_hub(self, key: str) -> str | None:
         """Our name of a file's key (an expert's matrix keeps its index), None for a key of no known prefix."""
@@ -94,53 +90,3 @@ class KeyTable:
 def is_stacked(name: str) -> bool:
     """Whether one of our names is a parameter that stacks experts."""
     return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-
-
-QWEN3_OMNI = KeyTable(
-    renames=(
-        ("audio_encoder.", "thinker.audio_tower."),
-        ("vision_encoder.", "thinker.visual."),
-        ("thinker.lm_head.", "thinker.lm_head."),
-        ("thinker.", "thinker.model."),
-        ("talker.text_projection.", "talker.text_projection."),
-        ("talker.hidden_projection.", "talker.hidden_projection."),
-        ("talker.codec_head.", "talker.codec_head."),
-        ("talker.mtp.lm_head.", "talker.code_predictor.lm_head."),
-        ("talker.mtp.", "talker.code_predictor.model."),
-        ("talker.", "talker.model."),
-        ("code2wav.", "code2wav."),
-    ),
-    # the names that transformers 5 uses in memory, and writes with save_original_format=False
-    also_read=(
-        ("audio_encoder.", "thinker.model.audio_tower."),
-        ("vision_encoder.", "thinker.model.visual."),
-        ("thinker.", "thinker.model.language_model."),
-    ),
-    derived=(".inv_freq", ".positional_embedding.positional_embedding"),
-    parts=("thinker", "talker", "code2wav"),
-)
-
-_DIT, _BIGVGAN = "token2wav.code2wav_dit_model.", "token2wav.code2wav_bigvgan_model."
-QWEN2_5_OMNI = KeyTable(
-    renames=(
-        ("audio_encoder.", "thinker.audio_tower."),
-        ("vision_encoder.", "thinker.visual."),
-        ("thinker.lm_head.", "thinker.lm_head."),
-        ("thinker.", "thinker.model."),
-        ("talker.input_projection.", "talker.thinker_to_talker_proj."),
-        ("talker.codec_head.", "talker.codec_head."),
-        ("talker.codec_embedding.", "talker.model.embed_tokens."),
-        ("talker.", "talker.model."),
-        ("code2wav.dit.code_embed.", f"{_DIT}text_embed.codec_embed."),
-        ("code2wav.dit.input_proj.", f"{_DIT}input_embed.proj."),
-        ("code2wav.dit.speaker_encoder.", f"{_DIT}input_embed.spk_encoder."),
-        ("code2wav.dit.blocks.", f"{_DIT}transformer_blocks."),
-        ("code2wav.dit.", _DIT),
-        ("code2wav.bigvgan.", _BIGVGAN),
-    ),
-    also_read=QWEN3_OMNI.also_read,
-    derived=(*QWEN3_OMNI.derived, ".upsample.filter", ".downsample.filter"),
-    parts=("thinker", "talker", "token2wav"),
-)
-
-KEY_TABLES = {"qwen3_omni_moe": QWEN3_OMNI, "qwen2_5_omni": QWEN2_5_OMNI}  # by model_type

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from omni.checkpoint.adapters import apply_adapter, check_adapter
-from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, Slot, is_stacked
+from omni.checkpoint.keys import KeyTable, Slot, is_stacked
 from omni.checkpoint.placement import Device, DeviceMap, DiskOffload, check_device, device_of, dispatch, plan_devices
 from omni.checkpoint.reading import DTYPES, FLOATS, ShardReader
 from omni.checkpoint.shards import TensorInfo, read_contents
@@ -89,7 +89,7 @@ def load_weights(
     model: nn.Module,
     folder: str | Path,
     *,
-    table: KeyTable = QWEN3_OMNI,
+    table: KeyTable,
     dtype: torch.dtype | str = "auto",
     config_dtype: str | None = None,
     device: Device | None = None,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from omni.checkpoint.keys import QWEN3_OMNI, KeyTable, is_stacked
+from omni.checkpoint.keys import KeyTable, is_stacked
 from omni.checkpoint.shards import INDEX, WEIGHTS
 from omni.layers.quantized import packed_kind
 
@@ -25,7 +25,7 @@ def save_weights(
     model: nn.Module,
     folder: str | Path,
     *,
-    table: KeyTable = QWEN3_OMNI,
+    table: KeyTable,
     max_shard_size: str | int = "5GB",
     experts: Literal["separate", "fused"] = "separate",
     progress: bool | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from omni.bench.rows import PARTS, ROWS, measure
 from omni.cli.arguments import count_value
+from omni.config.keywords import nearest
 
 if TYPE_CHECKING:
     from omni.bench.result import Row
@@ -53,8 +53,7 @@ def _one_of(names: Sequence[str], kind: str) -> Callable[[str], str]:
         name = text.lower().replace("-", "_")
         if name in names:
             return name
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        hint = nearest(name, names, f"there are {', '.join(names)}", cutoff=0.4)
         raise argparse.ArgumentTypeError(f"there is no {kind} {text!r}; {hint}")
 
     return read

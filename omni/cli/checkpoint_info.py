@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import singledispatch
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from omni.bench.footprint import cache_bytes_per_token
+from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.shards import format_bytes
-from omni.config.decoder import MoEConfig
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
-from omni.config.qwen3_omni import AudioEncoderConfig, Code2WavConfig, OmniConfig, VisionEncoderConfig
-from omni.config.token2wav import Token2WavConfig
+from omni.config.family import Family
+from omni.config.locate import CONFIG_FILES, locate
+from omni.config.model import OmniConfig
+from omni.config.names import import_name
 
 # Module prefixes, the longest first, and what the table calls them.
 PARTS = {
@@ -59,16 +58,15 @@ def part_of(name: str) -> str:
     return next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "other")
 
 
-def sizes_from_files(folder: Path, family: str) -> tuple[dict[str, PartSize], int]:
-    """Sizes of the parts on disk, and the number of weight files; family: the config's model_type. Raises as
-    `read_headers`."""
-    from omni.checkpoint.keys import KEY_TABLES
+def sizes_from_files(folder: Path, family: Family) -> tuple[dict[str, PartSize], int]:
+    """Sizes of the parts on disk, and the number of weight files. Raises as `read_headers`."""
     from omni.checkpoint.shards import read_headers
 
+    table = KeyTable.of(family)
     sizes: dict[str, PartSize] = {}
     headers = read_headers(folder)
     for key, tensor in headers.items():
-        size = sizes.setdefault(part_of(KEY_TABLES[family].from_hub(key) or ""), PartSize())
+        size = sizes.setdefault(part_of(table.from_hub(key) or ""), PartSize())
         size.add(tensor.shape, _NAMES.get(tensor.dtype, tensor.dtype), tensor.bytes)
     return sizes, len({tensor.shard for tensor in headers.values()})
 
@@ -91,83 +89,12 @@ def sizes_from_config(config: OmniConfig) -> dict[str, PartSize]:
     return sizes
 
 
-def describe_parts(config: OmniConfig) -> dict[str, str]:
-    """The sizes of each part in words, from the config."""
-    thinker, talker = config.thinker_config, config.talker_config
-    out = {"thinker": in_words(thinker.text_config)}
-    for name, part in (("audio encoder", thinker.audio_config), ("vision encoder", thinker.vision_config)):
-        if part is not None:
-            out[name] = in_words(part)
-    if config.has_talker and talker is not None and config.code2wav_config is not None:
-        layer = "the last layer" if talker.accept_hidden_layer is None else f"layer {talker.accept_hidden_layer}"
-        out["talker"] = f"{in_words(talker.text_config)}, reads {layer} of the Thinker"
-        if talker.num_code_groups > 1:
-            mtp = talker.code_predictor_config
-            out["talker, residual codes"] = f"{in_words(mtp)}, {mtp.num_code_groups - 1} of {mtp.num_code_groups} codes"
-        out["code2wav"] = in_words(config.code2wav_config)
-    return out
-
-
-@singledispatch
-def in_words(part: Any) -> str:
-    """A part's config in a line. Here: that of a decoder."""
-    heads = f"{part.num_attention_heads} heads over {part.num_key_value_heads} of {part.head_size}"
-    experts = f", {part.num_experts_per_tok} of {part.num_experts} experts" if isinstance(part, MoEConfig) else ""
-    return f"{part.num_hidden_layers} layers of {part.hidden_size}, {heads}{experts}"
-
-
-def _audio(c: Any, window_frames: int) -> str:
-    layers = f"{c.encoder_layers} layers of {c.d_model}, {c.encoder_attention_heads} heads"
-    return f"{layers}, {c.num_mel_bins} mel bins, window {window_frames / 100:g} s"
-
-
-def _vision(c: Any) -> str:
-    return f"{c.depth} layers of {c.hidden_size}, {c.num_heads} heads, patch {c.patch_size}"
-
-
-@in_words.register
-def _(c: AudioEncoderConfig) -> str:
-    return _audio(c, c.n_window_infer)
-
-
-@in_words.register
-def _(c: WhisperAudioEncoderConfig) -> str:
-    return _audio(c, c.chunk_frames)
-
-
-@in_words.register
-def _(c: VisionEncoderConfig) -> str:
-    return f"{_vision(c)}, taps after layers {', '.join(map(str, c.deepstack_visual_indexes)) or 'none'}"
-
-
-@in_words.register
-def _(c: WindowVisionEncoderConfig) -> str:
-    whole = ", ".join(map(str, c.fullatt_block_indexes)) or "none"
-    return f"{_vision(c)}, windows of {c.window_size} pixels but in layers {whole}"
-
-
-@in_words.register
-def _(c: Code2WavConfig) -> str:
-    return (
-        f"{c.num_quantizers} codebooks of {c.codebook_size}, {c.num_hidden_layers} layers of {c.hidden_size}, "
-        f"{c.hop_length} samples a frame"
-    )
-
-
-@in_words.register
-def _(c: Token2WavConfig) -> str:
-    dit = c.dit_config
-    return (
-        f"DiT of {dit.num_hidden_layers} layers of {dit.hidden_size}, {dit.num_attention_heads} heads; BigVGAN from "
-        f"{c.bigvgan_config.upsample_initial_channel} channels; {c.hop_length} samples a code"
-    )
-
-
 def variant(config: OmniConfig) -> str:
     """What this variant takes in and gives out."""
-    thinker = config.thinker_config
-    media = {"audio": thinker.audio_config, "images and video": thinker.vision_config}
-    takes = ", ".join(("text", *(name for name, part in media.items() if part is not None)))
+    if config.thinker_config is None:
+        return f"{' and '.join(config.parts)} alone"
+    media = {"audio": "audio_encoder", "images and video": "vision_encoder"}
+    takes = ", ".join(("text", *(name for name, part in media.items() if part in config.parts)))
     return f"{takes} in; {'text and speech' if config.has_talker else 'text'} out"
 
 
@@ -176,45 +103,37 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin"))
 
 
-def print_info(console: Console, path: Path) -> None:
+def print_info(console: Console, name: str) -> None:
     """Print the description of a checkpoint folder, of a folder with a config alone, or of a config file.
 
-    Raises FileNotFoundError or ValueError when the config or the weight files' headers cannot be trusted.
+    name: one of these, a packaged checkpoint or a Hub id. Raises FileNotFoundError, OSError or ValueError when there is
+    none, or the config or the weight files' headers cannot be trusted.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; pass a checkpoint folder or a config.json")
+    path = locate(name, files=CONFIG_FILES)
     config = OmniConfig.from_pretrained(path)
     if path.is_dir() and has_weights(path):
-        sizes, files = sizes_from_files(path, config.model_type)
+        sizes, files = sizes_from_files(path, config.family)
         origin = f"{files} weight file{'s' if files > 1 else ''}, read from the headers"
     else:
         sizes, origin = sizes_from_config(config), "no weight files here: as config.json describes it"
-    console.print(f"{path}: {config.model_type}, {variant(config)}", highlight=False)
-    console.print(f"{origin}", highlight=False)
-    console.print(_parts_table(sizes, describe_parts(config)))
-    cache_mb = cache_bytes_per_token(config) * 1000 / 1e6
-    positions = config.thinker_config.text_config.max_position_embeddings
-    console.print(
-        f"thinker: {positions:,} positions; its cache takes {cache_mb:,.1f} MB per 1000 tokens in bfloat16",
-        highlight=False,
-    )
-    if config.has_talker and config.talker_config is not None:
-        speakers = sorted(config.talker_config.speaker_id or {})
-        console.print(f"speakers: {', '.join(speakers) or 'none named'}", highlight=False)
-        if isinstance(config.code2wav_config, Token2WavConfig):
-            console.print(_windows(config.code2wav_config), highlight=False)
+    lines = [f"{name}: {config.model_type}, {variant(config)}", origin]
+    for line in lines:
+        console.print(line, highlight=False)
+    console.print(_parts_table(sizes, config.describe()))
+    for line in _remarks(config):
+        console.print(line, highlight=False)
 
 
-def _windows(config: Token2WavConfig) -> str:
-    """How sound comes while codes are drawn, by the usual schedule."""
-    from omni.code2wav.chunk_schedule import ChunkSchedule, first_audio
-
-    schedule = ChunkSchedule.usual(config)
-    first = first_audio(config, schedule)
-    return (
-        f"streaming: windows of {schedule.chunk_codes} codes; the first {first.audio_ms:.0f} ms of sound need "
-        f"{first.codes} codes, {first.wait_ms:.0f} ms of speech, and the time to compute them"
-    )
+def _remarks(config: OmniConfig) -> Iterable[str]:
+    """What else the config says of memory, voices and streaming."""
+    if config.thinker_config is not None:
+        positions = config.thinker.text_config.max_position_embeddings
+        cache_mb = cache_bytes_per_token(config) * 1000 / 1e6
+        yield f"thinker: {positions:,} positions; its cache takes {cache_mb:,.1f} MB per 1000 tokens in bfloat16"
+    if "talker" in config.parts:
+        yield f"speakers: {', '.join(sorted(config.talker_config.speaker_id or {})) or 'none named'}"
+    if "code2wav" in config.parts and config.family.schedule_in_words is not None:
+        yield import_name(config.family.schedule_in_words)(config.code2wav_config)
 
 
 def _parts_table(sizes: dict[str, PartSize], words: dict[str, str]) -> Table:

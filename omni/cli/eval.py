@@ -147,12 +147,12 @@ def _transcriber(name: str | None) -> Callable[[Tensor, int], str] | None:
 def _load(args: argparse.Namespace) -> OmniModel:
     """The parts of the checkpoint that the metrics need. Raises ValueError before its weights are read if it has not
     got them."""
-    from omni.config.locate import resolve_folder
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.config.locate import locate
+    from omni.config.model import OmniConfig
     from omni.evaluation.suite import required_parts
     from omni.model import OmniModel
 
-    folder, parts = resolve_folder(args.model), required_parts(args.metrics)
+    folder, parts = locate(args.model), required_parts(args.metrics)
     if len(parts) > 1 and not OmniConfig.from_pretrained(folder).has_talker:
         raise ValueError(f"{args.model} answers in text only; leave the metrics of speech out of --metrics")
     placement: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from omni.cli.arguments import consoles
 
@@ -16,7 +15,7 @@ def add_arguments(info: argparse.ArgumentParser) -> None:
         "Parts, shapes, parameters, dtype, memory and speakers of a checkpoint, from config.json and the headers "
         "of its weight files. A folder or file with a config alone is described too."
     )
-    info.add_argument("folder", type=Path, help="checkpoint folder, or a config.json")
+    info.add_argument("folder", help="checkpoint folder, or a config.json")
     info.set_defaults(run=run)
 
 

@@ -14,8 +14,19 @@ from torch import Tensor
 from omni.code2wav.chunk_schedule import ChunkSchedule, first_audio
 from omni.code2wav.ode_sampler import ODEConfig
 from omni.code2wav.token2wav import AnyVoice, Token2Wav
+from omni.config.token2wav import Token2WavConfig
 
 _DB_PER_NEPER = 20 / math.log(10)
+
+
+def schedule_in_words(config: Token2WavConfig) -> str:
+    """How sound comes while codes are drawn, by the usual schedule, as `omni info` prints it."""
+    schedule = ChunkSchedule.usual(config)
+    first = first_audio(config, schedule)
+    return (
+        f"streaming: windows of {schedule.chunk_codes} codes; the first {first.audio_ms:.0f} ms of sound need "
+        f"{first.codes} codes, {first.wait_ms:.0f} ms of speech, and the time to compute them"
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ without a pickle: `{name}.cond` and `{name}.ref_mel`, and each name's bos_token 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import pickle
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from omni.config.keywords import nearest
 
 RELEASED_FILE, SAFE_FILE = "spk_dict.pt", "voices.safetensors"
 _PARTS = ("cond", "ref_mel")
@@ -156,6 +157,5 @@ def choose_voice(voices: Mapping[str, Voice], name: str) -> Voice:
     by_lower = {known.lower(): voice for known, voice in voices.items()}
     if name.lower() in by_lower:
         return by_lower[name.lower()]
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    hint = f"; did you mean {next(k for k in voices if k.lower() == near[0])!r}?" if near else ""
-    raise ValueError(f"there is no voice {name!r}; there are {', '.join(sorted(voices))}{hint}")
+    hint = nearest(name, voices, "")
+    raise ValueError(f"there is no voice {name!r}; there are {', '.join(sorted(voices))}{hint and '; ' + hint}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from omni.config.reading import Config, check_theta, not_negative, optional, positive, require
@@ -13,9 +12,9 @@ from omni.config.reading import Config, check_theta, not_negative, optional, pos
 class RopeConfig(Config):
     """Mixin: rotary values in either spelling (`rope_parameters`, or `rope_theta` with `rope_scaling`)."""
 
-    rope_theta: float | None = optional(float)
-    rope_scaling: dict[str, Any] | None = optional(dict)
-    rope_parameters: dict[str, Any] | None = optional(dict)
+    rope_theta: float | None = optional()
+    rope_scaling: dict[str, Any] | None = optional()
+    rope_parameters: dict[str, Any] | None = optional()
 
     _default_theta = 10000.0
     _default_sections = (24, 20, 20)
@@ -65,14 +64,14 @@ class DecoderConfig(RopeConfig):
     num_hidden_layers: int = 1
     num_attention_heads: int = 16
     num_key_value_heads: int = 16
-    head_dim: int | None = optional(int)
+    head_dim: int | None = optional()
     intermediate_size: int = 2048
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     attention_bias: bool = False
-    sliding_window: int | None = field(default=None, metadata={"kind": int})
+    sliding_window: int | None = None
 
     qk_norm = True  # queries and keys are normalised per head; a family's own, as are the next two
 
@@ -85,6 +84,14 @@ class DecoderConfig(RopeConfig):
     def output_bias(self) -> bool:
         """Whether the projection out of attention has one."""
         return self.attention_bias
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) holds experts."""
+        return False
+
+    def in_words(self) -> str:
+        heads = f"{self.num_attention_heads} heads over {self.num_key_value_heads} of {self.head_size}"
+        return f"{self.num_hidden_layers} layers of {self.hidden_size}, {heads}"
 
     @property
     def head_size(self) -> int:
@@ -117,10 +124,6 @@ class LanguageConfig(DecoderConfig):
 
     vocab_size: int = 3584
 
-    def is_sparse(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (from 0) holds experts."""
-        return False
-
     def validate(self, where: str) -> None:
         super().validate(where)
         positive(self, where, "vocab_size")
@@ -145,13 +148,16 @@ class MoEConfig(LanguageConfig):
     shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] | None = field(default=(), metadata={"kind": tuple})
+    mlp_only_layers: tuple[int, ...] | None = ()
     router_aux_loss_coef: float = 0.001
     tie_word_embeddings: bool = False
 
     def is_sparse(self, layer: int) -> bool:
         dense = layer in (self.mlp_only_layers or ())
         return not dense and self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+
+    def in_words(self) -> str:
+        return f"{super().in_words()}, {self.num_experts_per_tok} of {self.num_experts} experts"
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -164,18 +170,10 @@ class MoEConfig(LanguageConfig):
 
 
 class SpeechRules:
-    """Mixin of a Talker's config: what the reference does that no file says.
+    """Mixin of a Talker's config: what no file says. voice_rows: a voice is a row of the codec embedding (else a text
+    token beside a recording)."""
 
-    default_speaker: the voice where none is asked for; code_sampling: how codebook 0 is drawn.
-    """
-
-    default_speaker: ClassVar[str] = "ethan"
-    code_sampling: ClassVar[Mapping[str, float]] = {
-        "temperature": 0.9,
-        "top_k": 50,
-        "top_p": 1.0,
-        "repetition_penalty": 1.05,
-    }
+    voice_rows: ClassVar[bool] = False
     codec_eos_token_id: int
 
     @property

@@ -1,14 +1,41 @@
-"""Misspelt keyword arguments name the right one."""
+"""Misspelt words name the right one, in every message in the same way."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
+    """The end of an error message: the known word that `word` resembles in any case, else `otherwise` (None: all of
+    them). cutoff: the least likeness that counts, from 0 to 1.
+    """
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
+    if near:
+        return f"did you mean {names[near[0]]!r}?"
+    return f"it must be one of {', '.join(names.values())}" if otherwise is None else otherwise
+
+
+def is_misspelt(word: str, name: str) -> bool:
+    """Whether `word` was surely meant to be `name`: at most two edits away, or nearly all letters shared."""
+    word = word.lower()
+    close = _edit_distance(word, name) <= min(2, len(name) // 5)
+    return close or difflib.SequenceMatcher(None, word, name).ratio() >= 0.9
+
+
+def _edit_distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, ca in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, cb in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (ca != cb))
+    return row[-1]
 
 
 def names_keywords(function: F) -> F:
@@ -19,8 +46,7 @@ def names_keywords(function: F) -> F:
     def call(*args: Any, **kwargs: Any) -> Any:
         for key in kwargs:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+                hint = nearest(key, known, f"it takes {', '.join(known)}")
                 raise TypeError(f"{function.__name__} has no argument {key!r}; {hint}")
         return function(*args, **kwargs)
 

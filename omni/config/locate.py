@@ -1,31 +1,36 @@
-"""From what the user wrote, a folder or a Hub id, to a local folder."""
+"""From what the user wrote, a folder, a Hub id or the name of a packaged checkpoint, to files on this machine."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-# weights, configs, tokenizer, chat template; of pickles only the voices, which are read as tensors and nothing else
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "spk_dict.pt"]
+CONFIG_FILES = ("config.json",)
+PROCESSOR_FILES = ("*.json", "*.txt", "*.jinja", "*.model")  # tokenizer, chat template, values of the preprocessors
+# also weights; of pickles only the voices, which are read as tensors and nothing else
+CHECKPOINT_FILES = (*PROCESSOR_FILES, "*.safetensors", "spk_dict.pt")
 PACKAGED = {
     "omni-nano": Path(__file__).resolve().parents[1] / "packaged" / "nano_data"
 }  # checkpoints that come with omni
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def resolve_folder(
+def locate(
     folder_or_hub_id: str | Path,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    files: Sequence[str] = CHECKPOINT_FILES,
 ) -> Path:
     """An existing folder as it is; a checkpoint that comes with omni (`PACKAGED`) by its name; otherwise the Hub
-    repository of that id, downloaded or from the cache.
+    repository of that id, its `files` downloaded or from the cache.
 
-    What cannot be a Hub id fails at once. Raises FileNotFoundError when there is neither, OSError when the download
-    fails, ValueError when it is a file, TypeError for anything else.
+    Where config.json alone is asked for (`CONFIG_FILES`), an existing JSON file is returned as it is. What cannot be a
+    Hub id fails at once. Raises FileNotFoundError when there is neither, OSError when the download fails, ValueError
+    when it is a file, TypeError for anything else.
     """
     if not isinstance(folder_or_hub_id, (str, Path)):
         raise TypeError(f"pass a checkpoint folder or a Hub id such as org/name, got {folder_or_hub_id!r}")
@@ -34,10 +39,12 @@ def resolve_folder(
     if name and path.is_dir():
         return path
     if name and path.exists():
+        if files == CONFIG_FILES:
+            return path
         raise ValueError(f"{path} is a file; pass the folder that holds config.json and the weights")
     if name in PACKAGED:
         return PACKAGED[name]
-    if isinstance(folder_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
+    if isinstance(folder_or_hub_id, Path) or name.endswith(".json") or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"folder {name!r} does not exist; pass a checkpoint folder or a Hub id such as org/name"
         )
@@ -50,7 +57,7 @@ def resolve_folder(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=_PATTERNS,
+            allow_patterns=list(files),
         )
     except FileNotFoundError as error:  # neither reachable nor in the cache
         where = "in the local cache" if local_files_only else "on the Hub, which may be out of reach,"

@@ -1,8 +1,10 @@
-"""Configuration of the second family, Qwen2.5-Omni: dense Thinker and Talker, and how its `config.json` spells them.
+"""Qwen2.5-Omni: the configuration of its parts, how its `config.json` spells them, and the facts of the family.
 
 A field is named as in the first family, so that the rest of the library reads either; `_spellings` gives the file's
-key where that differs. Defaults are what the reference assumes, not the released values (`configs/qwen2_5_omni_7b.json`
-and `qwen2_5_omni_3b.json` have those).
+key where that differs. Defaults are what the reference assumes when a key is absent, not the released values
+(`configs/qwen2_5_omni_7b.json` and `qwen2_5_omni_3b.json` have those: the vision encoder's hidden_size is 1280, and
+the encoders' output_dim and out_hidden_size are the width of the Thinker, 3584 or 2048). Token2Wav has a file of its
+own.
 """
 
 from __future__ import annotations
@@ -12,15 +14,96 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from omni.config.decoder import LanguageConfig, SpeechRules
+from omni.config.encoders import AudioTransformerConfig, VisionTransformerConfig
+from omni.config.family import RELEASED, Family, KeyNames
+from omni.config.model import OmniConfig, ThinkerConfig
 from omni.config.positions import PositionRule
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
-from omni.config.qwen3_omni import OmniConfig, ThinkerConfig
-from omni.config.reading import extra_field, nested, require
+from omni.config.reading import extra_field, optional, positive, require
 from omni.config.token2wav import Token2WavConfig
 
 # Voices of the released checkpoints: the Thinker id that opens the reply. A folder's spk_dict.pt wins (FACTS 3.8).
 RELEASED_SPEAKERS = {"chelsie": 151872, "ethan": 151870}
 _MEDIA_KEYS = {f"{kind}_token_id": f"{kind}_token_index" for kind in ("audio", "image", "video")}
+# The reference reads these as other names of the fields; a file may hold both.
+_AUDIO_SYNONYMS = {
+    "num_hidden_layers": "encoder_layers",
+    "num_attention_heads": "encoder_attention_heads",
+    "intermediate_size": "encoder_ffn_dim",
+    "hidden_size": "d_model",
+}
+
+
+@dataclass(frozen=True)
+class WhisperAudioEncoderConfig(AudioTransformerConfig):
+    """The Whisper-shaped audio encoder. `n_window` counts mel frames: half a block, which is convolved and attended to
+    by itself (released: a block of 2 s)."""
+
+    model_type: str = "qwen2_5_omni_audio_encoder"
+    extra: dict[str, Any] = extra_field()
+    aliases: dict[str, str] = extra_field()
+
+    _passive = frozenset({*_AUDIO_SYNONYMS, "init_std"})
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        for key, name in _AUDIO_SYNONYMS.items():
+            require(
+                self.extra.get(key) in (None, getattr(self, name)),
+                f"{where}.{key} = {self.extra.get(key)!r} contradicts its other spelling {name} = "
+                f"{getattr(self, name)!r}; write {name} alone",
+            )
+        require(
+            self.n_window % 2 == 0,
+            f"{where}.n_window {self.n_window} must be even: pairs of a block's n_window positions become one token",
+        )
+
+
+@dataclass(frozen=True)
+class WindowVisionEncoderConfig(VisionTransformerConfig):
+    """The vision encoder with window attention: ViT and merger, as in Qwen2.5-VL.
+
+    `window_size` counts pixels. Blocks named in `fullatt_block_indexes` see a whole grid step instead of a window;
+    an index without a block is without effect.
+    """
+
+    window_size: int = 112
+    out_hidden_size: int = 3584
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    initializer_range: float = 0.02
+    rope_parameters: dict[str, Any] | None = optional()
+    model_type: str = "qwen2_5_omni_vision_encoder"
+    extra: dict[str, Any] = extra_field()
+    aliases: dict[str, str] = extra_field()
+
+    _passive = frozenset({"embed_dim", "in_chans", "init_std"})  # written by the release, read by nothing
+
+    @property
+    def window_tokens(self) -> int:
+        """Side of a window in merged tokens (released: 4)."""
+        return self.window_size // self.spatial_merge_size // self.patch_size
+
+    def in_words(self) -> str:
+        whole = ", ".join(map(str, self.fullatt_block_indexes)) or "none"
+        return f"{super().in_words()}, windows of {self.window_size} pixels but in layers {whole}"
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        positive(self, where, "window_size")
+        kind = (self.rope_parameters or {}).get("rope_type", "axial")
+        require(
+            kind in ("axial", "default"),
+            f"{where}.rope_parameters.rope_type {kind!r} is not supported; it must be 'axial'",
+        )
+        require(
+            self.window_tokens >= 1,
+            f"{where}.window_size {self.window_size} is smaller than one token of spatial_merge_size * patch_size = "
+            f"{self.spatial_merge_size * self.patch_size} pixels",
+        )
+        require(
+            min((0, *self.fullatt_block_indexes)) == 0,
+            f"{where}.fullatt_block_indexes {list(self.fullatt_block_indexes)} must not be negative",
+        )
+        require(self.hidden_act == "silu", f"{where}.hidden_act must be 'silu', got {self.hidden_act!r}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +115,7 @@ class DenseConfig(LanguageConfig):
     hidden_size: int = 3584
     intermediate_size: int = 18944
     num_hidden_layers: int = 28
-    sliding_window: int | None = field(default=32768, metadata={"kind": int})
+    sliding_window: int | None = 32768
     use_sliding_window: bool = False
 
     qk_norm = False
@@ -63,31 +146,23 @@ class DenseTextConfig(DenseConfig):
 class DenseThinkerConfig(ThinkerConfig):
     """Encoders and decoder of the Thinker."""
 
-    text_config: DenseTextConfig = nested(DenseTextConfig)  # type: ignore[assignment]  # shares LanguageConfig
-    audio_config: WhisperAudioEncoderConfig | None = nested(WhisperAudioEncoderConfig, optional=True)  # type: ignore[assignment]
-    vision_config: WindowVisionEncoderConfig | None = nested(WindowVisionEncoderConfig, optional=True)  # type: ignore[assignment]
-    seconds_per_chunk: float = field(default=2, metadata={"kind": float})
+    text_config: DenseTextConfig = field(default_factory=DenseTextConfig)
+    audio_config: WhisperAudioEncoderConfig | None = None
+    vision_config: WindowVisionEncoderConfig | None = None
+    seconds_per_chunk: float = 2
     model_type: str = "qwen2_5_omni_thinker"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
     _spellings: ClassVar[Mapping[str, str]] = _MEDIA_KEYS
 
-    num_taps = 0  # no DeepStack
-
     @property
     def position_rule(self) -> PositionRule:
         return joint_rule(self.position_id_per_seconds, self.seconds_per_chunk)
 
     def validate(self, where: str) -> None:
-        self.validate_ids(where)
+        super().validate(where)
         require(self.seconds_per_chunk > 0, f"{where}.seconds_per_chunk must be positive")
-        for name, key in (("audio_config", "output_dim"), ("vision_config", "out_hidden_size")):
-            width = getattr(getattr(self, name), key, None)
-            require(
-                width in (None, self.text_config.hidden_size),
-                f"{where}: {name}.{key} {width} must equal text_config.hidden_size {self.text_config.hidden_size}",
-            )
 
 
 @dataclass(frozen=True)
@@ -99,7 +174,7 @@ class DenseTalkerConfig(SpeechRules, DenseConfig):
 
     vocab_size: int = 8448
     thinker_hidden_size: int = 3584
-    head_dim: int | None = field(default=128, metadata={"kind": int})
+    head_dim: int | None = 128
     codec_bos_id: int = 8293
     codec_eos_token_id: int = 8294
     codec_pad_id: int = 8292
@@ -112,10 +187,10 @@ class DenseTalkerConfig(SpeechRules, DenseConfig):
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     audio_start_token_id: int = 151647
-    position_id_per_seconds: float = field(default=25, metadata={"kind": float})
-    seconds_per_chunk: float = field(default=2, metadata={"kind": float})
+    position_id_per_seconds: float = 25
+    seconds_per_chunk: float = 2
     spatial_merge_size: int = 2
-    speaker_id: dict[str, int] = field(default_factory=lambda: dict(RELEASED_SPEAKERS), metadata={"kind": dict})
+    speaker_id: dict[str, int] = field(default_factory=lambda: dict(RELEASED_SPEAKERS))
     tie_word_embeddings: bool = False
     model_type: str = "qwen2_5_omni_talker"
     extra: dict[str, Any] = extra_field()
@@ -133,13 +208,6 @@ class DenseTalkerConfig(SpeechRules, DenseConfig):
 
     num_code_groups = 1
     accept_hidden_layer: ClassVar[None] = None  # it hears the Thinker's states after the final norm
-    default_speaker: ClassVar[str] = "chelsie"
-    code_sampling: ClassVar[Mapping[str, float]] = {
-        "temperature": 0.9,
-        "top_k": 40,
-        "top_p": 0.8,
-        "repetition_penalty": 1.05,
-    }
 
     @property
     def text_config(self) -> DenseTalkerConfig:
@@ -161,6 +229,9 @@ class DenseTalkerConfig(SpeechRules, DenseConfig):
         """How positions follow time."""
         return joint_rule(self.position_id_per_seconds, self.seconds_per_chunk)
 
+    def in_words(self) -> str:
+        return f"{super().in_words()}, reads the last layer of the Thinker"
+
     def validate(self, where: str) -> None:
         super().validate(where)
         for name in ("position_id_per_seconds", "seconds_per_chunk", "thinker_hidden_size"):
@@ -177,23 +248,18 @@ class DenseTalkerConfig(SpeechRules, DenseConfig):
 
 @dataclass(frozen=True)
 class Qwen2_5OmniConfig(OmniConfig):
-    """The whole model. `OmniConfig.from_dict` yields it for files of `model_type` qwen2_5_omni.
+    """The whole model.
 
     Chat ids are not in its files but in its vocabulary, the text ids of speech in its Talker's values.
     """
 
-    thinker_config: DenseThinkerConfig = nested(DenseThinkerConfig)
-    talker_config: DenseTalkerConfig | None = field(  # type: ignore[assignment]  # read by the same names
-        default=None, metadata={"kind": DenseTalkerConfig, "omit_none": True}
-    )
-    code2wav_config: Token2WavConfig | None = field(  # type: ignore[assignment]
-        default=None, metadata={"kind": Token2WavConfig, "omit_none": True}
-    )
+    thinker_config: DenseThinkerConfig | None = optional()
+    talker_config: DenseTalkerConfig | None = optional()
+    code2wav_config: Token2WavConfig | None = optional()
     model_type: str = "qwen2_5_omni"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
-    _model_type = "qwen2_5_omni"
     _architecture = "Qwen2_5OmniForConditionalGeneration"
     _spellings: ClassVar[Mapping[str, str]] = {"code2wav_config": "token2wav_config"}
     _text_ids: ClassVar[Mapping[str, str]] = {
@@ -214,7 +280,7 @@ class Qwen2_5OmniConfig(OmniConfig):
         return {key: value for key, value in super().to_dict().items() if key not in self._text_ids}
 
     def validate_parts(self, where: str) -> None:
-        talker, text = self.talker_config, self.thinker_config.text_config
+        talker, text = self.talker_config, self.thinker.text_config
         assert talker is not None
         require(
             talker.thinker_hidden_size == text.hidden_size,
@@ -226,3 +292,69 @@ class Qwen2_5OmniConfig(OmniConfig):
 def joint_rule(rate: float, chunk_s: float) -> PositionRule:
     """Whole positions, a video with its sound in chunks of time between shared marks (Qwen2.5-Omni, section 2.2)."""
     return PositionRule(rate, whole=True, chunk_s=chunk_s, joint_marks=True)
+
+
+_DIT, _BIGVGAN = "token2wav.code2wav_dit_model.", "token2wav.code2wav_bigvgan_model."
+_MERGED = 28 * 28  # pixels of a visual token
+QWEN2_5_OMNI = Family(
+    model_type="qwen2_5_omni",
+    config="omni.config.qwen2_5_omni:Qwen2_5OmniConfig",
+    parts={
+        "audio_encoder": "omni.encoders.whisper_audio:WhisperAudioEncoder",
+        "vision_encoder": "omni.encoders.window_vision:WindowVisionEncoder",
+        "thinker": "omni.thinker.thinker:Thinker",
+        "talker": "omni.talker.single_codebook:SingleCodebookTalker",
+        "code2wav": "omni.code2wav.token2wav:Token2Wav",
+    },
+    keys=KeyNames(
+        renames=(
+            ("audio_encoder.", "thinker.audio_tower."),
+            ("vision_encoder.", "thinker.visual."),
+            ("thinker.lm_head.", "thinker.lm_head."),
+            ("thinker.", "thinker.model."),
+            ("talker.input_projection.", "talker.thinker_to_talker_proj."),
+            ("talker.codec_head.", "talker.codec_head."),
+            ("talker.codec_embedding.", "talker.model.embed_tokens."),
+            ("talker.", "talker.model."),
+            ("code2wav.dit.code_embed.", f"{_DIT}text_embed.codec_embed."),
+            ("code2wav.dit.input_proj.", f"{_DIT}input_embed.proj."),
+            ("code2wav.dit.speaker_encoder.", f"{_DIT}input_embed.spk_encoder."),
+            ("code2wav.dit.blocks.", f"{_DIT}transformer_blocks."),
+            ("code2wav.dit.", _DIT),
+            ("code2wav.bigvgan.", _BIGVGAN),
+        ),
+        # the names that transformers 5 uses in memory, and writes with save_original_format=False
+        also_read=(
+            ("audio_encoder.", "thinker.model.audio_tower."),
+            ("vision_encoder.", "thinker.model.visual."),
+            ("thinker.", "thinker.model.language_model."),
+        ),
+        derived=(
+            *(".inv_freq", ".positional_embedding.positional_embedding"),
+            *(".upsample.filter", ".downsample.filter"),
+        ),
+        parts=("thinker", "talker", "token2wav"),
+    ),
+    turn_layout="omni.training.objectives.spoken_turns:ReadTurns",
+    processor_class="Qwen2_5OmniProcessor",
+    tokens={
+        "audio_token": "<|AUDIO|>",
+        "image_token": "<|IMAGE|>",
+        "video_token": "<|VIDEO|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+    },
+    rule=joint_rule(25.0, 2.0),
+    n_window=100,
+    clip_end="silence",  # the release fills every clip up to 300 s before it looks at the spectrum
+    audio_tokens="omni.encoders.whisper_audio:num_whisper_tokens",
+    frame_pixels=(128 * _MERGED, 768 * _MERGED),
+    preprocessor=RELEASED / "qwen2_5_omni.json",
+    speech_system="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving "
+    "auditory and visual inputs, as well as generating text and speech.",  # the model card's
+    default_speaker="chelsie",
+    code_sampling={"temperature": 0.9, "top_k": 40, "top_p": 0.8, "repetition_penalty": 1.05},
+    schedule_in_words="omni.code2wav.schedule_report:schedule_in_words",
+)

@@ -1,4 +1,4 @@
-"""The configuration of every part, read from and written to the Hub's `config.json` in its own keys.
+"""Qwen3-Omni: the configuration of every part in the Hub's own keys, and the facts of the family.
 
 A field is named as its key. Its default is what the reference assumes when the key is absent from the file; these are
 NOT the released values (see `configs/qwen3_omni_30b_a3b.json` for those). Keys that this library does not know are
@@ -7,30 +7,16 @@ kept in `extra` and written back unchanged.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from omni.config.audio import AudioTransformerConfig
 from omni.config.decoder import DecoderConfig, MoEConfig, SpeechRules
+from omni.config.encoders import AudioTransformerConfig, VisionTransformerConfig
+from omni.config.family import RELEASED, Family, KeyNames
+from omni.config.model import OmniConfig, ThinkerConfig
 from omni.config.positions import PositionRule
-from omni.config.reading import (
-    Config,
-    check_theta,
-    extra_field,
-    nested,
-    not_negative,
-    optional,
-    positive,
-    read_json,
-    require,
-)
-
-MODEL_TYPE = "qwen3_omni_moe"
-ARCHITECTURE = "Qwen3OmniMoeForConditionalGeneration"
+from omni.config.reading import Config, extra_field, optional, positive, require
 
 
 @dataclass(frozen=True)
@@ -63,6 +49,10 @@ class AudioEncoderConfig(AudioTransformerConfig):
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
+    @property
+    def attention_frames(self) -> int:
+        return self.n_window_infer
+
     def validate(self, where: str) -> None:
         super().validate(where)
         positive(self, where, "downsample_hidden_size")
@@ -74,41 +64,33 @@ class AudioEncoderConfig(AudioTransformerConfig):
 
 
 @dataclass(frozen=True)
-class VisionEncoderConfig(Config):
+class VisionEncoderConfig(VisionTransformerConfig):
     """The vision encoder: ViT, merger and DeepStack taps."""
 
     depth: int = 27
     hidden_size: int = 1152
     hidden_act: str = "gelu_pytorch_tanh"
     intermediate_size: int = 4304
-    num_heads: int = 16
-    in_channels: int = 3
     patch_size: int = 16
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
     out_hidden_size: int = 3584
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
     initializer_range: float = 0.02
-    rope_parameters: dict[str, Any] | None = optional(dict)
+    rope_parameters: dict[str, Any] | None = optional()
     model_type: str = "qwen3_omni_moe_vision_encoder"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
     @property
-    def theta(self) -> float:
-        """Base of the axial rotary frequencies (released: 10000)."""
-        return float((self.rope_parameters or {}).get("rope_theta", 10000.0))
+    def num_taps(self) -> int:  # type: ignore[override]
+        return len(self.deepstack_visual_indexes)
+
+    def in_words(self) -> str:
+        return f"{super().in_words()}, taps after layers {', '.join(map(str, self.deepstack_visual_indexes)) or 'none'}"
 
     def validate(self, where: str) -> None:
-        positive(self, where, "hidden_size", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size")
-        positive(self, where, "in_channels", "intermediate_size", "out_hidden_size", "num_position_embeddings")
-        not_negative(self, where, "depth", "initializer_range")
-        check_theta((self.rope_parameters or {}).get("rope_theta"), f"{where}.rope_parameters.rope_theta")
-        require(
-            self.hidden_size % self.num_heads == 0 and self.hidden_size // self.num_heads % 4 == 0,
-            f"{where}: hidden_size / num_heads = {self.hidden_size}/{self.num_heads} must be a multiple of 4",
-        )
+        super().validate(where)
+        positive(self, where, "num_position_embeddings")
         require(
             int(self.num_position_embeddings**0.5) ** 2 == self.num_position_embeddings,
             f"{where}.num_position_embeddings {self.num_position_embeddings} must be a square",
@@ -124,65 +106,15 @@ class VisionEncoderConfig(Config):
 
 
 @dataclass(frozen=True)
-class ThinkerConfig(Config):
-    """Encoders and decoder of the Thinker, and the ids that mark media in its prompt.
+class Qwen3ThinkerConfig(ThinkerConfig):
+    """The Thinker: a decoder of experts, AuT, and the vision encoder with its taps."""
 
-    A null `audio_config` or `vision_config` builds a Thinker without that encoder.
-    """
-
-    text_config: ThinkerTextConfig = nested(ThinkerTextConfig)
-    audio_config: AudioEncoderConfig | None = nested(AudioEncoderConfig, optional=True)
-    vision_config: VisionEncoderConfig | None = nested(VisionEncoderConfig, optional=True)
-    position_id_per_seconds: float = field(default=25, metadata={"kind": float})
-    audio_start_token_id: int = 151647
-    audio_token_id: int = 151646
-    image_token_id: int = 151655
-    video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    user_token_id: int = 872
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
+    text_config: ThinkerTextConfig = field(default_factory=ThinkerTextConfig)
+    audio_config: AudioEncoderConfig | None = None
+    vision_config: VisionEncoderConfig | None = None
     model_type: str = "qwen3_omni_moe_thinker"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
-
-    @property
-    def num_taps(self) -> int:
-        """DeepStack taps that the first decoder layers receive."""
-        return len(self.vision_config.deepstack_visual_indexes) if self.vision_config else 0
-
-    @property
-    def position_rule(self) -> PositionRule:
-        """How positions follow time."""
-        return PositionRule(self.position_id_per_seconds)
-
-    def validate_ids(self, where: str) -> None:
-        """Check positions and media ids."""
-        require(self.position_id_per_seconds > 0, f"{where}.position_id_per_seconds must be positive")
-        names = ("audio_token_id", "image_token_id", "video_token_id")
-        not_negative(self, where, *names)
-        ids = [getattr(self, name) for name in names]
-        require(len(set(ids)) == 3, f"{where}: {', '.join(names)} must differ from each other, got {ids}")
-
-    def validate(self, where: str) -> None:
-        text = self.text_config
-        self.validate_ids(where)
-        if self.audio_config is not None:
-            require(
-                self.audio_config.output_dim == text.hidden_size,
-                f"{where}: audio_config.output_dim {self.audio_config.output_dim} must equal "
-                f"text_config.hidden_size {text.hidden_size}",
-            )
-        if self.vision_config is not None:
-            require(
-                self.vision_config.out_hidden_size == text.hidden_size,
-                f"{where}: vision_config.out_hidden_size {self.vision_config.out_hidden_size} must equal "
-                f"text_config.hidden_size {text.hidden_size}",
-            )
-            require(
-                self.num_taps <= text.num_hidden_layers,
-                f"{where}: {self.num_taps} DeepStack taps need as many decoder layers, got {text.num_hidden_layers}",
-            )
 
 
 @dataclass(frozen=True)
@@ -199,6 +131,9 @@ class TalkerTextConfig(MoEConfig):
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
+    def is_sparse(self, layer: int) -> bool:
+        return True  # all layers of the reference's Talker hold experts, whatever the file says
+
 
 @dataclass(frozen=True)
 class MTPConfig(DecoderConfig):
@@ -207,13 +142,16 @@ class MTPConfig(DecoderConfig):
     vocab_size: int = 2048
     num_hidden_layers: int = 5
     num_key_value_heads: int = 8
-    head_dim: int | None = field(default=128, metadata={"kind": int})
+    head_dim: int | None = 128
     intermediate_size: int = 3072
     num_code_groups: int = 32
     tie_word_embeddings: bool = False
     model_type: str = "qwen3_omni_moe_talker_code_predictor"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
+
+    def in_words(self) -> str:
+        return f"{super().in_words()}, {self.num_code_groups - 1} of {self.num_code_groups} codes"
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -231,8 +169,9 @@ class MTPConfig(DecoderConfig):
 class TalkerConfig(SpeechRules, Config):
     """The Talker: decoder, residual-code head, codec control ids and voices."""
 
-    text_config: TalkerTextConfig = nested(TalkerTextConfig)
-    code_predictor_config: MTPConfig = nested(MTPConfig)
+    voice_rows = True
+    text_config: TalkerTextConfig = field(default_factory=TalkerTextConfig)
+    code_predictor_config: MTPConfig = field(default_factory=MTPConfig)
     num_code_groups: int = 32
     thinker_hidden_size: int = 2048
     accept_hidden_layer: int = 18
@@ -247,9 +186,9 @@ class TalkerConfig(SpeechRules, Config):
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     audio_start_token_id: int = 151669
-    position_id_per_seconds: float = field(default=25, metadata={"kind": float})
+    position_id_per_seconds: float = 25
     spatial_merge_size: int = 2
-    speaker_id: dict[str, int] | None = field(default=None, metadata={"kind": dict})
+    speaker_id: dict[str, int] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     model_type: str = ""
@@ -265,6 +204,13 @@ class TalkerConfig(SpeechRules, Config):
     def position_rule(self) -> PositionRule:
         """How positions follow time."""
         return PositionRule(self.position_id_per_seconds)
+
+    @property
+    def weights_std(self) -> float:
+        return self.text_config.weights_std
+
+    def in_words(self) -> str:
+        return f"{self.text_config.in_words()}, reads layer {self.accept_hidden_layer} of the Thinker"
 
     def validate(self, where: str) -> None:
         vocab = self.text_config.vocab_size
@@ -293,13 +239,14 @@ class TalkerConfig(SpeechRules, Config):
 class Code2WavConfig(DecoderConfig):
     """The codec decoder. `hidden_size` .. `sliding_window` describe its transformer."""
 
+    by_frames: ClassVar[bool] = True  # sound comes frame by frame, not by windows of codes
     codebook_size: int = 2048
     num_quantizers: int = 16
     num_hidden_layers: int = 8
     intermediate_size: int = 3072
     max_position_embeddings: int = 8000
     rms_norm_eps: float = 1e-5
-    sliding_window: int | None = field(default=72, metadata={"kind": int})
+    sliding_window: int | None = 72
     layer_scale_initial_scale: float = 0.01
     decoder_dim: int = 1536
     upsample_rates: tuple[int, ...] = (8, 5, 4, 3)
@@ -318,6 +265,12 @@ class Code2WavConfig(DecoderConfig):
         """Codes of a codebook that can be decoded."""
         return self.codebook_size
 
+    def in_words(self) -> str:
+        return (
+            f"{self.num_quantizers} codebooks of {self.codebook_size}, {self.num_hidden_layers} layers of "
+            f"{self.hidden_size}, {self.hop_length} samples a frame"
+        )
+
     def validate(self, where: str) -> None:
         super().validate(where)
         positive(self, where, "codebook_size", "num_quantizers", "decoder_dim")
@@ -331,56 +284,26 @@ class Code2WavConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class OmniConfig(Config):
-    """The whole model. Without `talker_config` and `code2wav_config` (Thinking, Captioner) it answers in text only."""
+class Qwen3OmniConfig(OmniConfig):
+    """The whole model."""
 
-    thinker_config: ThinkerConfig = nested(ThinkerConfig)
-    talker_config: TalkerConfig | None = field(default=None, metadata={"kind": TalkerConfig, "omit_none": True})
-    code2wav_config: Code2WavConfig | None = field(default=None, metadata={"kind": Code2WavConfig, "omit_none": True})
-    enable_audio_output: bool = True
-    im_start_token_id: int = 151644
-    im_end_token_id: int = 151645
-    tts_pad_token_id: int = 151671
-    tts_bos_token_id: int = 151672
-    tts_eos_token_id: int = 151673
-    system_token_id: int = 8948
-    user_token_id: int = 872
-    assistant_token_id: int = 77091
-    initializer_range: float | None = field(default=0.02, metadata={"kind": float, "omit_none": True})
-    model_type: str = MODEL_TYPE
+    thinker_config: Qwen3ThinkerConfig | None = optional()
+    talker_config: TalkerConfig | None = optional()
+    code2wav_config: Code2WavConfig | None = optional()
+    model_type: str = "qwen3_omni_moe"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
-    _model_type = MODEL_TYPE
-    _architecture = ARCHITECTURE
+    _architecture = "Qwen3OmniMoeForConditionalGeneration"
 
-    @property
-    def has_talker(self) -> bool:
-        """Whether this variant speaks."""
-        return self.enable_audio_output
-
-    @property
-    def dtype(self) -> str | None:
-        """The checkpoint's dtype as written (`dtype`, or `torch_dtype` in older files), if any."""
-        return self.extra.get("dtype") or self.extra.get("torch_dtype")
-
-    def validate(self, where: str) -> None:
-        require(
-            self.model_type == self._model_type,
-            f"model_type {self.model_type!r} is not supported; omni loads {MODEL_TYPE!r} and 'qwen2_5_omni'",
-        )
-        if not self.enable_audio_output:
-            return
-        require(
-            self.talker_config is not None and self.code2wav_config is not None,
-            "enable_audio_output is true but talker_config or code2wav_config is absent; "
-            "set enable_audio_output to false for a text-only variant",
-        )
-        self.validate_parts(where)
+    def describe(self) -> dict[str, str]:
+        out = super().describe()
+        if "talker" in self.parts and self.talker_config is not None:
+            out["talker, residual codes"] = self.talker_config.code_predictor_config.in_words()
+        return out
 
     def validate_parts(self, where: str) -> None:
-        """Check that Thinker, Talker and codec decoder fit together."""
-        talker, code2wav, text = self.talker_config, self.code2wav_config, self.thinker_config.text_config
+        talker, code2wav, text = self.talker_config, self.code2wav_config, self.thinker.text_config
         assert talker is not None and code2wav is not None
         require(
             talker.thinker_hidden_size == text.hidden_size,
@@ -403,27 +326,60 @@ class OmniConfig(Config):
             f"code2wav_config.codebook_size is {code2wav.codebook_size}",
         )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> OmniConfig:
-        """The config of the family that `model_type` names; see `Config.from_dict`."""
-        family: type[OmniConfig] = cls
-        if cls is OmniConfig and isinstance(values, Mapping) and values.get("model_type") == "qwen2_5_omni":
-            from omni.config.qwen2_5_omni import Qwen2_5OmniConfig  # builds on this file
 
-            family = Qwen2_5OmniConfig
-        return super(OmniConfig, family).from_dict(values, where)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> OmniConfig:
-        """Read `config.json` from a folder, or any JSON file. Raises FileNotFoundError or ValueError."""
-        path = Path(folder)
-        path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(read_json(path))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` into an existing or new folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"architectures": [self._architecture], **super().to_dict()}
+_MERGED = 32 * 32  # pixels of a visual token
+QWEN3_OMNI = Family(
+    model_type="qwen3_omni_moe",
+    config="omni.config.qwen3_omni:Qwen3OmniConfig",
+    parts={
+        "audio_encoder": "omni.encoders.audio:AudioEncoder",
+        "vision_encoder": "omni.encoders.vision:VisionEncoder",
+        "thinker": "omni.thinker.thinker:Thinker",
+        "talker": "omni.talker.talker:Talker",
+        "code2wav": "omni.code2wav.code2wav:Code2Wav",
+    },
+    keys=KeyNames(
+        renames=(
+            ("audio_encoder.", "thinker.audio_tower."),
+            ("vision_encoder.", "thinker.visual."),
+            ("thinker.lm_head.", "thinker.lm_head."),
+            ("thinker.", "thinker.model."),
+            ("talker.text_projection.", "talker.text_projection."),
+            ("talker.hidden_projection.", "talker.hidden_projection."),
+            ("talker.codec_head.", "talker.codec_head."),
+            ("talker.mtp.lm_head.", "talker.code_predictor.lm_head."),
+            ("talker.mtp.", "talker.code_predictor.model."),
+            ("talker.", "talker.model."),
+            ("code2wav.", "code2wav."),
+        ),
+        # the names that transformers 5 uses in memory, and writes with save_original_format=False
+        also_read=(
+            ("audio_encoder.", "thinker.model.audio_tower."),
+            ("vision_encoder.", "thinker.model.visual."),
+            ("thinker.", "thinker.model.language_model."),
+        ),
+        derived=(".inv_freq", ".positional_embedding.positional_embedding"),
+        parts=("thinker", "talker", "code2wav"),
+    ),
+    turn_layout="omni.training.objectives.spoken_turns:ProjectedTurns",
+    processor_class="Qwen3OmniMoeProcessor",
+    tokens={
+        "audio_token": "<|audio_pad|>",
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "audio_bos_token": "<|audio_start|>",
+        "audio_eos_token": "<|audio_end|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    },
+    rule=PositionRule(13.0),
+    n_window=50,
+    clip_end="mirror",
+    audio_tokens="omni.encoders.audio:num_audio_tokens",
+    frame_pixels=(128 * _MERGED, 768 * _MERGED),
+    preprocessor=RELEASED / "qwen3_omni_moe.json",
+    default_speaker="ethan",
+    # neither stands in a released file; the reference writes them into its code
+    code_sampling={"temperature": 0.9, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.05},
+    residual_sampling={"temperature": 1.0, "top_k": 50, "top_p": 0.8},
+)

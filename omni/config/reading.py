@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+from omni.config.keywords import is_misspelt, nearest
 
 # Keys that other writers put in the file and that change nothing here: kept and written back without a warning.
 PASSIVE_KEYS = frozenset(
@@ -35,6 +37,7 @@ PASSIVE_KEYS = frozenset(
     """.split()  # noqa: SIM905
 )
 _ALIASES = {"num_local_experts": "num_experts"}  # both spellings exist in the wild; the one read is written back
+USUAL_STD = 0.02  # of random weights, where a part names no initializer_range
 _warned: set[str] = set()
 
 C = TypeVar("C", bound="Config")
@@ -46,7 +49,8 @@ class Config:
 
     A family whose files spell a field otherwise names it in `_spellings` (field -> key). Fields that its files do not
     have go to `_not_in_files`: they are read if given, and written only where they differ from their default.
-    `_also_read` (key -> field) are further spellings found in released files; the one read is written back.
+    `_also_read` (key -> field) are further spellings found in released files; the one read is written back. What a
+    value must be is read from the field's annotation.
     """
 
     _spellings: ClassVar[Mapping[str, str]] = {}
@@ -60,6 +64,7 @@ class Config:
         if not isinstance(values, Mapping):
             raise ValueError(f"{where or 'config'} must be a JSON object, got {type(values).__name__}")
         known = {f.name: f for f in dataclasses.fields(cls) if f.name not in ("extra", "aliases")}
+        kinds = kinds_of(cls)  # type: ignore[arg-type]  # a class can be hashed
         kept: dict[str, Any] = {}
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
@@ -77,7 +82,7 @@ class Config:
                 if value is None and known[name].metadata.get("omit_none"):
                     extra[key] = None  # written back as it was
                     continue
-                kept[name] = _coerce(cls, known[name], value, path)
+                kept[name] = _coerce(*kinds[name], value, path)
             else:
                 if key not in PASSIVE_KEYS and key not in cls._passive:
                     _check_unknown(key, path, [cls._spellings.get(name, name) for name in known])
@@ -111,77 +116,78 @@ class Config:
     def validate(self, where: str) -> None:
         """Raise ValueError when values contradict each other."""
 
+    @property
+    def weights_std(self) -> float:
+        """Deviation of a new part's random weights: its `initializer_range`, if it has one."""
+        return getattr(self, "initializer_range", USUAL_STD)
+
+    def in_words(self) -> str:
+        """The part in a line, as `omni info` prints it."""
+        return type(self).__name__
+
     def replace(self: C, **changes: Any) -> C:
         """A copy with some fields changed, validated again."""
         known = [f.name for f in dataclasses.fields(self)]
         for key in changes:
             if key not in known:
-                raise ValueError(f"{type(self).__name__} has no field {key!r}{_suggest(key, known)}")
+                hint = nearest(key, known, "")
+                raise ValueError(f"{type(self).__name__} has no field {key!r}{hint and '; ' + hint}")
         config = dataclasses.replace(self, **changes)
         config.validate(type(self).__name__)
         return config
 
 
-def _suggest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, ca in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, cb in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (ca != cb))
-    return row[-1]
-
-
 def _check_unknown(key: str, path: str, known: list[str]) -> None:
-    """Refuse a likely misspelling (at most two edits, or nearly all letters shared); warn once about anything else."""
+    """Refuse a likely misspelling; warn once about anything else."""
     for name in known:
-        close = _edit_distance(key.lower(), name) <= min(2, len(name) // 5)
-        if close or difflib.SequenceMatcher(None, key.lower(), name).ratio() >= 0.9:
+        if is_misspelt(key, name):
             raise ValueError(f"unknown key {path!r} in config.json; did you mean {name!r}?")
     if path not in _warned:
         _warned.add(path)
         warnings.warn(f"config key {path!r} is not known to omni; it is kept and written back", stacklevel=4)
 
 
-def _coerce(cls: type, f: dataclasses.Field[Any], value: Any, path: str) -> Any:
+@cache
+def kinds_of(cls: type[Config]) -> dict[str, tuple[Any, bool]]:
+    """What a config class says of each of its fields by its annotation: the type, and whether None may stand there."""
+    hints = get_type_hints(cls)
+    out = {}
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        options = get_args(hint) if type(None) in get_args(hint) else (hint,)
+        kind = next(option for option in options if option is not type(None))
+        out[f.name] = (get_origin(kind) or kind, len(options) > 1)
+    return out
+
+
+def _coerce(kind: Any, nullable: bool, value: Any, path: str) -> Any:
     """Check a value against its field's kind and build nested configs."""
-    kind = f.metadata.get("kind")
-    if value is None and "None" in str(f.type):
+    if value is None and nullable:
         return None
-    if isinstance(kind, type) and issubclass(kind, Config):
+    if issubclass(kind, Config):
         return kind.from_dict(value, path)
-    default = f.default
-    expected = kind or type(default)
-    if expected is tuple:
+    if kind is tuple:
         if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
             raise ValueError(f"{path} must be a list of integers, got {value!r}")
         return tuple(value)
-    if expected is float and type(value) in (int, float):
+    if kind is float and type(value) in (int, float):
         if not math.isfinite(value):
             raise ValueError(f"{path} must be a finite number, got {value!r}")
         return value  # kept as written: 10000 stays 10000 in the file
-    if expected is int and type(value) is float and value.is_integer():
+    if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(value) is not expected:
-        raise ValueError(f"{path} must be of type {expected.__name__}, got {value!r}")
+    if type(value) is not kind:
+        raise ValueError(f"{path} must be of type {kind.__name__}, got {value!r}")
     return value
 
 
-def nested(kind: type[Config], optional: bool = False) -> Any:
-    if optional:
-        return field(default=None, metadata={"kind": kind})
-    return field(default_factory=kind, metadata={"kind": kind})
-
-
-def optional(kind: type) -> Any:
-    return field(default=None, metadata={"kind": kind, "omit_none": True})
+def optional() -> Any:
+    """A field that is None where the file lacks it, and then is not written either."""
+    return field(default=None, metadata={"omit_none": True})
 
 
 def extra_field() -> Any:
+    """What a file holds beyond the fields: `extra`, unknown keys; `aliases`, the spellings that were read."""
     return field(default_factory=dict, repr=False)
 
 

@@ -16,7 +16,6 @@ from omni.config.reading import (
     Config,
     check_theta,
     extra_field,
-    nested,
     not_negative,
     optional,
     positive,
@@ -52,8 +51,8 @@ class DiTConfig(Config):
     max_position_embeddings: int = 32768
     mel_dim: int = 80
     dropout: float = 0.1
-    rope_parameters: dict[str, Any] | None = optional(dict)
-    rope_theta: float | None = optional(float)  # where older files keep it
+    rope_parameters: dict[str, Any] | None = optional()
+    rope_theta: float | None = optional()  # where older files keep it
     enc_emb_dim: int = 192
     enc_dim: int = 128
     enc_channels: tuple[int, ...] = (256, 256, 256, 256, 768)
@@ -62,9 +61,9 @@ class DiTConfig(Config):
     enc_attention_channels: int = 64
     enc_res2net_scale: int = 2
     enc_se_channels: int = 64
-    enc_lin_neurons: int | None = optional(int)  # in the released files; nothing uses it
-    enc_global_context: bool | None = optional(bool)
-    long_skip_connection: bool | None = optional(bool)
+    enc_lin_neurons: int | None = optional()  # in the released files; nothing uses it
+    enc_global_context: bool | None = optional()
+    long_skip_connection: bool | None = optional()
     model_type: str = "qwen2_5_omni_dit"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
@@ -131,12 +130,10 @@ class BigVGANConfig(Config):
     mel_dim: int = 80
     upsample_initial_channel: int = 1536
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
-    resblock_dilation_sizes: list[list[int]] = field(
-        default_factory=lambda: [[1, 3, 5], [1, 3, 5], [1, 3, 5]], metadata={"kind": list}
-    )
+    resblock_dilation_sizes: list[list[int]] = field(default_factory=lambda: [[1, 3, 5], [1, 3, 5], [1, 3, 5]])
     upsample_rates: tuple[int, ...] = (5, 3, 2, 2, 2, 2)
     upsample_kernel_sizes: tuple[int, ...] = (11, 7, 4, 4, 4, 4)
-    use_bias_at_final: bool | None = optional(bool)
+    use_bias_at_final: bool | None = optional()
     model_type: str = "qwen2_5_omni_bigvgan"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
@@ -186,8 +183,9 @@ class BigVGANConfig(Config):
 class Token2WavConfig(Config):
     """The codec decoder of the Qwen2.5-Omni family."""
 
-    dit_config: DiTConfig = nested(DiTConfig)
-    bigvgan_config: BigVGANConfig = nested(BigVGANConfig)
+    by_frames: ClassVar[bool] = False  # sound is drawn by windows of codes
+    dit_config: DiTConfig = field(default_factory=DiTConfig)
+    bigvgan_config: BigVGANConfig = field(default_factory=BigVGANConfig)
     model_type: str = "qwen2_5_omni_token2wav"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
@@ -201,6 +199,13 @@ class Token2WavConfig(Config):
     def hop_length(self) -> int:
         """Samples a code (released: 480, 20 ms)."""
         return self.dit_config.repeats * self.bigvgan_config.hop_length
+
+    def in_words(self) -> str:
+        dit, channels = self.dit_config, self.bigvgan_config.upsample_initial_channel
+        return (
+            f"DiT of {dit.num_hidden_layers} layers of {dit.hidden_size}, {dit.num_attention_heads} heads; BigVGAN "
+            f"from {channels} channels; {self.hop_length} samples a code"
+        )
 
     def validate(self, where: str) -> None:
         require(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig
+from omni.config.encoders import AudioTransformerConfig
 from omni.config.qwen3_omni import AudioEncoderConfig
 from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
 from omni.encoders.contract import EncoderOutput
@@ -61,7 +61,7 @@ def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
 class AudioAttention(nn.Module):
     """Multi-head self-attention inside consecutive blocks of a packed row; `key_bias`: AuT has one, Whisper has not."""
 
-    def __init__(self, config: AudioEncoderConfig | WhisperAudioEncoderConfig, *, key_bias: bool = True) -> None:
+    def __init__(self, config: AudioTransformerConfig, *, key_bias: bool = True) -> None:
         super().__init__()
         self.heads = config.encoder_attention_heads
         self.q_proj = nn.Linear(config.d_model, config.d_model)
@@ -78,7 +78,7 @@ class AudioAttention(nn.Module):
 class AudioLayer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: AudioEncoderConfig | WhisperAudioEncoderConfig, *, key_bias: bool = True) -> None:
+    def __init__(self, config: AudioTransformerConfig, *, key_bias: bool = True) -> None:
         super().__init__()
         self.self_attn = AudioAttention(config, key_bias=key_bias)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)

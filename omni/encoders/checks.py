@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
-from omni.config.qwen3_omni import VisionEncoderConfig
+from omni.config.encoders import VisionTransformerConfig
 
 Grid = tuple[int, int, int]
 _MAX_SAMPLE = 1e15  # the squares that a spectrum adds up must stay within fp32
@@ -76,9 +75,7 @@ def check_clips(features: Tensor, lengths: Tensor | Sequence[int], num_mel_bins:
     return frames
 
 
-def check_patches(
-    pixels: Tensor, grid_thw: Tensor, config: VisionEncoderConfig | WindowVisionEncoderConfig
-) -> list[Grid]:
+def check_patches(pixels: Tensor, grid_thw: Tensor, config: VisionTransformerConfig) -> list[Grid]:
     """The grids as numbers, after checking them against the pixel rows. Raises ValueError."""
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
     if pixels.dim() != 2 or pixels.shape[1] != width:

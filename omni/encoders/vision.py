@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
+from omni.config.encoders import VisionTransformerConfig
 from omni.config.qwen3_omni import VisionEncoderConfig
 from omni.encoders.checks import Grid, check_patches
 from omni.encoders.contract import EncoderOutput
@@ -44,7 +44,7 @@ def patch_coordinates(height: int, width: int, merge: int, device: torch.device)
 class PatchEmbed(nn.Module):
     """Linear embedding of a patch. The checkpoint holds a Conv3d; its kernel spans the patch, so it is one product."""
 
-    def __init__(self, config: VisionEncoderConfig | WindowVisionEncoderConfig, *, bias: bool = True) -> None:
+    def __init__(self, config: VisionTransformerConfig, *, bias: bool = True) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel, bias=bias)
@@ -112,7 +112,8 @@ class PatchMerger(nn.Module):
 
     def __init__(
         self,
-        config: VisionEncoderConfig | WindowVisionEncoderConfig,
+        config: VisionTransformerConfig,
+        width: int,
         *,
         norm_joined: bool,
         norm: Callable[..., nn.Module] = nn.LayerNorm,
@@ -121,9 +122,7 @@ class PatchMerger(nn.Module):
         self.norm_joined = norm_joined
         self.joined = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = norm(self.joined if norm_joined else config.hidden_size, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, config.out_hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, width))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm_joined:
@@ -149,9 +148,9 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             [VisionBlock(config.hidden_size, VisionAttention(config), VisionMLP(config)) for _ in range(config.depth)]
         )
-        self.merger = PatchMerger(config, norm_joined=False)
+        self.merger = PatchMerger(config, config.out_hidden_size, norm_joined=False)
         taps = config.deepstack_visual_indexes
-        self.merger_list = nn.ModuleList([PatchMerger(config, norm_joined=True) for _ in taps])
+        self.merger_list = nn.ModuleList([PatchMerger(config, config.out_hidden_size, norm_joined=True) for _ in taps])
 
     def num_tokens(self, t: int, h: int, w: int) -> int:
         """Tokens of an image (t = 1) or video of t x h x w patches."""

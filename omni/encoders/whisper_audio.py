@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig
+from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig
 from omni.encoders.audio import FRAMES_HZ, AudioLayer, ClipState, sinusoids
 from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
 from omni.encoders.contract import EncoderOutput
@@ -31,8 +31,8 @@ def num_positions(frames: int) -> int:
     return (frames - 1) // 2 + 1
 
 
-def num_whisper_tokens(frames: int) -> int:
-    """Thinker tokens of a clip of `frames` mel frames: one for each whole pair of positions.
+def num_whisper_tokens(frames: int, chunk_frames: int = 200) -> int:
+    """Thinker tokens of a clip of `frames` mel frames: one for each whole pair of positions, however it is cut.
 
     100 -> 25, 400 -> 100, 3000 -> 750. A clip of 1 or 2 frames has a single position and no token.
     """

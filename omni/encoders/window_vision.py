@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
+from omni.config.qwen2_5_omni import WindowVisionEncoderConfig
 from omni.encoders.checks import Grid, check_patches
 from omni.encoders.contract import EncoderOutput
 from omni.encoders.vision import (
@@ -74,7 +74,7 @@ class WindowVisionEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config, bias=False)
         self.rotary = AxialRotary(config.hidden_size // config.num_heads, config.theta)
         self.blocks = nn.ModuleList([self._block(config) for _ in range(config.depth)])
-        self.merger = PatchMerger(config, norm_joined=False, norm=RMSNorm)
+        self.merger = PatchMerger(config, config.out_hidden_size, norm_joined=False, norm=RMSNorm)
 
     @staticmethod
     def _block(config: WindowVisionEncoderConfig) -> VisionBlock:

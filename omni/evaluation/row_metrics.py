@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from omni.config.keywords import nearest
 from omni.metrics import scores as formulas
 from omni.metrics.scores import EditCounts
 from omni.metrics.text_normaliser import characters, normalise
-from omni.processing.messages import nearest
 
 
 class Need(Enum):

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from omni.config.decoder import SpeechRules
 from omni.generation.sampling import SamplingConfig
 from omni.parts import ModelParts
 
 if TYPE_CHECKING:
     from omni.code2wav.voices import Voice
-
-RELEASED_RESIDUAL = SamplingConfig(temperature=1.0, top_k=50, top_p=0.8)  # hard-coded in the reference
 
 PerRow = Any  # a value, or a list with one value a row
 
@@ -88,7 +85,7 @@ def wants_audio(model: ModelParts, return_audio: bool | None) -> bool:
 
 def _check_text_ids(model: ModelParts, speakers: dict[str, int]) -> None:
     """Speech needs the text ids that pad and frame it, and those that stand for a voice where there are such."""
-    vocabulary = model.config.thinker_config.text_config.vocab_size
+    vocabulary = model.config.thinker.text_config.vocab_size
     for name in ("tts_pad_token_id", "tts_bos_token_id", "tts_eos_token_id"):
         value = getattr(model.config, name)
         if not 0 <= value < vocabulary:
@@ -130,14 +127,13 @@ def default_text(model: ModelParts) -> SamplingConfig:
 
 def default_codes(model: ModelParts) -> SamplingConfig:
     """Codebook-0 sampling: the talker_* values of generation_config.json, else the family's released ones."""
-    rules = model.config.talker_config or SpeechRules
-    return _speech_sampling(model, "talker", SamplingConfig.of(rules.code_sampling))
+    return _speech_sampling(model, "talker", SamplingConfig.of(model.config.family.code_sampling))
 
 
 def default_residual(model: ModelParts) -> SamplingConfig:
     """Sampling of the residual codebooks: the code_predictor_* values of generation_config.json. The release has none;
     a checkpoint that is to speak greedily sets `code_predictor_do_sample` to false."""
-    return _speech_sampling(model, "code_predictor", RELEASED_RESIDUAL)
+    return _speech_sampling(model, "code_predictor", SamplingConfig.of(model.config.family.residual_sampling))
 
 
 def _speech_sampling(model: ModelParts, prefix: str, released: SamplingConfig) -> SamplingConfig:
@@ -170,7 +166,7 @@ def speaker_name(model: ModelParts, name: str | None) -> str:
     """The lower-case name of a voice given in any case; None is the default. Raises ValueError that lists them."""
     ids = speaker_ids(model)
     if name is None:
-        usual = (model.config.talker_config or SpeechRules).default_speaker
+        usual = model.config.family.default_speaker
         return usual if usual in ids else next(iter(ids))
     if not isinstance(name, str) or name.lower() not in ids:
         raise ValueError(f"unknown speaker {name!r}; this checkpoint has {', '.join(sorted(ids))}")

@@ -103,7 +103,7 @@ def _new_turn(model: ModelParts, prompt: Prompt, row: int, args: TurnArguments, 
     think = processor.think_token_ids if processor is not None else None
     decode = processor.decode if processor is not None else None
     head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
-    room = c.thinker_config.text_config.max_position_embeddings - len(ids)
+    room = c.thinker.text_config.max_position_embeddings - len(ids)
     heard = args.speakers is not None and model.talker.hears_all  # then the assistant's head is part of the prompt
     return new_turn(
         model,
@@ -202,9 +202,10 @@ def _sequences(prompt_ids: Tensor, replies: Sequence[Sequence[int]], fill: int) 
 @torch.no_grad()
 def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Tensor]:
     """Speech for given texts; see `OmniModel.speak`."""
+    model.require("thinker")
     if not model.config.has_talker:
         raise ValueError("this variant has no talker: it answers in text only and cannot speak")
-    for part in ("thinker", "talker", "code2wav"):
+    for part in ("talker", "code2wav"):
         model.require(part)
     processor = model.processor
     if processor is None:

@@ -49,7 +49,7 @@ def encode_prompt(model: ModelParts, inputs: OmniInputs, *, touch_absent: bool =
     model's positions, or media that do not fit the placeholders.
     """
     model.require("thinker")
-    config, device = model.config.thinker_config, model.device
+    config, device = model.config.thinker, model.device
     _check(model, inputs)
     segments = inputs.segments(config, None if model.audio_encoder is None else model.audio_encoder.num_tokens)
     inputs = inputs.to(device)
@@ -69,7 +69,7 @@ def encode_prompt(model: ModelParts, inputs: OmniInputs, *, touch_absent: bool =
 
 def _check(model: ModelParts, inputs: OmniInputs) -> None:
     """Refuse what this model cannot read."""
-    text = model.config.thinker_config.text_config
+    text = model.config.thinker.text_config
     if inputs.input_features is not None and model.audio_encoder is None:
         raise ValueError("the inputs hold audio, but this model has no audio encoder; remove the audio")
     if (inputs.pixel_values is not None or inputs.pixel_values_videos is not None) and model.vision_encoder is None:
@@ -100,7 +100,7 @@ def _left_align(inputs: OmniInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _no_audio(model: ModelParts) -> Tensor | float:
     """Zero, with a gradient of zero for the audio encoder."""
-    config = model.config.thinker_config.audio_config
+    config = model.config.thinker.audio_config
     if model.audio_encoder is None or config is None:
         return 0.0
     silence = torch.zeros(1, config.num_mel_bins, 1, device=model.device, dtype=model.dtype)
@@ -109,7 +109,7 @@ def _no_audio(model: ModelParts) -> Tensor | float:
 
 def _no_vision(model: ModelParts) -> Tensor | float:
     """Zero, with a gradient of zero for the vision encoder."""
-    config = model.config.thinker_config.vision_config
+    config = model.config.thinker.vision_config
     if model.vision_encoder is None or config is None:
         return 0.0
     side, values = config.spatial_merge_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -126,7 +126,7 @@ def _merge_media(
     Audio comes before vision and each encoder is called once at most, with touch_absent exactly once: processes that
     share their weights then meet in the same calls, whatever they read.
     """
-    config = model.config.thinker_config
+    config = model.config.thinker
     masks = {kind: (ids == getattr(config, f"{kind}_token_id")) & valid for kind in ("audio", "image", "video")}
     if inputs.input_features is not None:
         assert inputs.feature_attention_mask is not None

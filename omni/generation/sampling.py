@@ -6,7 +6,6 @@ any device, and text, codebook 0 and residual codes never disturb one another. S
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni.config.keywords import nearest
 from omni.layers.splitmix import GOLDEN, mix, shift_right, signed
 from omni.layers.state import State
 
@@ -63,11 +63,7 @@ class SamplingConfig:
         names = [f.name for f in fields(cls)]
         for key in value:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                raise ValueError(
-                    f"SamplingConfig has no field {key!r}; "
-                    + (f"did you mean {near[0]!r}?" if near else f"it has {names}")
-                )
+                raise ValueError(f"SamplingConfig has no field {key!r}; {nearest(key, names, f'it has {names}')}")
         return cls(**value)
 
 

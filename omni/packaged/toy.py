@@ -31,7 +31,7 @@ def toy_model(seed: int = 0, processor: OmniProcessor | None = None) -> OmniMode
     """The packaged tiny model with random weights, the same at each call with one seed, and its processor."""
     import torch
 
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.config.model import OmniConfig
     from omni.config.reading import read_json
     from omni.model import OmniModel
 

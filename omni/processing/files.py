@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from omni.config.family import Family, find_family
+from omni.config.locate import PROCESSOR_FILES, locate
 from omni.config.positions import PositionRule
 from omni.config.reading import read_json
-from omni.processing.families import QWEN3, ProcessorFamily, find_family
 
 _JSON_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-_HUB_FILES = (*_JSON_FILES, *_TOKENIZER_FILES, *_TEMPLATE_FILES, "special_tokens_map.json", "config.json")
 
 # What the image and video processors are built from; anything else in a shared file belongs to another part.
 _PIXEL_KEYS = (
@@ -41,7 +40,7 @@ class ProcessorFiles:
     json_files: dict[str, dict[str, Any]] = field(default_factory=dict)
     chat_template: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
-    family: ProcessorFamily = QWEN3
+    family: Family = field(default_factory=find_family)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
 
     Raises FileNotFoundError naming what is missing, ValueError for malformed files, OSError for a failed download.
     """
-    folder = _find_folder(folder_or_hub_id, hub_options)
+    folder = locate(folder_or_hub_id, files=PROCESSOR_FILES, **hub_options)
     has_vocabulary = (folder / "tokenizer.json").is_file() or all(
         (folder / name).is_file() for name in ("vocab.json", "merges.txt")
     )
@@ -132,23 +131,6 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
     thinker = config.get("thinker_config")
     model = dict(thinker) if isinstance(thinker, Mapping) else {}
     return ProcessorFiles(folder, json_files, _read_template(folder), model, family)
-
-
-def _find_folder(folder_or_hub_id: str | Path, hub_options: dict[str, Any]) -> Path:
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        return folder
-    name = str(folder_or_hub_id)
-    if isinstance(folder_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise FileNotFoundError(f"folder {name!r} does not exist; give a checkpoint folder or a Hub id owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), **hub_options))
-    except (FileNotFoundError, ValueError):
-        raise
-    except Exception as error:  # the Hub client's own classes
-        raise OSError(f"{name!r} is no folder here and cannot be fetched from the Hub: {error}") from error
 
 
 def _read_template(folder: Path) -> str | None:

@@ -7,8 +7,7 @@ along one axis (P rows of D pixel values each); grids count patches as (time, he
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Union
 
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.config.qwen3_omni import ThinkerConfig
-from omni.processing.families import audio_counter
+from omni.config.family import family_of
+from omni.config.keywords import nearest
+from omni.config.model import ThinkerConfig
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, parse_segments
 
 # What a transformers processor may return beside the fields; nothing here is needed to run the model.
@@ -64,7 +64,8 @@ class OmniInputs:
         known = [field.name for field in fields(self)]
         for name in media:
             if name not in known and name not in _PASSED_OVER:
-                raise TypeError(f"OmniInputs has no field {name!r}{_suggest(name, known)}")
+                hint = nearest(name, known, f"it has {', '.join(known)}")
+                raise TypeError(f"OmniInputs has no field {name!r}; {hint}")
         values = {"input_ids": input_ids, "attention_mask": attention_mask, **media}
         for name in known:
             setattr(self, name, _read_field(name, values.get(name)))
@@ -167,13 +168,9 @@ class OmniInputs:
         if audio_tokens is None:
             if config.audio_config is None:
                 raise ValueError("the inputs hold audio but this model has no audio encoder; leave the audio out")
-            audio_tokens = audio_counter(config.audio_config)
+            audio = config.audio_config
+            audio_tokens = family_of(audio).token_counter(audio.chunk_frames)
         return [Audio(audio_tokens(int(frames))) for frames in self.feature_attention_mask.sum(-1).tolist()]
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
 
 
 def _merge_size(config: ThinkerConfig, media: str) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omni.config.keywords import nearest
 from omni.processing.sources import decode_base64
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -64,13 +64,6 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     media: list[Medium]
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The end of an error message: the known word that `word` resembles, or all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(names)}"
 
 
 def split_batch(messages: Any) -> list[list[Any]]:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni.config.keywords import nearest
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
 from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
-from omni.processing.messages import Medium, nearest, read_conversation, split_batch
+from omni.processing.messages import Medium, read_conversation, split_batch
 from omni.processing.sources import describe
 from omni.processing.template import ChatTokenizer, built_in_template
 from omni.processing.video_file import DEFAULT_FPS

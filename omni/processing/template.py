@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from omni.processing.families import QWEN3, RELEASED
+from omni.config.family import RELEASED, find_family
 
 # Private-use characters, from which those are taken that occur nowhere in the conversation.
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
@@ -24,11 +24,11 @@ _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0
 def built_in_template(tokens: Mapping[str, str] | None = None) -> str:
     """The chat template for checkpoints that bring none: ChatML in the style of Qwen3-Omni.
 
-    `tokens`: spellings of the media tokens by their names as in `omni.processing.families` (None: Qwen3-Omni's).
+    `tokens`: spellings of the media tokens by their names as in `Family.tokens` (None: Qwen3-Omni's).
     """
     template = (RELEASED / "chat_template.jinja").read_text(encoding="utf-8")
     for name, own in (tokens or {}).items():
-        template = template.replace(QWEN3.tokens[name], own)
+        template = template.replace(find_family().tokens[name], own)
     return template
 
 

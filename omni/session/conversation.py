@@ -80,7 +80,7 @@ class Conversation:
     def check_room(self, tokens: int) -> None:
         """Raise ValueError if that many more tokens have no position left."""
         config = self.model.config
-        limit = config.thinker_config.text_config.max_position_embeddings
+        limit = config.thinker.text_config.max_position_embeddings
         used = len(self.ids) + sum(len(ids) for ids, _ in self.waiting)
         if used + tokens >= limit:
             raise ValueError(
@@ -278,4 +278,4 @@ class Conversation:
 
     @property
     def _rule(self) -> PositionRule:
-        return self.model.config.thinker_config.position_rule
+        return self.model.config.thinker.position_rule

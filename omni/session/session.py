@@ -308,7 +308,7 @@ class OmniSession:
         conversation.begin_reply()
         self._prompt = conversation.thinker.copy()
         think = self.processor.think_token_ids
-        room = self.model.config.thinker_config.text_config.max_position_embeddings - len(conversation.ids)
+        room = self.model.config.thinker.text_config.max_position_embeddings - len(conversation.ids)
         turn = new_turn(
             self.model,
             args,
@@ -445,4 +445,4 @@ class OmniSession:
 
     @property
     def _rule(self) -> PositionRule:
-        return self.model.config.thinker_config.position_rule
+        return self.model.config.thinker.position_rule

@@ -6,12 +6,13 @@ Shapes: B rows, T new tokens, D width, V vocabulary. Rows are left-aligned: padd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from omni.config.qwen3_omni import ThinkerConfig
+from omni.config.decoder import MoEConfig
+from omni.config.model import ThinkerConfig
 from omni.layers.cache import LayerCache
 from omni.layers.decoder_layer import DecoderLayer, Tables, run_layer
 from omni.layers.decoder_state import DecoderState, layer_views
@@ -54,7 +55,10 @@ class Thinker(nn.Module):
         self.rope = rope or TMRope.of(text)
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(text, MoE(text) if text.is_sparse(i) else SwiGLU(text.hidden_size, text.intermediate_size))
+            DecoderLayer(
+                text,
+                MoE(cast("MoEConfig", text)) if text.is_sparse(i) else SwiGLU(text.hidden_size, text.intermediate_size),
+            )
             for i in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)

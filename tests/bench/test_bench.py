@@ -28,7 +28,7 @@ from omni.bench.sides import answer
 from omni.bench.timing import paired_ratio, peak_memory, percentile, take_turns
 from omni.bench.workbench import Options, Workbench
 from omni.cli import bench as command
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.model import OmniModel as Model
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,12 @@ from torch import nn
 
 from omni import OmniConfig, OmniModel
 from omni.checkpoint import load, load_weights, read_headers, resolve_dtype, save_weights
-from omni.checkpoint.keys import QWEN3_OMNI
+from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.save import parse_size
+from omni.config.qwen3_omni import QWEN3_OMNI
 from omni.layers.moe import Experts
+
+KEYS = KeyTable.of(QWEN3_OMNI)
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.json"
 E, D, W = 3, 4, 5  # experts, model width, expert width
@@ -79,7 +82,7 @@ def assert_same(a, b):
 @pytest.fixture
 def saved(tmp_path):
     model = random_model()
-    save_weights(model, tmp_path, max_shard_size=300)
+    save_weights(model, tmp_path, table=KEYS, max_shard_size=300)
     return model, tmp_path
 
 
@@ -87,10 +90,10 @@ def saved(tmp_path):
 @pytest.mark.parametrize("experts", ["separate", "fused"])
 def test_round_trip(tmp_path, size, experts):
     model = random_model()
-    names = save_weights(model, tmp_path, max_shard_size=size, experts=experts)
+    names = save_weights(model, tmp_path, table=KEYS, max_shard_size=size, experts=experts)
     assert sorted(names) == sorted(p.name for p in tmp_path.iterdir())
     loaded = empty_model()
-    report = load_weights(loaded, tmp_path, device="cpu")
+    report = load_weights(loaded, tmp_path, table=KEYS, device="cpu")
     assert report == load.LoadReport()
     assert_same(loaded, model)
     assert all(type(p) is nn.Parameter and p.requires_grad for p in loaded.parameters())
@@ -138,7 +141,7 @@ def test_parts_read_only_their_shards(saved, monkeypatch):
     monkeypatch.setattr(load, "ShardReader", Counting)
     headers = read_headers(folder, [key for key in index if key.startswith("talker.")])
     loaded = empty_model(parts=("talker",))
-    assert load_weights(loaded, folder, device="cpu") == load.LoadReport()
+    assert load_weights(loaded, folder, table=KEYS, device="cpu") == load.LoadReport()
     assert_same(loaded.talker, model.talker)
     assert sorted(opened) == sorted(needed)
     talker = [info for key, info in headers.items() if key.startswith("talker.")]
@@ -155,7 +158,7 @@ def test_dtype(tmp_path, saved):
         ("torch.float32", "bfloat16", torch.float32),
     ]:
         loaded = empty_model()
-        load_weights(loaded, folder, device="cpu", dtype=dtype, config_dtype=config_dtype)
+        load_weights(loaded, folder, table=KEYS, device="cpu", dtype=dtype, config_dtype=config_dtype)
         assert {t.dtype for t in loaded.state_dict().values()} == {expected, torch.int64}  # batch norm counts in int64
     for wrong in ("int8", "float31", torch.int64, 3, "nn"):
         with pytest.raises(ValueError, match="is not one of auto, float64"):
@@ -221,7 +224,7 @@ def edit(folder, change):
 @pytest.fixture
 def single(tmp_path):
     model = random_model()
-    save_weights(model, tmp_path)
+    save_weights(model, tmp_path, table=KEYS)
     return model, tmp_path
 
 
@@ -242,7 +245,7 @@ def test_report_is_an_error_by_default(single):
     edit(folder, change)
     model = empty_model()
     with pytest.raises(ValueError) as error:
-        load_weights(model, folder, device="cpu")
+        load_weights(model, folder, table=KEYS, device="cpu")
     message = str(error.value)
     assert "2 missing" in message and KEY in message and "3 unexpected" in message and "strict=False" in message
     assert "1 of another shape: code2wav.0.weight [3, 3, 4] (model: [3, 3, 3])" in message
@@ -267,8 +270,8 @@ def test_strict_false_fills_the_rest(single):
                 model.get_parameter(name).fill_(7)
 
     with pytest.raises(ValueError, match="pass initialise"):
-        load_weights(model, folder, device="cpu", strict=False)
-    report = load_weights(model, folder, device="cpu", strict=False, initialise=initialise)
+        load_weights(model, folder, table=KEYS, device="cpu", strict=False)
+    report = load_weights(model, folder, table=KEYS, device="cpu", strict=False, initialise=initialise)
     assert report.missing == (KEY,) and report.unexpected == ("nobody.weight",)
     assert report.mismatched == (load.Mismatch("code2wav.0.weight", (3, 3, 4), (3, 3, 3)),)
     assert asked == ["code2wav.0.weight", "thinker.layers.0.mlp.experts.gate_up_proj"]
@@ -280,37 +283,37 @@ def test_strict_false_fills_the_rest(single):
 def test_quantised_weights_are_refused(single, dtype):
     edit(single[1], lambda t: t.update({KEY: t[KEY].to(dtype)}))
     with pytest.raises(ValueError, match=r"experts\.1\.up_proj.*quantised weights are not read"):
-        load_weights(empty_model(), single[1], device="cpu", strict=False)
+        load_weights(empty_model(), single[1], table=KEYS, device="cpu", strict=False)
 
 
 def test_a_tensor_stored_twice_is_refused(single):
     edit(single[1], lambda t: t.update({"thinker.model.audio_tower.0.bias": t["thinker.audio_tower.0.bias"] + 0}))
     with pytest.raises(ValueError, match="a second time"):
-        load_weights(empty_model(), single[1], device="cpu")
+        load_weights(empty_model(), single[1], table=KEYS, device="cpu")
     fused = "thinker.model.layers.0.mlp.experts.down_proj"
     edit(single[1], lambda t: (t.pop("thinker.model.audio_tower.0.bias"), t.update({fused: torch.zeros(E, D, W)})))
     with pytest.raises(ValueError, match="both stacked and expert by expert"):
-        load_weights(empty_model(), single[1], device="cpu")
+        load_weights(empty_model(), single[1], table=KEYS, device="cpu")
 
 
 def test_tied_weights_are_stored_once(tmp_path):
     model = random_model(parts=("thinker",), tied=True)
-    save_weights(model, tmp_path)
+    save_weights(model, tmp_path, table=KEYS)
     keys = read_headers(tmp_path).keys()
     assert "thinker.model.embed_tokens.weight" in keys and "thinker.lm_head.weight" not in keys
     loaded = empty_model(parts=("thinker",), tied=True)
-    load_weights(loaded, tmp_path, device="cpu")
+    load_weights(loaded, tmp_path, table=KEYS, device="cpu")
     assert loaded.thinker.lm_head.weight is loaded.thinker.embed_tokens.weight
     assert_same(loaded, model)
 
 
 def test_device_that_is_not_there(single):
     with pytest.raises(ValueError, match=r"device 'cuda:99' is not available|device 'cud' is not"):
-        load_weights(empty_model(), single[1], device="cuda:99")
+        load_weights(empty_model(), single[1], table=KEYS, device="cuda:99")
     with pytest.raises(ValueError, match="is not available"):
-        load_weights(empty_model(), single[1], device="cud")
+        load_weights(empty_model(), single[1], table=KEYS, device="cud")
     with pytest.raises(ValueError, match="device 'meta' holds no values"):
-        load_weights(empty_model(), single[1], device="meta")
+        load_weights(empty_model(), single[1], table=KEYS, device="meta")
 
 
 def test_device_map_on_the_cpu(single, tmp_path):
@@ -321,11 +324,11 @@ def test_device_map_on_the_cpu(single, tmp_path):
         {"audio_encoder": "cpu", "thinker": "cpu", "talker": "cpu", "code2wav": "cpu"},
     ):
         loaded = empty_model()
-        load_weights(loaded, folder, device_map=device_map)
+        load_weights(loaded, folder, table=KEYS, device_map=device_map)
         assert_same(loaded, source)
     if not torch.cuda.is_available():
         loaded = empty_model()
-        load_weights(loaded, folder, device_map="auto")
+        load_weights(loaded, folder, table=KEYS, device_map="auto")
         assert_same(loaded, source)
 
 
@@ -333,24 +336,26 @@ def test_device_map_with_disk(single, tmp_path):
     source, folder = single
     device_map = {"": "cpu", "talker": "disk", "talker.embed_tokens": "cpu"}
     with pytest.raises(ValueError, match="pass offload_folder"):
-        load_weights(empty_model(), folder, device_map=device_map)
+        load_weights(empty_model(), folder, table=KEYS, device_map=device_map)
     loaded = empty_model()
-    load_weights(loaded, folder, device_map=device_map, offload_folder=tmp_path / "offload", dtype="bfloat16")
+    load_weights(
+        loaded, folder, table=KEYS, device_map=device_map, offload_folder=tmp_path / "offload", dtype="bfloat16"
+    )
     assert loaded.talker.lm_head.weight.is_meta and not loaded.talker.embed_tokens.weight.is_meta
     x = torch.randn(2, D, dtype=torch.bfloat16)
     assert torch.equal(loaded.talker.lm_head(x), source.talker.lm_head.bfloat16()(x))
     with pytest.raises(ValueError, match="offloaded"):
-        save_weights(loaded, tmp_path)
+        save_weights(loaded, tmp_path, table=KEYS)
 
 
 def test_device_maps_that_cannot_be(single):
     folder = single[1]
     with pytest.raises(ValueError, match="places 6 tensors nowhere"):
-        load_weights(empty_model(), folder, device_map={"talker": "cpu", "thinker": "cpu"})
+        load_weights(empty_model(), folder, table=KEYS, device_map={"talker": "cpu", "thinker": "cpu"})
     with pytest.raises(ValueError, match="neither a device nor one of auto"):
-        load_weights(empty_model(), folder, device_map="automatic")
+        load_weights(empty_model(), folder, table=KEYS, device_map="automatic")
     with pytest.raises(ValueError, match="names 'talkr'"):
-        load_weights(empty_model(), folder, device_map={"": "cpu", "talkr": "disk"})
+        load_weights(empty_model(), folder, table=KEYS, device_map={"": "cpu", "talkr": "disk"})
 
 
 def test_sizes():
@@ -359,15 +364,15 @@ def test_sizes():
         with pytest.raises(ValueError, match="is not a size"):
             parse_size(wrong)
     with pytest.raises(ValueError, match="neither 'separate' nor 'fused'"):
-        save_weights(Model(), ".", experts="both")
+        save_weights(Model(), ".", table=KEYS, experts="both")
 
 
 def test_parameters_that_share_memory_are_both_written(tmp_path):
     model = random_model(parts=("thinker",))
     model.thinker.lm_head.weight = nn.Parameter(model.thinker.embed_tokens.weight.detach())
-    save_weights(model, tmp_path)
+    save_weights(model, tmp_path, table=KEYS)
     loaded = empty_model(parts=("thinker",))
-    load_weights(loaded, tmp_path, device="cpu")
+    load_weights(loaded, tmp_path, table=KEYS, device="cpu")
     assert_same(loaded, model)
 
 
@@ -382,7 +387,7 @@ def test_adapter_on_single_experts_and_on_a_thinker_alone(single, tmp_path):
     file = {f"{prefix}A.weight": a, f"{prefix}B.weight": b, "base_model.model.lm_head.weight": head}
     save_file(file, adapter / "adapter_model.safetensors")
     model = empty_model()
-    load_weights(model, folder, device="cpu", adapter=adapter)
+    load_weights(model, folder, table=KEYS, device="cpu", adapter=adapter)
     expected = source.thinker.layers[0].mlp.experts.gate_up_proj.detach().clone()
     expected[2, W:] += 3 * b @ a
     torch.testing.assert_close(model.thinker.layers[0].mlp.experts.gate_up_proj, expected)
@@ -390,12 +395,12 @@ def test_adapter_on_single_experts_and_on_a_thinker_alone(single, tmp_path):
     assert torch.equal(model.talker.lm_head.weight, source.talker.lm_head.weight)
     save_file({**file, "base_model.model.nobody.lora_A.weight": a + 0}, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"changes 1 layers that this model lacks.*nobody"):
-        load_weights(empty_model(), folder, device="cpu", adapter=adapter)
+        load_weights(empty_model(), folder, table=KEYS, device="cpu", adapter=adapter)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json does not exist"):
-        load_weights(empty_model(), folder, device="cpu", adapter=tmp_path / "none")
+        load_weights(empty_model(), folder, table=KEYS, device="cpu", adapter=tmp_path / "none")
 
 
 def test_every_written_key_has_a_place():
     model = random_model()
     for name in model.state_dict():
-        assert QWEN3_OMNI.slot(QWEN3_OMNI.to_hub(name)).name == name
+        assert KEYS.slot(KEYS.to_hub(name)).name == name

@@ -7,7 +7,12 @@ import pytest
 from safetensors.torch import save_file
 from torch import nn
 
-from omni.checkpoint import atomic_folder, resolve_folder, save_weights
+from omni.checkpoint import atomic_folder, save_weights
+from omni.checkpoint.keys import KeyTable
+from omni.config.locate import locate
+from omni.config.qwen3_omni import QWEN3_OMNI
+
+KEYS = KeyTable.of(QWEN3_OMNI)
 
 
 def model():
@@ -24,12 +29,12 @@ def contents(folder):
 def test_a_new_save_replaces_an_old_one(tmp_path):
     target = tmp_path / "model"
     with atomic_folder(target) as folder:
-        save_weights(model(), folder, max_shard_size=300)
+        save_weights(model(), folder, table=KEYS, max_shard_size=300)
     (target / "README.md").write_text("mine")
     (target / "runs").mkdir()
     (target / "runs" / "log").write_text("kept")
     with atomic_folder(target) as folder:
-        save_weights(model(), folder)
+        save_weights(model(), folder, table=KEYS)
         (folder / "config.json").write_text("{}")
     assert set(contents(target)) == {"README.md", "runs/log", "config.json", "model.safetensors"}
     with atomic_folder(target) as folder:
@@ -42,7 +47,7 @@ def test_a_new_save_replaces_an_old_one(tmp_path):
 def test_an_interrupted_save_leaves_the_old_folder_intact(tmp_path, monkeypatch, when):
     target = tmp_path / "model"
     with atomic_folder(target) as folder:
-        save_weights(model(), folder, max_shard_size=300)
+        save_weights(model(), folder, table=KEYS, max_shard_size=300)
         (folder / "config.json").write_text("old")
     before = contents(target)
     calls = []
@@ -64,7 +69,7 @@ def test_an_interrupted_save_leaves_the_old_folder_intact(tmp_path, monkeypatch,
         (folder / "config.json").write_text("new")
         if when == "config":
             raise KeyboardInterrupt
-        save_weights(model(), folder, max_shard_size=200)
+        save_weights(model(), folder, table=KEYS, max_shard_size=200)
     monkeypatch.undo()
     assert contents(target) == before
     assert list(tmp_path.iterdir()) == [target]
@@ -92,14 +97,14 @@ def test_saving_through_a_link_and_into_the_working_folder(tmp_path, monkeypatch
 
 
 def test_resolving_folders(tmp_path, monkeypatch):
-    assert resolve_folder(tmp_path) == resolve_folder(str(tmp_path)) == tmp_path
+    assert locate(tmp_path) == locate(str(tmp_path)) == tmp_path
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     for missing in ("./none", "/none/here", "~/none-such", "a/b/c", "", tmp_path / "none", "C:\\models", "a b/c"):
         with pytest.raises(FileNotFoundError, match="does not exist; pass a checkpoint folder or a Hub id"):
-            resolve_folder(missing)
+            locate(missing)
     (tmp_path / "model.safetensors").write_text("")
     with pytest.raises(ValueError, match="is a file; pass the folder"):
-        resolve_folder(tmp_path / "model.safetensors")
+        locate(tmp_path / "model.safetensors")
 
 
 def test_resolving_hub_ids(tmp_path, monkeypatch):
@@ -113,14 +118,14 @@ def test_resolving_hub_ids(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     answer = tmp_path
-    assert resolve_folder("org/name", revision="v1", token="t", cache_dir="c", local_files_only=True) == tmp_path
+    assert locate("org/name", revision="v1", token="t", cache_dir="c", local_files_only=True) == tmp_path
     assert asked["name"] == "org/name" and asked["revision"] == "v1" and asked["local_files_only"]
     pickles = [pattern for pattern in asked["allow_patterns"] if "bin" in pattern or "pt" in pattern]
     assert pickles == ["spk_dict.pt"], "the voices, which are read as tensors only"
     answer = FileNotFoundError("not in the cache")
     with pytest.raises(FileNotFoundError, match="'org/name' is no folder here and was not found on the Hub"):
-        resolve_folder("org/name")
+        locate("org/name")
     answer = RuntimeError("401 no access.\nlong trace")
     with pytest.raises(OSError, match=r"401 no access; check the name") as error:
-        resolve_folder("org/name")
+        locate("org/name")
     assert error.value.__cause__ is answer and "\n" not in str(error.value)

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni.checkpoint.keys import KEY_TABLES, QWEN3_OMNI, Slot
+from omni.checkpoint.keys import KeyTable, Slot
+from omni.config.qwen3_omni import QWEN3_OMNI
 
+KEYS = KeyTable.of(QWEN3_OMNI)
 word = st.from_regex(r"[a-z][a-z0-9_]{0,12}", fullmatch=True)
 tail = st.lists(st.one_of(word, st.integers(0, 127).map(str)), min_size=1, max_size=5).map(".".join)
 
@@ -35,45 +37,45 @@ RELEASED = {
 
 @pytest.mark.parametrize("key", RELEASED)
 def test_released_names(key):
-    assert QWEN3_OMNI.from_hub(key) == RELEASED[key]
-    assert QWEN3_OMNI.to_hub(RELEASED[key]) == key
-    assert QWEN3_OMNI.slot(key) == Slot(RELEASED[key])
+    assert KEYS.from_hub(key) == RELEASED[key]
+    assert KEYS.to_hub(RELEASED[key]) == key
+    assert KEYS.slot(key) == Slot(RELEASED[key])
 
 
-@given(st.sampled_from([hub for _, hub in QWEN3_OMNI.renames]), tail)
+@given(st.sampled_from([hub for _, hub in KEYS.renames]), tail)
 def test_hub_names_survive_the_round_trip(prefix, rest):
     key = prefix + rest
-    if any(key.startswith(other) for _, other in QWEN3_OMNI.also_read):
+    if any(key.startswith(other) for _, other in KEYS.also_read):
         return  # spellings that are read but not written
-    assert QWEN3_OMNI.to_hub(QWEN3_OMNI.from_hub(key)) == key
+    assert KEYS.to_hub(KEYS.from_hub(key)) == key
 
 
-@given(st.sampled_from([ours for ours, _ in QWEN3_OMNI.renames]), tail)
+@given(st.sampled_from([ours for ours, _ in KEYS.renames]), tail)
 def test_our_names_survive_the_round_trip(prefix, rest):
     name = prefix + rest
-    hub = QWEN3_OMNI.to_hub(name)
+    hub = KEYS.to_hub(name)
     if re.match(r"thinker\.model\.(audio_tower|visual|language_model)\.", hub):
         return  # no module of ours is called so
-    assert QWEN3_OMNI.from_hub(hub) == name
+    assert KEYS.from_hub(hub) == name
 
 
-@given(st.sampled_from(QWEN3_OMNI.also_read), tail)
+@given(st.sampled_from(KEYS.also_read), tail)
 def test_in_memory_names_of_the_reference_are_read(pair, rest):
     ours, hub = pair
-    assert QWEN3_OMNI.from_hub(hub + rest) == ours + rest
+    assert KEYS.from_hub(hub + rest) == ours + rest
 
 
 def test_unknown_prefix_has_no_place():
-    assert QWEN3_OMNI.slot("thinker.audio_towers.conv.weight") is None
-    assert QWEN3_OMNI.slot("model.layers.0.weight") is None
+    assert KEYS.slot("thinker.audio_towers.conv.weight") is None
+    assert KEYS.slot("model.layers.0.weight") is None
 
 
 def test_experts_are_pieces_of_stacked_parameters():
     key = "thinker.model.layers.3.mlp.experts.{}.{}_proj.weight"
     gate_up, down = "thinker.layers.3.mlp.experts.gate_up_proj", "thinker.layers.3.mlp.experts.down_proj"
-    assert QWEN3_OMNI.slot(key.format(12, "up")) == Slot(gate_up, 12, "up")
-    assert QWEN3_OMNI.slot(key.format(0, "down")) == Slot(down, 0, "down")
-    assert list(QWEN3_OMNI.separate(gate_up, 2)) == [
+    assert KEYS.slot(key.format(12, "up")) == Slot(gate_up, 12, "up")
+    assert KEYS.slot(key.format(0, "down")) == Slot(down, 0, "down")
+    assert list(KEYS.separate(gate_up, 2)) == [
         (key.format(e, piece), Slot(gate_up, e, piece)) for e in (0, 1) for piece in ("gate", "up")
     ]
     stacked = torch.arange(2 * 6 * 2).reshape(2, 6, 2)  # [E, 2I, D]
@@ -81,7 +83,3 @@ def test_experts_are_pieces_of_stacked_parameters():
     assert torch.equal(Slot(gate_up, 1, "up").of(stacked), stacked[1, 3:])
     assert torch.equal(Slot(down, 1, "down").of(stacked), stacked[1])
     assert Slot(gate_up).of(stacked) is stacked
-
-
-def test_table_is_found_by_model_type():
-    assert KEY_TABLES["qwen3_omni_moe"] is QWEN3_OMNI

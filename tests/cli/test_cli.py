@@ -153,9 +153,10 @@ def test_info_from_a_config_alone(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_info_sizes_agree_between_files_and_config(tiny_checkpoint: Path) -> None:
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.config.model import OmniConfig
+    from omni.config.qwen3_omni import QWEN3_OMNI
 
-    on_disk, files = sizes_from_files(tiny_checkpoint, "qwen3_omni_moe")
+    on_disk, files = sizes_from_files(tiny_checkpoint, QWEN3_OMNI)
     described = sizes_from_config(OmniConfig.from_pretrained(tiny_checkpoint))
     assert files == 1 and set(on_disk) == set(described)
     for part, size in on_disk.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.config.reading import PASSIVE_KEYS
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from omni.config.model import OmniConfig
 from omni.config.positions import PositionRule
 from omni.config.qwen2_5_omni import Qwen2_5OmniConfig
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.qwen3_omni import Qwen3OmniConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = ("7b", "3b")
@@ -68,7 +69,7 @@ def test_what_the_family_fixes_and_what_the_files_say(size: str, heads: tuple[in
 def test_the_first_family_keeps_its_rules() -> None:
     c = OmniConfig.from_pretrained(CONFIGS / "qwen3_omni_30b_a3b.json")
     text = c.thinker_config.text_config
-    assert type(c) is OmniConfig and c.thinker_config.position_rule == PositionRule(13)
+    assert type(c) is Qwen3OmniConfig and c.thinker_config.position_rule == PositionRule(13)
     assert (text.qk_norm, text.qkv_bias, text.output_bias, text.mrope_interleaved) == (True, False, False, True)
 
 

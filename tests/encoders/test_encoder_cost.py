@@ -17,7 +17,7 @@ from test_streaming_encoders import AUDIO, VISION, make_audio_encoder, noise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
+from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from omni.config.qwen3_omni import AudioEncoderConfig, VisionEncoderConfig
 from omni.encoders import audio, vision
 from omni.encoders.audio import AudioEncoder

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig
+from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig
 from omni.encoders import whisper_audio
 from omni.encoders.whisper_audio import WhisperAudioEncoder, num_whisper_tokens
 from omni.layers.init import initialise

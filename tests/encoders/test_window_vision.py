@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
+from omni.config.qwen2_5_omni import WindowVisionEncoderConfig
 from omni.encoders import vision, window_vision
 from omni.encoders.vision import patch_coordinates
 from omni.encoders.window_vision import WindowVisionEncoder, window_order

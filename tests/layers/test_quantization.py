@@ -13,12 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.checkpoint import apply_adapter, load_weights, save_weights
+from omni.checkpoint.keys import KeyTable
+from omni.config.qwen3_omni import QWEN3_OMNI
 from omni.generation.prompt import encode_prompt
 from omni.layers.init import MetaBuild
 from omni.layers.moe import Experts
 from omni.layers.packed_weight import KINDS, PackedWeight
 from omni.layers.quantized import QuantizedExperts, QuantizedLinear, Quantizer, packed_kind, quantize
 from omni.metrics.agreement import _speech, agreement, teacher_forced
+
+KEYS = KeyTable.of(QWEN3_OMNI)
 
 ROOT = Path(__file__).parents[2]
 ERROR = {"int8": 0.01, "int4": 0.11, "fp8": 0.03}  # relative, of normal weights
@@ -167,7 +171,7 @@ def test_misuse_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give no gradients"):
         layer(torch.randn(1, layer.in_features, requires_grad=True))
     with pytest.raises(ValueError, match=r"rounded to int8.*load the checkpoint without quantize="):
-        save_weights(model, tmp_path)
+        save_weights(model, tmp_path, table=KEYS)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="not finite"):
         PackedWeight.pack(torch.full((64, 64), float("nan")), "int4")
@@ -183,9 +187,9 @@ def empty_model(parts=("thinker", "talker", "code2wav")):
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_while_loading_equals_packed_afterwards(tiny_checkpoint, kind):
     later, at_once = empty_model(), empty_model()
-    load_weights(later, tiny_checkpoint, device="cpu")
+    load_weights(later, tiny_checkpoint, table=KEYS, device="cpu")
     quantize(later, kind)
-    load_weights(at_once, tiny_checkpoint, device="cpu", quantize=kind)
+    load_weights(at_once, tiny_checkpoint, table=KEYS, device="cpu", quantize=kind)
     left, right = later.state_dict(), at_once.state_dict()
     assert left.keys() == right.keys() and any(name.endswith("packed.data") for name in left)
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -193,10 +197,12 @@ def test_packed_while_loading_equals_packed_afterwards(tiny_checkpoint, kind):
 
 def test_loading_parts_and_refusals(tiny_checkpoint):
     model = empty_model(("thinker",))
-    load_weights(model, tiny_checkpoint, device="cpu", quantize="int8", quantize_parts=["thinker", "talker"])
+    load_weights(
+        model, tiny_checkpoint, table=KEYS, device="cpu", quantize="int8", quantize_parts=["thinker", "talker"]
+    )
     assert packed_kind(model) == "int8"
     with pytest.raises(ValueError, match="quantize= and device_map= do not go together"):
-        load_weights(empty_model(), tiny_checkpoint, device_map={"": "cpu"}, quantize="int8")
+        load_weights(empty_model(), tiny_checkpoint, table=KEYS, device_map={"": "cpu"}, quantize="int8")
 
 
 def test_no_full_precision_copy_of_the_model_while_loading(tiny_checkpoint, monkeypatch):
@@ -224,14 +230,14 @@ def test_no_full_precision_copy_of_the_model_while_loading(tiny_checkpoint, monk
     names = Quantizer(model, "int8").names
     largest = max(p.numel() * 4 for name, p in model.named_parameters() if name in names)
     total = sum(p.numel() * 4 for name, p in model.named_parameters() if name in names)
-    load_weights(model, tiny_checkpoint, device="cpu", quantize="int8")
+    load_weights(model, tiny_checkpoint, table=KEYS, device="cpu", quantize="int8")
     assert 0 < most == largest < total / 8
 
 
 def test_an_adapter_comes_before_packing(tiny_checkpoint, tmp_path):
     key = "base_model.model.thinker.model.layers.0.self_attn.q_proj.lora_{}.weight"
     plain = empty_model()
-    load_weights(plain, tiny_checkpoint, device="cpu")
+    load_weights(plain, tiny_checkpoint, table=KEYS, device="cpu")
     outputs, inputs = plain.thinker.layers[0].self_attn.q_proj.weight.shape
     save_file(
         {key.format("A"): torch.ones(1, inputs), key.format("B"): torch.ones(outputs, 1)},
@@ -239,13 +245,13 @@ def test_an_adapter_comes_before_packing(tiny_checkpoint, tmp_path):
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 1, "r": 1}))
     model = empty_model()
-    load_weights(model, tiny_checkpoint, device="cpu", adapter=tmp_path, quantize="int8")
-    apply_adapter(plain, tmp_path)
+    load_weights(model, tiny_checkpoint, table=KEYS, device="cpu", adapter=tmp_path, quantize="int8")
+    apply_adapter(plain, tmp_path, table=KEYS)
     quantize(plain, "int8")
     own, true = (m.thinker.layers[0].self_attn.q_proj.packed for m in (model, plain))
     assert torch.equal(own.data, true.data)
     with pytest.raises(ValueError, match="cannot be merged into weights at int8"):
-        apply_adapter(plain, tmp_path)
+        apply_adapter(plain, tmp_path, table=KEYS)
 
 
 @pytest.fixture(scope="module")

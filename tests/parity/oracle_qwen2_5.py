@@ -92,15 +92,18 @@ def reference_parts(seed: int) -> tuple[Any, Any]:
 @cache
 def converted_parts(seed: int) -> tuple[Any, Any]:
     """The same Thinker and Talker in omni, by way of the file's key names."""
-    from omni.checkpoint.keys import QWEN2_5_OMNI
-    from omni.config.qwen3_omni import OmniConfig
+    from omni.checkpoint.keys import KeyTable
+    from omni.config.qwen2_5_omni import QWEN2_5_OMNI
+
+    KEYS = KeyTable.of(QWEN2_5_OMNI)
+    from omni.config.model import OmniConfig
     from omni.talker.single_codebook import SingleCodebookTalker
     from omni.thinker.thinker import Thinker
 
     config = OmniConfig.from_dict(config_values(seed))
     parts = {"thinker": Thinker(config.thinker_config), "talker": SingleCodebookTalker(config.talker_config)}
     for (name, part), reference in zip(parts.items(), reference_parts(seed)):
-        found = {QWEN2_5_OMNI.slot(f"{name}.{key}").name: value for key, value in reference.state_dict().items()}
+        found = {KEYS.slot(f"{name}.{key}").name: value for key, value in reference.state_dict().items()}
         part.eval().load_state_dict({key.removeprefix(name + "."): value for key, value in found.items()})
     return parts["thinker"], parts["talker"]
 
@@ -146,14 +149,16 @@ def write_processor(folder: Path) -> Path:
 
     The media tokens keep the demo's ids (`SPECIAL`) and get this family's spellings.
     """
-    from omni.processing.families import QWEN2_5, QWEN3, RELEASED
+    from omni.config.family import RELEASED
+    from omni.config.qwen2_5_omni import QWEN2_5_OMNI
+    from omni.config.qwen3_omni import QWEN3_OMNI
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (DEMO / name).read_text(encoding="utf-8")
-        for key, own in QWEN2_5.tokens.items():
-            text = text.replace(QWEN3.tokens[key], own)
-        text = text.replace(QWEN3.processor_class, QWEN2_5.processor_class)
+        for key, own in QWEN2_5_OMNI.tokens.items():
+            text = text.replace(QWEN3_OMNI.tokens[key], own)
+        text = text.replace(QWEN3_OMNI.processor_class, QWEN2_5_OMNI.processor_class)
         (folder / name).write_text(text, encoding="utf-8")
     shutil.copy(RELEASED / "qwen2_5_omni.json", folder / "preprocessor_config.json")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))

@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omni.checkpoint import LoadReport, apply_adapter, atomic_folder, load_weights, read_headers, save_weights
-from omni.checkpoint.keys import QWEN3_OMNI
-from omni.config.qwen3_omni import OmniConfig
+from omni.checkpoint.keys import KeyTable
+from omni.config.model import OmniConfig
+from omni.config.qwen3_omni import QWEN3_OMNI
 from omni.model import OmniModel
+
+KEYS = KeyTable.of(QWEN3_OMNI)
 
 
 def empty(folder, **arguments):
@@ -23,7 +26,7 @@ def empty(folder, **arguments):
 
 def load(folder, **arguments):
     model = empty(folder)
-    assert load_weights(model, folder, device="cpu", **arguments) == LoadReport()
+    assert load_weights(model, folder, table=KEYS, device="cpu", **arguments) == LoadReport()
     return model
 
 
@@ -49,7 +52,7 @@ def assert_equal_to_reference(model, reference):
     inside = reference.state_dict()
     ours = {}
     for key, tensor in inside.items():
-        slot = QWEN3_OMNI.slot(key)
+        slot = KEYS.slot(key)
         assert slot is not None, key
         ours[slot.name] = tensor
     assert_same_tensors(model.state_dict(), ours)
@@ -57,11 +60,11 @@ def assert_equal_to_reference(model, reference):
 
 def test_every_released_key_has_a_place_and_comes_back(released):
     _, folder = released
-    names = {key: QWEN3_OMNI.slot(key) for key in read_headers(folder)}
+    names = {key: KEYS.slot(key) for key in read_headers(folder)}
     state = empty(folder).state_dict()
     assert all(slot is not None and slot.name in state for slot in names.values())
     assert {slot.name for slot in names.values()} == state.keys()
-    assert all(QWEN3_OMNI.to_hub(QWEN3_OMNI.from_hub(key)) == key for key in names)
+    assert all(KEYS.to_hub(KEYS.from_hub(key)) == key for key in names)
 
 
 @pytest.mark.parametrize("variant", ["tiny", "mixed_mlp", "many_codes"])
@@ -83,7 +86,7 @@ def test_omni_to_reference_to_omni(released, tmp_path, size, experts):
     reference, folder = released
     model = load(folder)
     with atomic_folder(tmp_path / "ours") as target:
-        save_weights(model, target, max_shard_size=size, experts=experts)
+        save_weights(model, target, table=KEYS, max_shard_size=size, experts=experts)
         reference.config.save_pretrained(target)
     opened, report = type(reference).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
@@ -94,7 +97,7 @@ def test_omni_to_reference_to_omni(released, tmp_path, size, experts):
 
 def test_written_files_equal_the_reference_s(released, tmp_path):
     _, folder = released
-    save_weights(load(folder), tmp_path)
+    save_weights(load(folder), tmp_path, table=KEYS)
     theirs = read_headers(folder)
     ours = read_headers(tmp_path)
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
@@ -103,7 +106,7 @@ def test_written_files_equal_the_reference_s(released, tmp_path):
 def test_bfloat16_round_trip(released, tmp_path):
     reference, folder = released
     model = load(folder, dtype="bfloat16")
-    save_weights(model, tmp_path)
+    save_weights(model, tmp_path, table=KEYS)
     reference.config.save_pretrained(tmp_path)
     opened = type(reference).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert_equal_to_reference(model, opened)
@@ -182,8 +185,8 @@ def test_adapter_merges_as_in_peft(released, tmp_path, config):
     merged, folder = adapter(tmp_path, **config)
     model = load(released[1])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    apply_adapter(model, folder)
-    expected = {QWEN3_OMNI.slot(key).name: tensor for key, tensor in merged.state_dict().items()}
+    apply_adapter(model, folder, table=KEYS)
+    expected = {KEYS.slot(key).name: tensor for key, tensor in merged.state_dict().items()}
     changed = 0
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
@@ -196,7 +199,7 @@ def test_adapter_trained_on_omni(released, tmp_path):
     config = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "thinker.lm_head", "mtp.lm_head.0"])
     wrapped = get_peft_model(model, config)
     wrapped.save_pretrained(tmp_path)
-    apply_adapter(plain, tmp_path)
+    apply_adapter(plain, tmp_path, table=KEYS)
     merged = wrapped.merge_and_unload()
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(tensor, merged.state_dict()[name], rtol=1e-5, atol=1e-5)
@@ -205,7 +208,7 @@ def test_adapter_trained_on_omni(released, tmp_path):
 def test_adapter_with_parts(released, tmp_path):
     merged, folder = adapter(tmp_path, r=4, target_modules=["q_proj"])
     model = empty(released[1], parts=("talker",))
-    load_weights(model, released[1], device="cpu", adapter=folder)
+    load_weights(model, released[1], table=KEYS, device="cpu", adapter=folder)
     weight = model.talker.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(weight, merged.talker.model.layers[0].self_attn.q_proj.weight)
 
@@ -216,7 +219,7 @@ def test_adapters_that_do_not_fit(released, tmp_path):
     model.thinker.layers = model.thinker.layers[:2]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"changes 2 layers that this model lacks.*layers\.2\.self_attn\.q_proj"):
-        apply_adapter(model, folder)
+        apply_adapter(model, folder, table=KEYS)
     assert_same_tensors(model.state_dict(), before)  # nothing was merged
     config = folder / "adapter_config.json"
     text = config.read_text()
@@ -227,11 +230,11 @@ def test_adapters_that_do_not_fit(released, tmp_path):
     ]:
         config.write_text(broken)
         with pytest.raises(ValueError, match=message):
-            load_weights(empty(released[1]), released[1], device="cpu", adapter=folder)
+            load_weights(empty(released[1]), released[1], table=KEYS, device="cpu", adapter=folder)
     config.write_text(text)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle"):
-        apply_adapter(model, folder)
+        apply_adapter(model, folder, table=KEYS)
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors does not exist"):
-        apply_adapter(model, folder)
+        apply_adapter(model, folder, table=KEYS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3OmniMoeProcessor
 
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.rope.positions import AudioVideo

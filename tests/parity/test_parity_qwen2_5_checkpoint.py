@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 
 from omni import OmniConfig, OmniModel
 from omni.checkpoint import read_headers
-from omni.checkpoint.keys import QWEN2_5_OMNI
+from omni.checkpoint.keys import KeyTable
 from omni.code2wav.voices import Voice, load_voices
+from omni.config.qwen2_5_omni import QWEN2_5_OMNI
+
+KEYS = KeyTable.of(QWEN2_5_OMNI)
 
 SEEDS = range(2)
 
@@ -95,7 +98,7 @@ def test_transformers_to_omni_to_transformers(seed: int, layout: str, tmp_path: 
     assert (len(list(theirs.glob("*.safetensors"))) > 1) == (layout == "sharded")
     model = OmniModel.from_pretrained(theirs, device="cpu")
     inside = reference(seed).state_dict()
-    named = {QWEN2_5_OMNI.from_hub(key): value for key, value in inside.items() if not QWEN2_5_OMNI.is_derived(key)}
+    named = {KEYS.from_hub(key): value for key, value in inside.items() if not KEYS.is_derived(key)}
     assert_same_tensors(model.state_dict(), {str(name): value for name, value in named.items()})
     model.save_pretrained(tmp_path / "ours", max_shard_size=size)
     kind = type(reference(seed))
@@ -117,7 +120,7 @@ def test_written_files_hold_the_reference_s_tensors(tmp_path: Path) -> None:
     theirs = save_reference(0, tmp_path / "theirs")
     OmniModel.from_pretrained(theirs, device="cpu").save_pretrained(tmp_path / "ours")
     written, given = read_headers(tmp_path / "ours"), read_headers(theirs)
-    known = {key: value for key, value in given.items() if not QWEN2_5_OMNI.is_derived(key)}
+    known = {key: value for key, value in given.items() if not KEYS.is_derived(key)}
     assert {k: (v.shape, v.dtype) for k, v in written.items()} == {k: (v.shape, v.dtype) for k, v in known.items()}
     assert_same_tensors(tensors_of(tmp_path / "ours"), {k: v for k, v in tensors_of(theirs).items() if k in known})
 

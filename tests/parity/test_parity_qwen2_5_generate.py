@@ -20,10 +20,13 @@ from test_parity_qwen2_5_understanding import prompts, whole_values
 from test_parity_token2wav import BIGVGAN, DIT, randomise
 
 from omni import OmniConfig, OmniInputs, OmniModel
-from omni.checkpoint.keys import QWEN2_5_OMNI
+from omni.checkpoint.keys import KeyTable
 from omni.code2wav.ode_sampler import position_noise
 from omni.code2wav.voices import Voice
+from omni.config.qwen2_5_omni import QWEN2_5_OMNI
 from omni.generation.sampling import SOUND_STREAM, stream_seed
+
+KEYS = KeyTable.of(QWEN2_5_OMNI)
 
 SEEDS = range(6)
 TOKENS, CODES = 6, 15
@@ -70,7 +73,7 @@ def voices() -> dict[str, Voice]:
 def ours(seed: int) -> OmniModel:
     model = OmniModel(OmniConfig.from_dict(values(seed)))
     theirs = reference(seed).state_dict()
-    weights = {QWEN2_5_OMNI.from_hub(key): value for key, value in theirs.items() if not QWEN2_5_OMNI.is_derived(key)}
+    weights = {KEYS.from_hub(key): value for key, value in theirs.items() if not KEYS.is_derived(key)}
     missing, unexpected = model.load_state_dict(weights, strict=False)  # type: ignore[arg-type]
     assert not missing and all("audio_bos_eos_token" in key for key in unexpected)
     model.voices = voices()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracle_qwen2_5 import config_values, rope_reference, write_processor
 
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.processing import vision
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor

@@ -15,7 +15,7 @@ from oracle import assert_close
 from oracle_qwen2_5 import config_values, converted_parts, reference_parts
 from test_parity_qwen2_5_positions import RULE, Layout, gather, layouts
 
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.generation.decode import SpeechState, draw_frame, read_frame
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, RowSampling, SamplingConfig
 from omni.generation.steps import Steps

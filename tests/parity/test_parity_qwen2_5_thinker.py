@@ -7,11 +7,14 @@ import torch
 from oracle import assert_close
 from oracle_qwen2_5 import CONFIGS, config_values, converted_parts, reference_parts
 
-from omni.checkpoint.keys import QWEN2_5_OMNI
-from omni.config.qwen3_omni import OmniConfig
+from omni.checkpoint.keys import KeyTable
+from omni.config.model import OmniConfig
+from omni.config.qwen2_5_omni import QWEN2_5_OMNI
 from omni.layers.init import MetaBuild
 from omni.talker.single_codebook import SingleCodebookTalker
 from omni.thinker.thinker import Thinker
+
+KEYS = KeyTable.of(QWEN2_5_OMNI)
 
 SEEDS = range(8)
 
@@ -56,9 +59,9 @@ def test_greedy_decoding_after_a_prompt_with_media_positions(seed: int) -> None:
 
 def test_key_names_are_those_of_the_files() -> None:
     for name, ours, reference in zip(("thinker", "talker"), converted_parts(0), reference_parts(0)):
-        keys = {QWEN2_5_OMNI.to_hub(f"{name}.{key}") for key in ours.state_dict()}
+        keys = {KEYS.to_hub(f"{name}.{key}") for key in ours.state_dict()}
         assert keys == {f"{name}.{key}" for key in reference.state_dict()}
-        assert {QWEN2_5_OMNI.from_hub(key).partition(".")[0] for key in keys} == {name}
+        assert {KEYS.from_hub(key).partition(".")[0] for key in keys} == {name}
 
 
 @pytest.mark.parametrize(

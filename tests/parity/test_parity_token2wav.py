@@ -10,12 +10,15 @@ import torch
 from oracle import assert_close
 from torch import Tensor
 
-from omni.checkpoint.keys import QWEN2_5_OMNI
+from omni.checkpoint.keys import KeyTable
 from omni.code2wav.block_attention import block_mask
 from omni.code2wav.ode_sampler import ODEConfig, integrate, time_grid
 from omni.code2wav.token2wav import Token2Wav
 from omni.code2wav.voices import Voice
+from omni.config.qwen2_5_omni import QWEN2_5_OMNI
 from omni.config.token2wav import Token2WavConfig
+
+KEYS = KeyTable.of(QWEN2_5_OMNI)
 
 DIT: dict[str, Any] = {
     "hidden_size": 32,
@@ -107,7 +110,7 @@ def pair(name: str) -> tuple[Any, Token2Wav]:
     randomise(reference, seed=len(name))
     ours = Token2Wav(Token2WavConfig.from_dict(values(name))).eval()
     theirs = {f"token2wav.{key}": value for key, value in reference.state_dict().items()}
-    named = {QWEN2_5_OMNI.from_hub(key): value for key, value in theirs.items() if not QWEN2_5_OMNI.is_derived(key)}
+    named = {KEYS.from_hub(key): value for key, value in theirs.items() if not KEYS.is_derived(key)}
     ours.load_state_dict({str(key).removeprefix("code2wav."): value for key, value in named.items()})
     return reference, ours
 
@@ -142,7 +145,7 @@ def reference_sample(reference: Any, draw: Draw, monkeypatch: pytest.MonkeyPatch
 def test_every_tensor_has_one_name_on_either_side(name: str) -> None:
     reference, ours = pair(name)
     theirs = {f"token2wav.{key}" for key in reference.state_dict()}
-    assert {QWEN2_5_OMNI.to_hub(f"code2wav.{key}") for key in ours.state_dict()} == theirs
+    assert {KEYS.to_hub(f"code2wav.{key}") for key in ours.state_dict()} == theirs
 
 
 @torch.no_grad()

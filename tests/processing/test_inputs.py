@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from omni.config.qwen3_omni import OmniConfig, ThinkerConfig
+from omni.config.model import OmniConfig, ThinkerConfig
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import Audio, AudioVideo, Image, Text, Video
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image as pil
 from transformers import AutoTokenizer
 
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.encoders.mel import LEVELS
 from omni.processing.processor import OmniProcessor
 from omni.rope.positions import AudioVideo, Video
@@ -409,7 +409,7 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         OmniProcessor.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        OmniProcessor.from_pretrained("nowhere")
+        OmniProcessor.from_pretrained("./nowhere")
     bad = folder("bad", without="")
     values = json.loads((RELEASED / "qwen3_omni_moe.json").read_text())
     (bad / "preprocessor_config.json").write_text(json.dumps({**values, "patch_size": "large"}))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.layers.init import initialise
 from omni.talker.conditioning import PREFIX_LENGTH, user_spans
 from omni.talker.talker import Talker

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omni.code2wav.code2wav import Code2Wav
+from omni.config.keywords import nearest
 from omni.metrics.scores import mel_distance
-from omni.processing.messages import nearest
 from omni.training.codec.codec import (
     Codec,
     CodecEncoder,

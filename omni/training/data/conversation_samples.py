@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni.config.qwen3_omni import OmniConfig, TalkerConfig
+from omni.config.keywords import nearest
+from omni.config.model import OmniConfig
+from omni.config.qwen3_omni import TalkerConfig
 from omni.generation.reply import ANSWER, ReplyReader
 from omni.processing.inputs import OmniInputs
-from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
 from omni.training.data.manifest import Row, Voice
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn
@@ -67,7 +68,7 @@ class SampleMaker:
         for name in options or {}:
             if name not in OPTIONS:
                 raise ValueError(f"unknown option {name!r} of the processor; {nearest(name, OPTIONS)}")
-        positions = config.thinker_config.text_config.max_position_embeddings
+        positions = config.thinker.text_config.max_position_embeddings
         self.processor, self.config, self.codes = processor, config, codes
         self.max_tokens = min(positions, max_tokens or positions)
         self.max_frames = max_frames
@@ -98,8 +99,8 @@ class SampleMaker:
         ids = inputs.input_ids[0].tolist()
         if len(ids) > self.max_tokens:
             raise SkipRow(f"more than {self.max_tokens} tokens")
-        hears = self.config.thinker_config.audio_config is not None
-        inputs.segments(self.config.thinker_config, self.processor.audio_tokens if hears else None)  # a model's checks
+        hears = self.config.thinker.audio_config is not None
+        inputs.segments(self.config.thinker, self.processor.audio_tokens if hears else None)  # a model's checks
         spans = answer_spans(ids, self.config)
         if len(spans) != len(voices) or any(ids[start - 1] != self._newline for start, _ in spans):
             raise ValueError(

@@ -17,7 +17,6 @@ Paths are relative to the manifest's folder; in a tar file the names of the samp
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tarfile
@@ -31,7 +30,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from omni.processing.messages import nearest
+from omni.config.keywords import nearest
 
 MEDIA = {"image": "images", "audio": "audios", "video": "videos"}
 _KEYS = (
@@ -119,8 +118,8 @@ class Manifest:
         raw = self.raw(index)
         unknown = [key for key in raw if key not in _KEYS]
         for key in unknown:
-            if difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=_CLOSE):
-                raise ValueError(f"the row has the unknown key {key!r}; {nearest(key, _KEYS)}")
+            if hint := nearest(key, _KEYS, "", _CLOSE):
+                raise ValueError(f"the row has the unknown key {key!r}; {hint}")
         if unknown and not self._warned:
             self._warned = True
             warnings.warn(f"{self.name(index)}: nothing but filters reads {', '.join(unknown)}", stacklevel=2)

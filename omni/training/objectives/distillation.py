@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.generation.sampling import SamplingConfig
 from omni.model import OmniModel
 from omni.processing.inputs import OmniInputs
@@ -152,7 +152,7 @@ class Distillation:
             self.teacher = OmniModel.from_pretrained(self.teacher, device=self.model.device, parts=("thinker",))
         self.teacher.require("thinker")
         self.teacher.requires_grad_(False).eval()
-        sizes = [m.config.thinker_config.text_config.vocab_size for m in (self.model, self.teacher)]
+        sizes = [m.config.thinker.text_config.vocab_size for m in (self.model, self.teacher)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"the teacher's vocabulary has {sizes[1]} ids, the student's {sizes[0]}; they must agree")
         if not 0 <= self.top_k < sizes[0]:
@@ -161,7 +161,7 @@ class Distillation:
         one = torch.zeros(1, 2)
         kl_to_teacher(one, one, temperature=self.temperature, direction=self.direction)  # its checks of both
         self._sampling = check_sampling(self.sampling, self.max_new_tokens)
-        text = self.model.config.thinker_config.text_config
+        text = self.model.config.thinker.text_config
         sparse = any(text.is_sparse(i) for i in range(text.num_hidden_layers))
         known = {"kl"} | ({"balance"} if sparse else set()) | (set() if self.on_policy else {"text"})
         unknown = sorted(set(self.given) - known)
@@ -282,7 +282,7 @@ def check_sampling(sampling: Mapping[str, Any], max_new_tokens: int) -> Sampling
 
 
 def _media_ids(config: OmniConfig) -> set[int]:
-    c = config.thinker_config
+    c = config.thinker
     return {c.audio_token_id, c.image_token_id, c.video_token_id}
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from omni.config.keywords import nearest
 from omni.config.names import import_name
 from omni.generation.arguments import resolve
 from omni.generation.generate import run_to_end, start
@@ -34,7 +35,6 @@ from omni.metrics.scores import word_error_rate
 from omni.metrics.text_normaliser import normalise
 from omni.model import OmniModel
 from omni.processing.inputs import OmniInputs
-from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
 from omni.training.data.conversation_samples import spoken_ids
 from omni.training.data.samples import IGNORED, TrainingBatch

@@ -32,8 +32,8 @@ def text_losses(model: OmniModel, thought: ThinkerPass) -> dict[str, Loss]:
     """The Thinker's losses: "text" over the labelled tokens, and "balance" over all N where the Thinker has experts."""
     losses = {"text": linear_cross_entropy(thought.final, full_weight(model.thinker.lm_head.weight), thought.labels)}
     if thought.router_logits:
-        k = model.config.thinker_config.text_config.num_experts_per_tok
-        losses["balance"] = router_balance(thought.router_logits, k)
+        text: Any = model.config.thinker.text_config
+        losses["balance"] = router_balance(thought.router_logits, text.num_experts_per_tok)
     return losses
 
 
@@ -98,8 +98,9 @@ class Supervised:
         if self.text:
             self.model.require("thinker")
             self.weights["text"] = 1.0
-            if any(c.thinker_config.text_config.is_sparse(i) for i in range(len(self.model.thinker.layers))):
-                self.weights["balance"] = c.thinker_config.text_config.router_aux_loss_coef
+            decoder: Any = c.thinker.text_config
+            if any(decoder.is_sparse(i) for i in range(len(self.model.thinker.layers))):
+                self.weights["balance"] = decoder.router_aux_loss_coef
         if self.speech:
             self.model.require("talker")
             assert c.talker_config is not None

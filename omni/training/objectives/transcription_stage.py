@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from omni.config.keywords import nearest
 from omni.encoders.contract import EncoderOutput
 from omni.encoders.mel import LogMel
 from omni.metrics.scores import character_error_rate, word_error_rate
 from omni.metrics.text_normaliser import normalise
 from omni.processing.audio_file import join_clips
-from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.conversation_samples import SkipRow

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from omni.checkpoint.adapters import WEIGHTS
 from omni.checkpoint.atomic import atomic_folder
-from omni.checkpoint.keys import QWEN3_OMNI, KeyTable
+from omni.checkpoint.keys import KeyTable
 from omni.layers.experts_backends import EXPERTS, GROUPED_DTYPES, grouped_product, invert, sort_pairs, spans_of
 from omni.layers.moe import Experts
 from omni.layers.quantized import packed_kind
@@ -158,8 +158,8 @@ def save_lora(
     """
     if names not in ("transformers", "hub"):
         raise ValueError(f"names {names!r} is neither 'transformers' nor 'hub'")
-    own: Any = getattr(model, "key_table", QWEN3_OMNI)
-    family: KeyTable = own if table is None else table
+    own: Any = model.key_table if table is None else table
+    family: KeyTable = own
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     parameters: list[str] = []

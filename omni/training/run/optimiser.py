@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from omni.processing.messages import nearest
+from omni.config.keywords import nearest
 from omni.training.run.train_config import OptimiserTable
 
 _FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with a fused AdamW in PyTorch
@@ -48,8 +48,8 @@ def _near(wildcard: str, names: Sequence[str]) -> str:
     ending = "" if wildcard.endswith("*") else ".*"
     if wildcard + ending in prefixes:
         return f"did you mean {wildcard + ending!r}?"
-    hint = nearest(wildcard, prefixes)
-    return hint if hint.startswith("did") else f"names begin with {', '.join(p for p in prefixes if p.count('.') == 1)}"
+    beginnings = ", ".join(p for p in prefixes if p.count(".") == 1)
+    return nearest(wildcard, prefixes, f"names begin with {beginnings}")
 
 
 def trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:

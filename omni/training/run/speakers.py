@@ -126,7 +126,7 @@ def merge_speakers(model: OmniModel) -> None:
 
 def _talker(model: OmniModel) -> tuple[Talker, TalkerConfig]:
     model.require("talker")
-    if not isinstance(model.config.talker_config, TalkerConfig):
+    if not model.config.talker_config.voice_rows:
         raise ValueError(
             "a voice of this model is a recording beside the checkpoint (model.voices), not a row of the Talker's "
             "codec embedding; add a Voice there instead"

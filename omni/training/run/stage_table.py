@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from omni.config.keywords import nearest
 from omni.config.names import import_name
 from omni.model import OmniModel
-from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
 from omni.training.codec.codec import draw_weights
 from omni.training.codec.codec_stage import (

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from omni.config.locate import resolve_folder
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.keywords import nearest
+from omni.config.model import OmniConfig
 from omni.model import OmniModel
-from omni.processing.messages import nearest
 from omni.processing.processor import OmniProcessor
 from omni.training.parallel.processes import init_from_env, process_count
 from omni.training.run.contracts import TrainResult
@@ -130,7 +129,7 @@ def load_model(config: TrainConfig) -> OmniModel:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = OmniModel(OmniConfig.from_pretrained(table.config), table.parts).to(place, dtype)
     if table.processor is not None:
-        model.processor = OmniProcessor.from_pretrained(resolve_folder(table.processor))
+        model.processor = OmniProcessor.from_pretrained(table.processor)
     return model
 
 

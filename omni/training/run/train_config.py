@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from omni.processing.messages import nearest
+from omni.config.keywords import nearest
 
 T = TypeVar("T")
 _BARE = re.compile(r"[A-Za-z0-9_.~/:@+-]+")  # an unquoted word on the command line: a name, a path, a device

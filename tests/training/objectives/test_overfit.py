@@ -11,7 +11,7 @@ import torch
 
 from omni import OmniModel, SamplingConfig
 from omni.code2wav.code2wav import Code2Wav
-from omni.config.qwen3_omni import OmniConfig
+from omni.config.model import OmniConfig
 from omni.packaged.toy import TOY_DATA
 from omni.training.codec.codec import Codec, draw_weights
 from omni.training.codec.speech_codes import cached_codes, load_codec_encoder
