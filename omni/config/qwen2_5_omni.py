@@ -335,7 +335,7 @@ QWEN2_5_OMNI = Family(
         ),
         parts=("thinker", "talker", "token2wav"),
     ),
-    turn_layout="omni.training.objectives.spoken_turns:ReadTurns",
+    turn_layout="omni.talker.layout:WholePromptLayout",
     processor_class="Qwen2_5OmniProcessor",
     tokens={
         "audio_token": "<|AUDIO|>",

@@ -361,7 +361,7 @@ QWEN3_OMNI = Family(
         derived=(".inv_freq", ".positional_embedding.positional_embedding"),
         parts=("thinker", "talker", "code2wav"),
     ),
-    turn_layout="omni.training.objectives.spoken_turns:ProjectedTurns",
+    turn_layout="omni.talker.layout:UserTurnsLayout",
     processor_class="Qwen3OmniMoeProcessor",
     tokens={
         "audio_token": "<|audio_pad|>",

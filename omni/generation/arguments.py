@@ -11,6 +11,7 @@ import torch
 
 from omni.generation.sampling import SamplingConfig
 from omni.parts import ModelParts
+from omni.talker.layout import turn_layout
 
 if TYPE_CHECKING:
     from omni.code2wav.voices import Voice
@@ -90,8 +91,9 @@ def _check_text_ids(model: ModelParts, speakers: dict[str, int]) -> None:
         value = getattr(model.config, name)
         if not 0 <= value < vocabulary:
             raise ValueError(f"{name} {value} lies outside the vocabulary of {vocabulary}; set it in config.json")
+    voice_by_code = turn_layout(model.config).voice_by_code
     for name, value in speakers.items():
-        if max(model.talker.prefix_ids([], 0, 0, value)) >= vocabulary:
+        if not voice_by_code and value >= vocabulary:
             raise ValueError(
                 f"the voice {name!r} begins with the text token {value}, outside the vocabulary of {vocabulary}; it "
                 "belongs to another model"

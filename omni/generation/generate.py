@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from omni.generation.output import OmniOutput
 from omni.generation.prompt import Prompt, encode_prompt
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
 from omni.generation.rows import Rows
-from omni.generation.speech import heard_part
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
 from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
-from omni.rope.positions import prompt_positions
+from omni.talker.layout import TurnLayout, turn_layout
 
 if TYPE_CHECKING:
     from omni.processing.processor import OmniProcessor
@@ -75,7 +74,7 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
         turn = _new_turn(model, prompt, row, args, streaming)
         if turn.speaker is not None:
             with rows.stage("talker_prefill"):
-                _read_heard_part(rows, prompt, hidden[row], row, turn)
+                _prefill_talker(rows, prompt, hidden[row], row, turn)
         rows.begin(row, turn)
         turn.started, turn.spent_before = began, {}  # the turn began with the prompt
     return rows
@@ -98,21 +97,39 @@ def join_codes(model: ModelParts, turn: Turn) -> Tensor:
     return torch.zeros(model.talker.config.num_code_groups, 0, dtype=torch.int64, device=model.device)
 
 
-def _new_turn(model: ModelParts, prompt: Prompt, row: int, args: TurnArguments, streaming: StreamingConfig) -> Turn:
-    ids, processor, c = prompt.row_ids(row), model.processor, model.config
+class ReplyBeginning(NamedTuple):
+    """What a prompt says of the reply that follows it: the ids of its header that the Talker's prefix needs (none for a
+    silent reply), those of its first words that are spoken though the prompt holds them, and its reader."""
+
+    header: list[int]
+    spoken: list[int]
+    reader: ReplyReader
+
+
+def reply_beginning(model: ModelParts, ids: list[int], *, speaks: bool) -> ReplyBeginning:
+    """Read the beginning of a reply from the ids of its prompt. Raises ValueError as `assistant_header`."""
+    processor, c = model.processor, model.config
     think = processor.think_token_ids if processor is not None else None
     decode = processor.decode if processor is not None else None
     head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
-    room = c.thinker.text_config.max_position_embeddings - len(ids)
-    heard = args.speakers is not None and model.talker.hears_all  # then the assistant's head is part of the prompt
+    reader = ReplyReader(think, opened=head.opened, decode=decode)
+    if speaks and turn_layout(c).whole_prompt:  # then all of it is in the Talker's prompt
+        return ReplyBeginning([], [], reader)
+    return ReplyBeginning(assistant_header(model, head.header) if speaks else [], head.prefill, reader)
+
+
+def _new_turn(model: ModelParts, prompt: Prompt, row: int, args: TurnArguments, streaming: StreamingConfig) -> Turn:
+    ids = prompt.row_ids(row)
+    beginning = reply_beginning(model, ids, speaks=args.speakers is not None)
+    room = model.config.thinker.text_config.max_position_embeddings - len(ids)
     return new_turn(
         model,
         args,
         row,
         streaming,
-        header=[] if args.speakers is None or heard else assistant_header(model, head.header),
-        spoken=[] if heard else head.prefill,
-        reader=ReplyReader(think, opened=head.opened, decode=decode),
+        header=beginning.header,
+        spoken=beginning.spoken,
+        reader=beginning.reader,
         prompt_tokens=len(ids),
         text_limit=min(args.max_new_tokens, max(1, room)),
     )
@@ -133,7 +150,7 @@ def new_turn(
         frame_limit=args.max_frames,
         speaker=None if args.speakers is None else args.speakers[row],
         voice=args.voices[row],
-        reads_replies=model.talker is not None and model.talker.reads_replies,
+        layout=None if model.talker is None else turn_layout(model.config),
         seed=args.seeds[row],
         streaming=streaming,
         text_sampling=args.text[row],
@@ -144,35 +161,35 @@ def new_turn(
     )
 
 
-def _read_heard_part(
+def _prefill_talker(
     rows: Rows, prompt: Prompt, hidden: Tensor, row: int, turn: Turn, to_row: int | None = None
 ) -> None:
-    """Give the Talker its part of the prompt; the assistant's part follows with the first word of the reply.
+    """Let the Talker read its prompt; the prefix follows with the first word of the reply.
 
     hidden [T, D] of the prompt's `row`, which is read in `to_row` (None: the same).
     """
-    model = rows.model
-    embeds, segments = heard_part(model, prompt, hidden, row)
-    positions, turn.speech_start = prompt_positions(segments, model.talker.config.position_rule)
-    if len(embeds):
-        turn.speech_highest = float(positions.max())
-        rows.read_speech(row if to_row is None else to_row, embeds, positions.to(embeds.device))
-    limit_frames(model, turn, len(embeds))
+    assert turn.layout is not None
+    tokens, positions, turn.prompt_end = turn.layout.prompt(prompt.row_ids(row), prompt.segments[row])
+    at = tokens.to(prompt.ids.device)
+    if len(at):
+        vectors = rows.model.talker.prompt_vectors(prompt.embeds[row, at], hidden[at], prompt.media[row, at])
+        rows.read_speech(row if to_row is None else to_row, vectors, positions.to(vectors.device))
+    limit_frames(turn, len(at))
 
 
-def limit_frames(model: ModelParts, turn: Turn, heard_tokens: int) -> None:
-    """No more frames than the Talker has positions for."""
-    turn.frame_limit = min(turn.frame_limit, check_talker_room(model, heard_tokens))
+def limit_frames(turn: Turn, prompt_tokens: int) -> None:
+    """No more frames than the Talker has positions for after its prompt."""
+    assert turn.layout is not None
+    turn.frame_limit = min(turn.frame_limit, check_talker_room(turn.layout, prompt_tokens))
 
 
-def check_talker_room(model: ModelParts, heard_tokens: int) -> int:
-    """Frames that the Talker has positions for after the tokens that it has heard. Raises ValueError if none."""
-    talker = model.talker
-    room: int = talker.config.text_config.max_position_embeddings - heard_tokens - talker.prefix_length
+def check_talker_room(layout: TurnLayout, prompt_tokens: int) -> int:
+    """Frames that the Talker has positions for after so many tokens of its prompt. Raises ValueError if none."""
+    room = layout.room(prompt_tokens)
     if room < 1:
-        part = "prompt" if talker.hears_all else "user's part"
+        part = "prompt" if layout.whole_prompt else "user's part"
         raise ValueError(
-            f"the {part} has {heard_tokens} tokens, which leaves the Talker no position to speak at; shorten the "
+            f"the {part} has {prompt_tokens} tokens, which leaves the Talker no position to speak at; shorten the "
             "conversation, or pass return_audio=False"
         )
     return room
@@ -222,10 +239,11 @@ def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Ten
         known: dict[str, Any] = {"header": header, "spoken": ids, "reader": reader, "prompt_tokens": 0, "text_limit": 0}
         turn = new_turn(model, args, row, OFFLINE, **known)
         turn.text_reason = "stop"
-        if model.talker.reads_replies:
+        assert turn.layout is not None
+        if turn.layout.text_by_hidden:
             _read_given_reply(rows, row, turn, ids, processor)
         else:
-            limit_frames(model, turn, 0)
+            limit_frames(turn, 0)
         rows.begin(row, turn)
     return run_to_end(rows)
 
@@ -241,12 +259,12 @@ def _ids_to_speak(processor: OmniProcessor, text: str) -> list[int]:
 
 
 def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int], processor: OmniProcessor) -> None:
-    """Let the Thinker read a text as its own reply to an empty user's turn, and the Talker hear what it should."""
+    """Let the Thinker read a text as its own reply to an empty user's turn, and the Talker its prompt."""
     model, system = rows.model, processor.speech_system
     messages = [] if system is None else [{"role": "system", "content": system}]
     prompt = encode_prompt(model, processor([*messages, {"role": "user", "content": ""}]))
     hidden = rows.read_text(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
-    _read_heard_part(rows, prompt, hidden, 0, turn, row)
+    _prefill_talker(rows, prompt, hidden, 0, turn, row)
     embeds = model.thinker.embed_tokens(torch.tensor(ids, device=model.device))
     positions = (prompt.next_position + torch.arange(len(ids), device=model.device)).expand(3, -1)
     turn.spoken = list(model.talker.text_vectors(embeds, rows.read_text(row, ids, embeds, positions)))

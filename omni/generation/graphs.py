@@ -51,7 +51,7 @@ def cuda_graph(step: Callable[[], Outputs]) -> Replay:
 class FrameInputs(NamedTuple):
     """What a frame is told, views of one int64 tensor [4, B]: text ids, rows that read, that draw, that sound.
 
-    A Talker that reads replies gets vectors instead of ids, in a place of their own.
+    Where text enters by hidden states too, its vectors come in a tensor of their own instead of ids.
     """
 
     following: Tensor
@@ -71,7 +71,8 @@ class GraphRunner(Runner):
         self._telling = torch.zeros(4, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._active = torch.zeros(rows, dtype=torch.bool, device=device)
         self._activating = torch.zeros(rows, dtype=torch.bool, pin_memory=device.type == "cuda")
-        self._vectors = None if not self.reads_replies or self.speech is None else torch.zeros_like(self.speech.frame)
+        by_hidden = self.layout is not None and self.layout.text_by_hidden
+        self._vectors = torch.zeros_like(self.speech.frame) if by_hidden and self.speech is not None else None
         self.decodes_sound = isinstance(model.code2wav, Code2Wav) and self.speech is not None
         self._sound = model.code2wav.init_state(rows) if self.decodes_sound else None
         self._samplings: dict[Any, RowSampling] = {}

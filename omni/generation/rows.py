@@ -22,6 +22,7 @@ from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, 
 from omni.generation.sound import write_sound
 from omni.generation.turn import GREEDY, IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
 from omni.parts import ModelParts
+from omni.talker.layout import PAD
 
 STEP_STAGES = ("thinker", "talker", "residual_codes", "codec", "frame")  # what every frame of a running reply costs
 
@@ -36,11 +37,10 @@ class Rows:
         self.runner = (
             Runner(model, rows, capacity) if model.graphs is None else model.graphs.take(self, model, rows, capacity)
         )
-        self.text, self.speech = self.runner.text, self.runner.speech
-        self.project_text = self.runner.project_text
+        self.text, self.speech, self.layout = self.runner.text, self.runner.speech, self.runner.layout
         self.stage = self.runner.times.stage
         self._samplings: tuple[RowSampling, RowSampling, RowSampling] | None = None
-        self._endings: tuple[Any, Any] = (None, None)  # what follows spoken text, as the turns have it
+        self._padding: Any = None  # text for rows that read none, as the turns have texts
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -58,7 +58,7 @@ class Rows:
             self.speech.steps[row] = 0
             assert self.runner.seen_at_first is not None
             self.speech.seen[row] = self.runner.seen_at_first
-            self._endings = turn.text_end, turn.text_pad = self._text_endings()
+            self._lay_out_texts(turn)
         turn.spent_before = dict(self.seconds)
 
     def release(self, row: int) -> Turn | None:
@@ -116,9 +116,9 @@ class Rows:
                     self._read_tokens(unread, kinds)
 
     def _read_tokens(self, unread: list[bool], kinds: list[str]) -> None:
-        """Let the Thinker read what was drawn, and the turns have its vectors where the Talker reads replies."""
+        """Let the Thinker read what was drawn, and the turns have its vectors where text enters by hidden states."""
         self.runner.read_token(unread)
-        if self.runner.reads_replies:
+        if self.layout is not None and self.layout.text_by_hidden:
             for turn, vector, kind, read in zip(self.turns, self.runner.reply_vectors(len(unread)), kinds, unread):
                 if turn is not None and read:
                     turn.take_vector(vector.clone(), kind)
@@ -144,8 +144,8 @@ class Rows:
     # speech
 
     def _start_speech(self) -> None:
-        """Give the Talker the assistant's part of the prompt once the first word is there."""
-        assert self.speech is not None
+        """Let the Talker read the prefix once the first word is there."""
+        assert self.speech is not None and self.layout is not None
         for row, turn in self.running():
             if turn.speech != SPEECH_WAITS or not (turn.answered or turn.text_reason):
                 continue
@@ -155,32 +155,31 @@ class Rows:
             assert turn.speaker is not None
             with self.stage("talker_first_code"):
                 prefix = self._prefix(turn, turn.speaker)
-                steps = torch.arange(len(prefix), dtype=torch.float32, device=prefix.device)
-                self.read_speech(row, prefix, (turn.speech_start + steps).expand(3, -1))
-                highest = max(turn.speech_highest, turn.speech_start + len(prefix) - 1)
-                self.speech.decoder.next_position[row] = highest + 1
+                positions = self.layout.prefix_positions(turn.prompt_end).expand(3, -1)
+                self.read_speech(row, prefix, positions.to(prefix.device))
+                self.speech.decoder.next_position[row] = self.layout.frame_position(turn.prompt_end)
                 turn.speech = SPEECH_RUNS
 
-    def _prefix(self, turn: Turn, speaker: int) -> Tensor:
-        """The Talker's inputs between its prompt and the first frame [n, Di]."""
-        c, talker, first = self.model.config, self.model.talker, turn.spoken[0]
-        ids = talker.prefix_ids(turn.header, c.tts_pad_token_id, c.tts_bos_token_id, speaker)
-        if isinstance(first, Tensor):
-            text = self.project_text(ids)
-        else:
-            text = self.project_text([*ids, first])
-            text, first = text[:-1], text[-1]
-        prefix: Tensor = talker.assistant_prefix(text, first, speaker)
-        return prefix
+    def _lay_out_texts(self, turn: Turn) -> None:
+        """Give a spoken turn the texts around its reply: ids or, where text enters by hidden states too, vectors."""
+        if turn.speaker is None or turn.layout is None:
+            return
+        opening, closing = turn.layout.opening(turn.header, turn.speaker), turn.layout.closing()
+        texts: list[Any] = [*opening, *closing]
+        if turn.layout.text_by_hidden:
+            texts = list(self.runner.project_text(texts))
+        turn.opening, turn.closing = texts[: len(opening)], texts[len(opening) :]
+        self._padding = turn.text(PAD)
 
-    def _text_endings(self) -> tuple[Any, Any]:
-        """The end of spoken text and what follows it: ids or, where the Talker reads replies, their vectors."""
-        c = self.model.config
-        ids = c.tts_eos_token_id, c.tts_pad_token_id
-        if not self.runner.reads_replies:
-            return ids
-        end, pad = self.project_text(ids)
-        return end, pad
+    def _prefix(self, turn: Turn, speaker: int) -> Tensor:
+        """The Talker's inputs between its prompt and the first frame [P, Di]."""
+        assert self.layout is not None
+        names = list(dict.fromkeys(self.layout.prefix_texts))  # each text is projected once
+        text = self.runner.text_vectors([turn.text(name) for name in names])
+        slots = text[[names.index(name) for name in self.layout.prefix_texts]]
+        codes = torch.tensor(self.layout.prefix_codes(speaker), device=text.device)
+        prefix: Tensor = self.model.talker.prefix_vectors(slots, self.model.talker.codec_embedding(codes))
+        return prefix
 
     def _write_frames(self) -> None:
         """Read the frames that wait for their text, then draw the next frame of every row that can."""
@@ -192,9 +191,10 @@ class Rows:
         draws = [t is not None and t.wants_frame for t in self.turns]
         if not any(reads) and not any(draws):
             return
-        ends, (_, pad) = self.model.talker.config.codec_stop_ids, self._endings
+        assert self.layout is not None
+        ends = self.layout.stop_codes
         sounds = [draw and t is not None and t.codec is IN_RUNNER for draw, t in zip(draws, self.turns)]
-        texts = [pad if t is None else t for t in following]
+        texts = [self._padding if t is None else t for t in following]
         frame = self.runner.frame(texts, reads, draws, sounds, self.sampling[1:])
         for row, turn in enumerate(self.turns):
             if frame is not None and turn is not None and draws[row]:

@@ -18,6 +18,7 @@ from omni.generation.steps import codec_step
 from omni.layers.cache import KVCache
 from omni.layers.state import State
 from omni.parts import ModelParts
+from omni.talker.layout import turn_layout
 
 
 class Frame(NamedTuple):
@@ -38,8 +39,9 @@ class Runner:
         self.steps = model.steps
         self.times = StageTimes(model.device)
         talker = model.talker
-        self.reads_replies = talker is not None and talker.reads_replies
-        self.text = TextState.create(model.thinker, rows, capacity, keep_hidden=self.reads_replies)
+        self.layout = None if talker is None else turn_layout(model.config)
+        keep_hidden = self.layout is not None and self.layout.text_by_hidden
+        self.text = TextState.create(model.thinker, rows, capacity, keep_hidden=keep_hidden)
         self.speech = None if talker is None else SpeechState.create(talker, rows, capacity)
         self.banned = None if talker is None else _banned(model)
         self.seen_at_first = None if talker is None else talker.seen_at_first()
@@ -71,7 +73,7 @@ class Runner:
     ) -> Frame | None:
         """Rows of `reads` read the frame that waits and the text `following`; rows of `draws` draw the next one.
 
-        Text is one id a row or, where the Talker reads replies, one vector [Di] a row.
+        Text is one id a row or, where text enters by hidden states too, one vector [Di] a row.
         Rows of `sounds` have given their codec state to the runner (`adopt_sound`). None if nothing is drawn.
         """
         assert self.speech is not None and self.banned is not None
@@ -105,10 +107,11 @@ class Runner:
         vectors: Tensor = self.model.talker.text_vectors(embeds)
         return vectors
 
-    def text_vectors(self, said: Sequence[int] | Sequence[Tensor]) -> Tensor:
+    def text_vectors(self, texts: Sequence[int] | Sequence[Tensor]) -> Tensor:
         """Ids, or vectors [Di], in one tensor of vectors [n, Di]."""
-        first = said[0]
-        return torch.stack(list(said)) if isinstance(first, Tensor) else self.project_text(said)  # type: ignore[arg-type]
+        if isinstance(texts[0], Tensor):
+            return torch.stack(list(texts))  # type: ignore[arg-type]
+        return self.project_text(texts)  # type: ignore[arg-type]
 
     def reply_vectors(self, rows: int) -> Tensor:
         """The vectors of the reply tokens that the first b rows have read last [b, Di]."""

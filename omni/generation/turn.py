@@ -12,6 +12,7 @@ from omni.generation.events import TurnEnd
 from omni.generation.reply import ANSWER, ReplyReader
 from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import StreamingConfig
+from omni.talker.layout import PromptEnd, TurnLayout
 
 GREEDY = SamplingConfig(temperature=0.0)
 IN_RUNNER = object()  # a turn's codec state once the runner decodes its frames as it draws them
@@ -24,10 +25,10 @@ class Turn:
 
     The first fields are what was asked for: header holds the ids of `<|im_start|>assistant\\n`, spoken starts as the
     part of the reply that the prompt already holds, speaker is None for a silent turn, prompt_tokens, text_limit and
-    frame_limit count the row; speech_start is the position of the assistant's part in the Talker's prompt and
-    speech_highest the largest one before it; voice is what the codec needs of the speaker, if anything. What is spoken
-    is a token id or, where the Talker reads replies, the vector of a token that the Thinker has read; so are text_end
-    and text_pad, which follow it. The rest changes while the turn runs.
+    frame_limit count the row; layout is the family's (None without a Talker) and prompt_end where the Talker's prompt
+    ends; voice is what the codec needs of the speaker, if anything. The texts [*opening, *spoken, *closing], by the
+    names that the layout gives them, are token ids or, where text enters by hidden states too, vectors. The rest
+    changes while the turn runs.
     """
 
     header: list[int]
@@ -40,18 +41,17 @@ class Turn:
     speaker: int | None
     seed: int
     streaming: StreamingConfig
-    speech_start: float = 0.0
-    speech_highest: float = -1.0
+    layout: TurnLayout | None = None
+    prompt_end: PromptEnd = PromptEnd()
     text_sampling: SamplingConfig = GREEDY
     code_sampling: SamplingConfig = GREEDY
     residual_sampling: SamplingConfig = GREEDY
     text_stream: Any = None
     voice: Any = None
-    reads_replies: bool = False
 
-    text_end: Any = None
-    text_pad: Any = None
-    vectors: list[Tensor] = field(default_factory=list)  # of the reply tokens read, where the Talker reads replies
+    opening: list[Any] = field(default_factory=list)
+    closing: list[Any] = field(default_factory=list)
+    vectors: list[Tensor] = field(default_factory=list)  # of the reply tokens read, where text enters by hidden states
     read_tokens: int = 0  # reply tokens that the Thinker has read
     reply: list[int] = field(default_factory=list)
     reasoning_text: str = ""
@@ -118,29 +118,33 @@ class Turn:
             self.text_reason = "stop"
             return "stop", False
         kind = self.reader.feed(token)
-        if kind == ANSWER and not self.reads_replies:
+        by_hidden = self.layout is not None and self.layout.text_by_hidden
+        if kind == ANSWER and not by_hidden:
             self.spoken.append(token)
         if len(self.reply) >= self.text_limit:
             self.text_reason = "max_new_tokens"
-        spoken_later = self.reads_replies and kind == ANSWER and self.speech in (SPEECH_WAITS, SPEECH_RUNS)
+        spoken_later = by_hidden and kind == ANSWER and self.speech in (SPEECH_WAITS, SPEECH_RUNS)
         reads = not self.text_reason or spoken_later
         self.read_tokens += reads
         return kind, reads
 
     def take_vector(self, vector: Tensor, kind: str) -> None:
-        """Note the vector of a reply token that the Thinker has read, where the Talker reads replies."""
+        """Note the vector of a reply token that the Thinker has read, where text enters by hidden states."""
         self.vectors.append(vector)
         if kind == ANSWER:
             self.spoken.append(vector)
 
+    def text(self, name: int) -> Any:
+        """The text that the layout calls so."""
+        if name < 0:
+            return self.closing[name]
+        return self.opening[name] if name < len(self.opening) else self.spoken[name - len(self.opening)]
+
     def next_text(self) -> Any:
         """What follows the last frame; None while the Thinker has still to write it."""
-        index = len(self.codes)  # frame t (from 0) is followed by reply token t + 2 (from 1)
-        if index < len(self.spoken):
-            return self.spoken[index]
-        if not self.text_reason:
-            return None
-        return self.text_end if index == len(self.spoken) else self.text_pad
+        assert self.layout is not None
+        name = self.layout.text_after(len(self.codes) - 1, len(self.spoken), complete=bool(self.text_reason))
+        return None if name is None else self.text(name)
 
     def take_frame(self, codes: Tensor, first: int, ends: frozenset[int]) -> None:
         """Note a drawn frame: codes [K], its code 0 as a number, the ids that end speech."""

@@ -14,24 +14,23 @@ import torch
 from torch import Tensor
 
 from omni.generation.arguments import PerRow, per_row, speaker_id, stop_ids
-from omni.generation.generate import assistant_header
+from omni.generation.generate import reply_beginning
 from omni.generation.prompt import Prompt, encode_prompt
-from omni.generation.reply import ANSWER, ReplyReader, assistant_head
-from omni.generation.speech import heard_part
+from omni.generation.reply import ANSWER
 from omni.processing.inputs import OmniInputs
-from omni.rope.positions import prompt_positions
+from omni.talker.layout import turn_layout
 
 if TYPE_CHECKING:
     from omni.model import OmniModel
 
 
 class Speech(NamedTuple):
-    """The spoken side of a turn: codes int64 [K, n]; the ids that are said, and the places in the reply of those that
-    the model wrote; the assistant's header, the speaker."""
+    """The spoken side of a turn: codes int64 [K, n]; the ids that are spoken, and which of the reply's tokens those are
+    that the model wrote; the assistant's header, the speaker."""
 
     codes: Tensor
     spoken: list[int]
-    places: list[int]
+    written: list[int]
     header: list[int]
     speaker: int
 
@@ -81,8 +80,8 @@ def agreement(
 ) -> Agreement:
     """Compare two models of one config on replies that `reference` gives to `inputs`, the release's way of sampling.
 
-    Deterministic for a seed. Each model's Talker hears its own Thinker, and its residual codes follow its own Talker,
-    so that errors add up as they do in use. Raises ValueError as `OmniModel.generate`.
+    Deterministic for a seed. Each model's Talker is conditioned on its own Thinker, and its residual codes follow its
+    own Talker, so that errors add up as they do in use. Raises ValueError as `OmniModel.generate`.
     """
     out = reference.generate(
         inputs,
@@ -116,16 +115,11 @@ def agreement(
 
 
 def _speech(model: OmniModel, ids: list[int], reply: list[int], codes: Tensor, speaker: str | None) -> Speech:
-    """What a turn said, from the ids of its prompt and reply."""
-    c, processor = model.config, model.processor
-    think, decode = (None, None) if processor is None else (processor.think_token_ids, processor.decode)
-    head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
-    reader, stops = ReplyReader(think, opened=head.opened, decode=decode), stop_ids(model)
-    places = [i for i, token in enumerate(reply) if token not in stops and reader.feed(token) == ANSWER]
-    heard = model.talker.hears_all  # then the assistant's head is part of the prompt
-    spoken = [*([] if heard else head.prefill), *(reply[i] for i in places)]
-    header = [] if heard else assistant_header(model, head.header)
-    return Speech(codes, spoken, places, header, speaker_id(model, speaker))
+    """What was spoken in a turn, from the ids of its prompt and reply."""
+    beginning, stops = reply_beginning(model, ids, speaks=True), stop_ids(model)
+    written = [i for i, token in enumerate(reply) if token not in stops and beginning.reader.feed(token) == ANSWER]
+    spoken = [*beginning.spoken, *(reply[i] for i in written)]
+    return Speech(codes, spoken, written, beginning.header, speaker_id(model, speaker))
 
 
 @torch.no_grad()
@@ -146,9 +140,9 @@ def teacher_forced(
     if speech is None:
         return TeacherForced(text, [])
     codes = speech.codes.to(device).T  # [n, K]
-    x, places = _talker_inputs(model, prompt, row, out.hidden[0], written, speech)
-    heard = model.talker(x[None], places[:, None])
-    hidden, logits = heard.hidden[0, -len(codes) :], [heard.logits[0, -len(codes) :]]
+    x, positions = _talker_inputs(model, prompt, row, out.hidden[0], written, speech)
+    read = model.talker(x[None], positions[:, None])
+    hidden, logits = read.hidden[0, -len(codes) :], [read.logits[0, -len(codes) :]]
     if codes.shape[1] > 1:
         logits += model.talker.mtp(hidden, model.talker.codec_embedding(codes[:, 0]), codes[:, 1:]).unbind(1)
     return TeacherForced(text, logits)
@@ -161,29 +155,26 @@ def _talker_inputs(
 
     hidden [prompt + T, Dt] of the whole turn, written [T, Dt]: embeddings of the reply.
     """
-    c, talker, codes = model.config, model.talker, speech.codes.to(model.device).T
+    talker, layout, codes = model.talker, turn_layout(model.config), speech.codes.to(model.device).T
+    ids, segments, device = prompt.row_ids(row), prompt.segments[row], codes.device
+    turn = layout.lay_out(ids, segments, speech.header, speech.speaker, len(speech.spoken), len(codes) - 1)
 
     def embed(ids: list[int]) -> Tensor:
-        vectors: Tensor = talker.text_vectors(model.thinker.embed_tokens(torch.tensor(ids, device=codes.device)))
+        vectors: Tensor = talker.text_vectors(model.thinker.embed_tokens(torch.tensor(ids, device=device)))
         return vectors
 
-    if talker.reads_replies:
-        places = torch.tensor(speech.places, device=codes.device)
-        spoken = talker.text_vectors(written[places], hidden[prompt.lengths[row] + places])
+    if layout.text_by_hidden:
+        at = torch.tensor(speech.written, device=device)
+        spoken = talker.text_vectors(written[at], hidden[prompt.lengths[row] + at])
     else:
         spoken = embed(speech.spoken)
-    prefix_ids = talker.prefix_ids(speech.header, c.tts_pad_token_id, c.tts_bos_token_id, speech.speaker)
-    prefix = talker.assistant_prefix(embed(prefix_ids), spoken[0], speech.speaker)
-    # after frame t (from 0) comes spoken token t + 2 (from 1), then the end of text once, then text padding
-    text = torch.cat((spoken, embed([c.tts_eos_token_id, c.tts_pad_token_id])))
-    following = torch.arange(1, len(codes), device=codes.device).clamp(max=len(text) - 1)
-    frames = talker.embed_frames(codes[:-1]) + text[following]
-    user, segments = heard_part(model, prompt, hidden, row)
-    positions, start = prompt_positions(segments, talker.config.position_rule)
-    highest = max(float(positions.max()) if len(user) else 0.0, start + len(prefix) - 1)
-    steps = torch.cat((start + torch.arange(len(prefix)), highest + 1 + torch.arange(len(frames))))
-    places = torch.cat((positions, steps.expand(3, -1)), dim=1).to(codes.device, torch.float32)
-    return torch.cat((user, prefix, frames)), places
+    text = torch.cat((embed(turn.opening), spoken, embed(turn.closing)))
+    control = talker.codec_embedding(torch.tensor(turn.prefix_codes, device=device))
+    prefix = talker.prefix_vectors(text[list(layout.prefix_texts)], control)
+    frames = talker.embed_frames(codes[:-1]) + text[turn.following.to(device)]
+    at = turn.tokens.to(device)
+    conditioning = talker.prompt_vectors(prompt.embeds[row, at], hidden[at], prompt.media[row, at])
+    return torch.cat((conditioning, prefix, frames)), turn.positions.to(device)
 
 
 def _compare(own: Tensor, true: Tensor) -> Tensor:

@@ -114,14 +114,14 @@ class Conversation:
         offsets = torch.arange(len(ids), dtype=torch.float32).expand(3, -1)
         hidden = self._think(ids, offsets, embeds, None)
         self.thinker.start += len(ids)
-        if heard := [i for i, by_user in enumerate(said) if self.hears(by_user)]:
+        if heard := [i for i, by_user in enumerate(said) if self.in_talker_prompt(by_user)]:
             at = torch.tensor(heard, device=embeds.device)
             self._hear(offsets[:, : len(heard)], talker.text_vectors(embeds[at], hidden[at]))
             self.talker.start += len(heard)
 
-    def hears(self, by_user: bool) -> bool:
-        """Whether the Talker hears what the user says, or what the user does not say."""
-        return self.model.talker is not None and (by_user or self.model.talker.hears_all)
+    def in_talker_prompt(self, by_user: bool) -> bool:
+        """Whether the user's tokens, or those that are not the user's, belong to the Talker's prompt."""
+        return self.rows.layout is not None and self.rows.layout.in_prompt(by_user)
 
     def write(self, ids: list[int], segment: Segment, embeds: Tensor, taps: Tensor | None = None) -> None:
         """Read a whole media segment: embeds [n, D], taps [n_taps, n, D]."""
@@ -137,7 +137,7 @@ class Conversation:
         for first in range(0, len(ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
             hidden = self._think(ids[part], offsets[:, part], embeds[part], None if taps is None else taps[:, part])
-            if self.hears(self.in_user):
+            if self.in_talker_prompt(self.in_user):
                 self._hear(offsets[:, part], self.model.talker.media_vectors(hidden))
             if self.between is not None:
                 self.between()
@@ -151,7 +151,7 @@ class Conversation:
         self.flush()
         self.past.append(Entry([], length=length, in_user=self.in_user))
         self.thinker.start += length
-        if self.hears(self.in_user):
+        if self.in_talker_prompt(self.in_user):
             self.talker.start += length
 
     def _think(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None) -> Tensor:
@@ -227,7 +227,7 @@ class Conversation:
         self.thinker.highest = max(prompt.highest, self.thinker.start - 1)
         if kept:
             self.past.append(Entry(kept))
-            if self.hears(False):
+            if self.in_talker_prompt(False):
                 self._hear(torch.arange(read, dtype=torch.float32).expand(3, -1), torch.stack(list(vectors[:read])))
                 self.talker.start += read
         self.owed = reply[read:] + tail

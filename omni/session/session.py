@@ -35,6 +35,7 @@ from omni.session.conversation import Conversation, Place
 from omni.session.file import load_session, save_session, streaming_of
 from omni.session.live_media import Ear, OpenClip, OpenVideo, mono
 from omni.session.reply_events import ReplyEvents
+from omni.talker.layout import PromptEnd
 
 
 class Kept(NamedTuple):
@@ -320,11 +321,10 @@ class OmniSession:
             reader=ReplyReader(think, decode=self.processor.decode),
             prompt_tokens=len(conversation.ids),
             text_limit=min(args.max_new_tokens, max(1, room)),
-            speech_start=conversation.talker.start,
-            speech_highest=conversation.talker.highest,
+            prompt_end=PromptEnd(conversation.talker.start, conversation.talker.highest),
         )
         if turn.speech != SPEECH_OFF:
-            limit_frames(self.model, turn, conversation.talker.tokens)
+            limit_frames(turn, conversation.talker.tokens)
         conversation.rows.begin(conversation.row, turn)
         turn.started, turn.spent_before = began, spent  # the tail of the input is part of the answer's delay
         self._turn = turn
@@ -336,11 +336,12 @@ class OmniSession:
         user = len(self.processor.encode_text("".join(self._text))) + closing
         user += 0 if conversation.in_user else 2 + closing
         conversation.check_room(user + len(conversation.owed) + 2 + closing)
-        if speaks:
-            heard = user + sum(len(ids) for ids, by_user in conversation.waiting if conversation.hears(by_user))
-            if conversation.hears(False):
-                heard += len(conversation.owed) + 2 + closing
-            check_talker_room(self.model, conversation.talker.tokens + heard)
+        layout = conversation.rows.layout
+        if speaks and layout is not None:
+            tokens = user + sum(len(ids) for ids, by_user in conversation.waiting if layout.in_prompt(by_user))
+            if layout.in_prompt(False):
+                tokens += len(conversation.owed) + 2 + closing
+            check_talker_room(layout, conversation.talker.tokens + tokens)
 
     def _finish(self, kept: list[int] | None = None) -> None:
         """Take the turn out of its row and its reply (or the part that is kept) into the history."""

@@ -17,7 +17,6 @@ from omni.layers.decoder_layer import Tables, run_layer
 from omni.layers.decoder_state import DecoderState, layer_views
 from omni.layers.moe import MoE
 from omni.layers.packing import PackedBlocks
-from omni.talker.conditioning import user_spans
 
 
 class TalkerOutput(NamedTuple):
@@ -29,11 +28,9 @@ class TalkerOutput(NamedTuple):
 
 
 class TalkerDecoder(nn.Module):
-    """The passes of a Talker; a family's class builds the modules named here and says what it hears.
+    """The passes of a Talker, and its inputs as vectors; a family's class builds the modules named here.
 
-    reads_replies: a reply token is heard by the Thinker's hidden state too, so the Thinker has to read it before it is
-    spoken. hears_all: the whole prompt is heard, system, earlier turns and the head of the reply included; else the
-    user's turns. prefix_length: inputs between the prompt and the first frame.
+    What is read where is the business of the family's `TurnLayout` (`omni.talker.layout`).
     """
 
     config: Any
@@ -43,43 +40,35 @@ class TalkerDecoder(nn.Module):
     norm: nn.Module
     codec_head: nn.Linear
     mtp: Any  # the residual-code head, or what stands in for it where there is one codebook
-    reads_replies = False
-    hears_all = False
-    prefix_length: int
 
     def init_state(self, batch_size: int, capacity: int = 256) -> DecoderState:
         """An empty state for `batch_size` rows; `capacity` positions are reserved, more on demand."""
         weight = self.codec_embedding.weight
         return DecoderState.create(self.config.text_config, batch_size, capacity, weight.device, weight.dtype)
 
-    def heard_spans(self, ids: Sequence[int], im_start: int, user: int) -> list[tuple[int, int]]:
-        """Token ranges [start, stop) of a prompt that are heard; im_start, user: ids that open a user's turn."""
-        return [(0, len(ids))] if self.hears_all else user_spans(ids, im_start, user)
-
     def text_vectors(self, embeds: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Text as it is heard [n, Di]: token embeddings [n, Dt] and, of tokens that were read, hidden states alike."""
+        """Inputs of text [n, Di]: token embeddings [n, Dt] and, of tokens that the Thinker has read, its hidden states
+        [n, Dt]."""
         raise NotImplementedError
 
     def media_vectors(self, hidden: Tensor) -> Tensor:
-        """Sound and vision as they are heard [n, Di], by the Thinker's hidden states [n, Dt]."""
+        """Inputs of sound and vision [n, Di], from the Thinker's hidden states [n, Dt]."""
         raise NotImplementedError
 
     def prompt_vectors(self, embeds: Tensor, hidden: Tensor, media: Tensor) -> Tensor:
-        """The heard part of a prompt: embeds and hidden [T, Dt], media bool [T] -> [T, Di]."""
+        """The inputs of a prompt: embeds and hidden [T, Dt], media bool [T] -> [T, Di]."""
         text = self.text_vectors(embeds[~media], hidden[~media])
         out = text.new_empty(len(media), text.shape[-1])
         out[~media], out[media] = text, self.media_vectors(hidden[media]).to(text.dtype)
         return out
 
-    def prefix_ids(self, header: Sequence[int], tts_pad: int, tts_bos: int, speaker: int) -> list[int]:
-        """The text ids of the prefix, but for the first reply token; header: the ids that open the reply's turn."""
-        raise NotImplementedError
+    def prefix_vectors(self, text: Tensor, codec: Tensor) -> Tensor:
+        """The inputs between prompt and first frame: text [P, Di] of all slots, codec [n, Di] of the last n."""
+        plain = len(text) - len(codec)
+        return torch.cat((text[:plain], text[plain:] + codec))
 
-    def assistant_prefix(self, text: Tensor, first: Tensor, speaker: int) -> Tensor:
-        """The inputs between prompt and first frame [prefix_length, Di].
-
-        text: vectors of `prefix_ids`; first [Di]: the vector of the first reply token.
-        """
+    def embed_frames(self, codes: Tensor) -> Tensor:
+        """codes int64 [N, K] -> the sum of each frame's K code embeddings [N, Di]."""
         raise NotImplementedError
 
     def suppressed(self) -> Tensor:

@@ -1,20 +1,14 @@
 """The Talker over a single codebook: dense, conditioned on the Thinker's states (Qwen2.5-Omni, section 2.3).
 
-Its inputs have the Thinker's width and meet the decoder's through one projection. They are
-
-    prompt    every token, system and earlier turns included: hidden state + token embedding (media: hidden state alone)
-    prefix    the voice's token embedding + codec pad,   first reply token's vector + codec bos
-    frame t   embedding of code t + vector of reply token t + 2 (from 1), then the end of text once, then text padding
-
-where the vector of a reply token is its hidden state + its embedding, so the Thinker has to read a token before it can
-be spoken. The ends of text and of padding are plain embeddings.
+Its inputs have the Thinker's width and meet the decoder's through one projection. Text that the Thinker has read enters
+as hidden state + token embedding, other text by its embedding, media by hidden states; `WholePromptLayout` of
+`omni.talker.layout` says what follows what.
 
 Shapes: B rows, N frames, T tokens, D Talker width, Dt Thinker width, V codec vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,9 +41,6 @@ class SingleCodebookTalker(TalkerDecoder):
     """Codec embedding, input projection, decoder and codec head."""
 
     config: DenseTalkerConfig
-    reads_replies = True
-    hears_all = True
-    prefix_length = 2
 
     def __init__(self, config: DenseTalkerConfig) -> None:
         super().__init__()
@@ -86,14 +77,6 @@ class SingleCodebookTalker(TalkerDecoder):
 
     def media_vectors(self, hidden: Tensor) -> Tensor:
         return hidden
-
-    def prefix_ids(self, header: Sequence[int], tts_pad: int, tts_bos: int, speaker: int) -> list[int]:
-        return [speaker]
-
-    def assistant_prefix(self, text: Tensor, first: Tensor, speaker: int) -> Tensor:
-        """As in `TalkerDecoder`; two slots, of which the first is the voice: `speaker` is a Thinker token id."""
-        ids = torch.tensor([self.config.codec_pad_id, self.config.codec_bos_id], device=first.device)
-        return torch.cat((text, first[None])) + self.codec_embedding(ids)
 
     def _among(self, ids: list[int]) -> Tensor:
         every = torch.arange(self.config.vocab_size, device=self.codec_embedding.weight.device)

@@ -6,8 +6,6 @@ left-aligned. One frame is 80 ms in the release.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +15,6 @@ from omni.layers.decoder_layer import DecoderLayer
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
 from omni.rope.tm_rope import TMRope
-from omni.talker.conditioning import PREFIX_LENGTH, add_control, control_ids, prefix_slots
 from omni.talker.decoder import TalkerDecoder
 from omni.talker.mtp import MTP
 
@@ -38,8 +35,6 @@ class Projection(nn.Module):
 class Talker(TalkerDecoder):
     """Codec embedding, decoder, codebook-0 head, residual-code head, and the projections of its conditioning."""
 
-    prefix_length = PREFIX_LENGTH
-
     def __init__(self, config: TalkerConfig) -> None:
         super().__init__()
         text = config.text_config
@@ -54,19 +49,11 @@ class Talker(TalkerDecoder):
         self.mtp = MTP(config.code_predictor_config)
 
     def text_vectors(self, embeds: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """As in `TalkerDecoder`; text is heard by its embeddings alone."""
+        """As in `TalkerDecoder`; text enters by its embeddings alone."""
         return self.text_projection(embeds)
 
     def media_vectors(self, hidden: Tensor) -> Tensor:
         return self.hidden_projection(hidden)
-
-    def prefix_ids(self, header: Sequence[int], tts_pad: int, tts_bos: int, speaker: int) -> list[int]:
-        return [*header, tts_pad, tts_bos]
-
-    def assistant_prefix(self, text: Tensor, first: Tensor, speaker: int) -> Tensor:
-        """As in `TalkerDecoder`; the nine slots are those of `omni.talker.conditioning`, `speaker` is a codec id."""
-        control = torch.tensor(control_ids(self, speaker), device=text.device)
-        return add_control(prefix_slots(text, first), self.codec_embedding(control))
 
     def suppressed(self) -> Tensor:
         """bool [V]: codec ids that are never drawn: the last 1024 ids except the end of speech."""

@@ -12,6 +12,7 @@ from omni import OmniInputs
 from omni.code2wav.chunk_schedule import ChunkSchedule, first_audio
 from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.ode_sampler import ODEConfig, position_noise, time_grid
+from omni.talker.layout import turn_layout
 
 from .inputs import conversations
 from .models import build, draw, draw_ids, processor_of, tiny
@@ -95,10 +96,13 @@ def talker(family: str) -> Any:
         out += [logits[torch.tensor(active)], hidden[torch.tensor(active)]]
     media = torch.tensor([True, False, False, True])
     codes = draw_ids(20, 3, talker.config.num_code_groups, seed=5)
-    prefix_ids = talker.prefix_ids([257, 278, 10], 271, 272, 300)
-    prefix = talker.assistant_prefix(draw(len(prefix_ids), width, seed=6), draw(width, seed=7), 90)
+    config = tiny(family).config
+    layout = turn_layout(config.replace(tts_pad_token_id=271, tts_bos_token_id=272))
+    prefix_ids = layout.opening([257, 278, 10], 300)
+    text = torch.cat((draw(len(prefix_ids), width, seed=6), draw(width, seed=7)[None]))[list(layout.prefix_texts)]
+    prefix = talker.prefix_vectors(text, talker.codec_embedding(torch.tensor(layout.prefix_codes(90))))
     heard = talker.prompt_vectors(draw(4, 32, seed=8), draw(4, 32, seed=9), media)
-    spans = talker.heard_spans([257, 277, 5, 258, 257, 278, 6, 257, 277, 7], 257, 277)
+    spans = layout.spans([257, 277, 5, 258, 257, 278, 6, 257, 277, 7])
     flags = (talker.suppressed(), talker.seen_at_first(), talker.embed_frames(codes))
     return whole.logits, whole.hidden, whole.router_logits, out, prefix_ids, prefix, heard, spans, flags
 

@@ -64,8 +64,9 @@ class Speech:
         talker, config = self.talker, self.talker.config
         state, steps, active = SpeechState.create(talker, 1, 64), Steps(), torch.tensor([True])
         state.seen |= talker.seen_at_first()
-        prefix = talker.assistant_prefix(self.text(voice)[None], reply[0], voice)
-        places = torch.cat((positions, (start + torch.arange(talker.prefix_length)).expand(3, -1)), 1)
+        control = talker.codec_embedding(torch.tensor([config.codec_pad_id, config.codec_bos_id]))
+        prefix = talker.prefix_vectors(torch.stack((self.text(voice), reply[0])), control)
+        places = torch.cat((positions, (start + torch.arange(2)).expand(3, -1)), 1)
         out = talker(torch.cat((prompt, prefix))[None], places[:, None], state.decoder)
         state.logits.copy_(out.logits[:, -1])
         state.decoder.next_position.fill_(float(places.max()) + 1)

@@ -9,7 +9,7 @@ import torch
 
 from omni.config.model import OmniConfig
 from omni.layers.init import initialise
-from omni.talker.conditioning import PREFIX_LENGTH, user_spans
+from omni.talker.layout import turn_layout
 from omni.talker.talker import Talker
 
 OMNI = OmniConfig.from_pretrained(Path(__file__).parents[2] / "configs" / "tiny.json")
@@ -97,7 +97,9 @@ def test_assistant_prefix_has_nine_slots(talker: Talker) -> None:
     header, (pad, bos, first) = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
     table = talker.codec_embedding.weight
     c = CONFIG
-    slots = talker.assistant_prefix(torch.stack((*header, pad, bos)), first, speaker=318)
+    layout = turn_layout(OMNI)
+    text = torch.stack((*header, pad, bos, first))[list(layout.prefix_texts)]
+    slots = talker.prefix_vectors(text, talker.codec_embedding(torch.tensor(layout.prefix_codes(318))))
     golden = [
         header[0],
         header[1],
@@ -109,7 +111,7 @@ def test_assistant_prefix_has_nine_slots(talker: Talker) -> None:
         bos + table[c.codec_pad_id],
         first + table[c.codec_bos_id],
     ]
-    assert len(golden) == PREFIX_LENGTH
+    assert len(golden) == layout.prefix_length
     torch.testing.assert_close(slots, torch.stack(golden))
 
 
@@ -124,8 +126,9 @@ def test_text_enters_by_embedding_and_media_by_hidden_state(talker: Talker) -> N
 
 def test_user_turns_of_all_the_conversation() -> None:
     ids = [1, 8, 3, 1, 2, 4, 4, 1, 9, 5, 1, 2, 6, 1]
-    assert user_spans(ids, im_start=1, user=2) == [(3, 7), (10, 13)]
-    assert user_spans([4, 5], 1, 2) == []
+    layout = turn_layout(OMNI.replace(im_start_token_id=1, user_token_id=2))
+    assert layout.spans(ids) == [(3, 7), (10, 13)]
+    assert layout.spans([4, 5]) == layout.spans([]) == []
 
 
 def test_chunked_prefill_equals_one_pass(talker: Talker) -> None:

@@ -19,9 +19,9 @@ from omni.config.qwen3_omni import TalkerConfig
 from omni.generation.reply import ANSWER, ReplyReader
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
+from omni.talker.layout import HEADER_LENGTH, turn_layout
 from omni.training.data.manifest import Row, Voice
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn
-from omni.training.objectives.spoken_turns import HEADER_LENGTH, turns_of
 
 LOSS_ON = ("assistant", "last")
 OPTIONS = ("enable_thinking", "fps", "min_pixels", "max_pixels", "total_pixels", "max_frames", "mel_level")
@@ -121,7 +121,7 @@ class SampleMaker:
     def _spoken(
         self, ids: Sequence[int], spans: Sequence[tuple[int, int]], voices: Sequence[Voice]
     ) -> list[SpokenTurn]:
-        """The turns that are heard; with `loss_on` "last" only the last answer."""
+        """The turns that are spoken; with `loss_on` "last" only the last answer."""
         talker = self.config.talker_config
         if not self.speech or talker is None or not self.config.has_talker:
             return []
@@ -130,14 +130,13 @@ class SampleMaker:
         for (start, stop), voice in list(zip(spans, voices))[first:]:
             if voice.codes is None and voice.speech is None:
                 continue
-            header = start - HEADER_LENGTH
             codes = check_codes(self._codes(voice), talker)
-            self._check_frames(ids[:header], codes.shape[1], talker)
+            self._check_frames(ids[:start], codes.shape[1])
             end = stop - (ids[stop - 1] == self.config.im_end_token_id)
             spoken = spoken_ids(ids[start:end], self.processor)
             if not spoken:
                 raise ValueError("an answer has speech but no text to speak; write what is said as its content")
-            turns.append(SpokenTurn(header, spoken, codes, check_speaker(voice.speaker, talker)))
+            turns.append(SpokenTurn(start - HEADER_LENGTH, spoken, codes, check_speaker(voice.speaker, talker)))
         return turns
 
     def _codes(self, voice: Voice) -> Tensor:
@@ -150,11 +149,10 @@ class SampleMaker:
             )
         return self.codes(voice.speech)
 
-    def _check_frames(self, prompt: Sequence[int], frames: int, talker: TalkerConfig) -> None:
-        """Skip what is longer than asked for, or than the Talker has positions for after the user's part."""
-        turns = turns_of(talker)
-        heard = sum(stop - start for start, stop in turns.heard_spans(prompt, len(prompt), self.config))
-        room = talker.text_config.max_position_embeddings - heard - turns.prefix_length
+    def _check_frames(self, prompt: Sequence[int], frames: int) -> None:
+        """Skip what is longer than asked for, or than the Talker has positions for after its prompt."""
+        layout = turn_layout(self.config)
+        room = layout.room(sum(stop - start for start, stop in layout.spans(prompt)))
         limit = room if self.max_frames is None else min(room, self.max_frames)
         if frames > limit:
             raise SkipRow(f"more than {self.max_frames or 'the positions of the Talker in'} frames")

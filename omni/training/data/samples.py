@@ -16,11 +16,11 @@ IGNORED = -100  # the label of a token that no loss looks at, PyTorch's own defa
 
 @dataclass
 class SpokenTurn:
-    """One assistant turn that is heard.
+    """One assistant turn that is spoken.
 
-    header: place of the turn's `<|im_start|>` among the conversation's ids; the user turns before it are the Talker's
-    prompt. ids: what is spoken: the reply's ids without reasoning and without the end id. codes int64 [K, n], without
-    an end frame. speaker: a name of the config, None for the default.
+    header: where the turn's `<|im_start|>` stands among the conversation's ids; the Talker's prompt is taken from what
+    comes before its reply. ids: what is spoken: the reply's ids without reasoning and without the end id. codes int64
+    [K, n], without an end frame. speaker: a name of the config, None for the default.
     """
 
     header: int

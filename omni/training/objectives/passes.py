@@ -19,9 +19,10 @@ from torch import Tensor
 from omni.generation.prompt import Prompt, encode_prompt
 from omni.layers.packing import PackedBlocks
 from omni.model import OmniModel
+from omni.talker.layout import turn_layout
 from omni.thinker.thinker import ThinkerOutput
 from omni.training.data.samples import IGNORED, TrainingBatch
-from omni.training.objectives.spoken_turns import ThoughtOf, turns_of
+from omni.training.objectives.spoken_turns import ThoughtOf, lay_out, silent_turn, talker_inputs
 
 
 @dataclass
@@ -60,10 +61,10 @@ class TalkerPass:
 def thinker_pass(model: OmniModel, batch: TrainingBatch, *, needed: bool = True) -> ThinkerPass:
     """Read all conversations of a batch at once. Differentiable; raises ValueError as `encode_prompt` does.
 
-    needed: whether what the Thinker says is needed, not only what the Talker hears of it. If not, and the Talker hears
-    text by its embeddings and no conversation holds media, its layers do not run, and `final` and `hidden` are zero.
+    needed: whether what the Thinker says is needed, not only what the Talker reads of it. If not, and text enters the
+    Talker by its embeddings and no conversation holds media, its layers do not run, and `final` and `hidden` are zero.
     """
-    needed = needed or (model.talker is not None and model.talker.reads_replies)
+    needed = needed or (model.talker is not None and turn_layout(model.config).text_by_hidden)
     prompt = encode_prompt(model, batch.inputs, touch_absent=True)
     rows = torch.arange(prompt.ids.shape[1], device=prompt.ids.device)
     valid = rows < torch.tensor(prompt.lengths, device=prompt.ids.device)[:, None]
@@ -77,7 +78,7 @@ def thinker_pass(model: OmniModel, batch: TrainingBatch, *, needed: bool = True)
             logits="none",
             with_router_logits=True,
         )
-    else:  # the Talker hears text by its embeddings
+    else:  # text enters the Talker by its embeddings
         out = ThinkerOutput(embeds, torch.zeros_like(embeds), None, torch.zeros_like(embeds))
     following = [torch.cat((labels[1:], labels.new_full((1,), IGNORED))) for labels in batch.labels]
     starts = [0]
@@ -109,12 +110,12 @@ def talker_pass(
     speaker, codes of another number of codebooks, or a turn longer than the Talker's positions.
     """
     talker, device = model.talker, thought.hidden.device
-    layout = turns_of(talker.config)
-    spoken = batch.speech or [(0, layout.dummy(model, thought.prompt.row_ids(0)))]
-    turns = [layout.lay_out(model, thought.prompt, row, turn) for row, turn in spoken]
-    heard = ThoughtOf(thought.prompt, thought.hidden.detach() if detach else thought.hidden, thought.starts)
-    embeds, positions = layout.inputs(model, heard, turns, detach=detach)
-    lengths = [turn.positions.shape[1] for turn in turns]
+    layout = turn_layout(model.config)
+    turns = [lay_out(model, layout, thought.prompt, row, turn) for row, turn in batch.speech]
+    turns = turns or [silent_turn(model, layout, thought.prompt)]
+    source = ThoughtOf(thought.prompt, thought.hidden.detach() if detach else thought.hidden, thought.starts)
+    embeds, positions = talker_inputs(model, layout, source, turns, detach=detach)
+    lengths = [turn.indices.positions.shape[1] for turn in turns]
     blocks = PackedBlocks(lengths, device, causal=True)
     out = talker(embeds[None], positions[:, None].to(device), blocks=blocks, with_logits=False, with_router_logits=True)
     ends, end = [], 0
@@ -124,7 +125,7 @@ def talker_pass(
     # the last slot of the prefix draws frame 0, and each frame the next one, the last frame the end of speech
     drawing = [torch.arange(end - turn.frames - 1, end, device=device) for end, turn in zip(ends, turns)]
     codes = torch.cat([turn.codes for turn in turns], dim=1).to(device)  # [K, F]
-    stop = codes.new_full((1,), talker.config.codec_eos_token_id)
+    stop = codes.new_full((1,), layout.end_code)
     first = [part for own in codes[0].split([t.frames for t in turns]) for part in (own, stop)]
     hidden = out.hidden[0][torch.cat([places[:-1] for places in drawing])]
     read = codes

@@ -17,11 +17,11 @@ from oracle_qwen2_5 import AUDIO, config_values, write_processor
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import prompt_positions
+from omni.talker.layout import turn_layout
 from omni.training.data.batches import collate
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn, TrainingBatch
 from omni.training.objectives.dpo import DPO
 from omni.training.objectives.passes import talker_pass, thinker_pass
-from omni.training.objectives.spoken_turns import turns_of
 from omni.training.objectives.supervised import Supervised
 from omni.training.run.lora import add_lora, save_lora
 from omni.training.run.speakers import add_speaker
@@ -180,7 +180,7 @@ def test_what_cannot_be_spoken_is_named(model: OmniModel) -> None:
     batch.speech[0][1].ids = [1, 2, 3, 4]
     with pytest.raises(ValueError, match="not among the ids"):
         talker_pass(model, batch, thinker_pass(model, batch))
-    assert turns_of(model.talker.config).prefix_length == 2
+    assert turn_layout(model.config).prefix_length == 2
     with pytest.raises(ValueError, match=r"model\.voices"):
         add_speaker(model, "robin")
 
