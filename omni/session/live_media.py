@@ -134,7 +134,7 @@ def write_marks(conversation: Conversation, marks: list[int], rule: PositionRule
 
 
 class GridStep(NamedTuple):
-    """One step of a video: its time from the video's start, embeds [height * width, D], taps [n_taps, ..., D]."""
+    """A step of a video: its time from the start; embeds [n, D] and taps [n_taps, n, D], n = height * width."""
 
     time_s: float
     embeds: Tensor
@@ -207,10 +207,8 @@ class OpenVideo:
 
     def write(self, conversation: Conversation, tokens: Any) -> None:
         """Prefill all that nothing still to come can precede."""
-        first_s = (
-            self.frames[0][0] if self.frames else self.last_s
-        )  # the next step's: of a frame that waits, or a later
-        self.order.expect_steps(first_s - self.first_s)
+        next_s = self.frames[0][0] if self.frames else self.last_s  # a frame that waits, or one after the newest
+        self.order.expect_steps(next_s - self.first_s)
         self._write(conversation, tokens)
 
     def _write(self, conversation: Conversation, tokens: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,9 @@ TOKENS: Any = SimpleNamespace(audio=1, video=2, vision_start=3, audio_start=4)
 
 
 class Written:
-    """A conversation that keeps what is written into it."""
+    """A conversation that keeps what is written into it, unless it is full."""
+
+    full = False
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -35,6 +38,8 @@ class Written:
         self.text += ids
 
     def write_at(self, ids: list[int], offsets: Any, embeds: torch.Tensor, taps: torch.Tensor | None = None) -> None:
+        if self.full:
+            raise ValueError("the session is full")
         assert len(ids) == offsets.shape[1] == len(embeds) and (taps is None or torch.equal(taps[0], embeds))
         self.ids += ids
         self.offsets.append(offsets)
@@ -62,7 +67,7 @@ class SlowEncoder:
 
 
 def show(rng: random.Random, segment: AudioVideo, rule: PositionRule, with_sound: bool) -> Written:
-    """The video pushed live, with frames that wait for a partner; now and then a copy takes over."""
+    """The video pushed live, with frames that wait for a partner; at times there is no room, or a copy takes over."""
     written: Any = Written()
     times, height, width = segment.video.times, segment.video.height, segment.video.width
     front_end: Any = SlowEncoder(segment.audio.length, rng) if with_sound else None
@@ -76,8 +81,11 @@ def show(rng: random.Random, segment: AudioVideo, rule: PositionRule, with_sound
             if with_sound:
                 video.push(written, embeds, 16000, TOKENS)
         video.frames, video.last_s = [], time_s + rng.choice((0.0, 0.01))
+        written.full = rng.random() < 0.2
         video.add_step(GridStep(time_s, embeds, embeds[None] if rng.random() < 0.5 else None, height, width))
-        video.write(written, TOKENS)
+        with suppress(ValueError):
+            video.write(written, TOKENS)
+        written.full = False  # after room was made, nothing is missing
         video = video.clone() if rng.random() < 0.2 else video
     video.close(written, TOKENS, [5, 6])
     return written
