@@ -58,6 +58,17 @@ def check_samples(samples: Tensor, name: str) -> None:
     """Raise ValueError for a clip without samples, or with NaN or infinite ones."""
     if samples.numel() == 0:
         raise ValueError(f"audio {name} has no samples; leave it out or give a clip with sound")
+    _check_finite(samples, name)
+
+
+def read_piece(value: Any) -> Tensor:
+    """A piece of a clip that arrives live, read as `load_audio` reads an array; it may be empty."""
+    samples = read_array(value, "an array, tensor or list of samples")
+    _check_finite(samples, describe(value))
+    return samples
+
+
+def _check_finite(samples: Tensor, name: str) -> None:
     if not bool(torch.isfinite(samples).all()):
         bad = int((~torch.isfinite(samples)).nonzero()[0])
         raise ValueError(f"audio {name}: sample {bad} is {samples[bad].item()}; remove NaN and infinite samples")
@@ -76,15 +87,16 @@ def resample(samples: Tensor, rate_hz: int | float, name: str = "") -> Tensor:
     return samples if rate == SAMPLE_RATE else StreamingResampler(rate, SAMPLE_RATE)(samples)
 
 
-def read_array(value: Any) -> Tensor:
-    """An array or list of samples as mono fp32 [n]; integers are scaled from their PCM range to -1 .. 1."""
+def read_array(value: Any, wanted: str = "a path, address, bytes, array of samples or (array, rate) pair") -> Tensor:
+    """An array or list of samples as mono fp32 [n]; integers are scaled from their PCM range to -1 .. 1.
+
+    `wanted` says in the TypeError what else the caller takes. Raises ValueError for other shapes than [n],
+    [channels, n] and [n, channels], and for numbers without a scale.
+    """
     try:
         array = value.detach().cpu().to_dense() if isinstance(value, Tensor) else _from_numpy(np.array(value))
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor without data, on the meta device
-        raise TypeError(
-            f"audio must be a path, address, bytes, array of samples or (array, rate) pair, "
-            f"got {type(value).__name__} ({error})"
-        ) from error
+        raise TypeError(f"audio must be {wanted}, got {type(value).__name__} ({error})") from error
     if array.dim() not in (1, 2):
         raise ValueError(f"audio samples must be [n] or [channels, n], got shape {list(array.shape)}")
     samples = _scale(array)

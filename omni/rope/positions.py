@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import groupby
 from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 
 from omni.config.positions import PositionRule
+from omni.rope.interleave import Interleave, Run, step_positions
 
 
 @dataclass(frozen=True)
@@ -91,55 +92,32 @@ class MediaTokens(NamedTuple):
 def interleave(segment: AudioVideo, rate: Rule) -> tuple[bool, ...]:
     """Order of the tokens of a video with sound: True for video. One audio token takes one position.
 
-    Token by token in the order of time, the video's first where times are equal; or by chunks of time, each with its
-    video tokens first.
+    The segment's own order, or the one that `omni.rope.interleave` decides.
     """
     if segment.order is not None:
         return segment.order
-    rule = PositionRule.of(rate)
-    order: list[bool] = []
-    if rule.chunk_s is not None:
-        video, audio = _pieces(segment, rule, rule.chunk_s)
-        for seen, heard in zip_longest(video, audio, fillvalue=0):
-            order += [True] * seen + [False] * heard
-        return tuple(order)
-    tokens = segment.video.height * segment.video.width
-    heard = 0
-    for time in segment.video.times:
-        while heard < segment.audio.length and heard < time * rule.rate:
-            order.append(False)
-            heard += 1
-        order.extend([True] * tokens)
-    return (*order, *[False] * (segment.audio.length - heard))
+    return tuple(video for run in _runs(segment, PositionRule.of(rate)) for video in [run.video] * run.tokens)
 
 
-def _pieces(segment: AudioVideo, rule: PositionRule, chunk_s: float) -> tuple[list[int], list[int]]:
-    """Tokens of the video and of its sound in each chunk of time.
-
-    Piece k ends before the first token at or beyond k chunks. So after a gap of more than a chunk there are pieces of
-    one token until their number has caught up with the time (as released).
-    """
-    tokens = segment.video.height * segment.video.width
-    size = int(rule.rate * chunk_s)
-    seen = _places(segment.video, rule).repeat_interleave(tokens).tolist()
-    return _cut(seen, size), _cut(range(segment.audio.length), size)
-
-
-def _cut(places: Sequence[float], size: int) -> list[int]:
-    lengths = [0]
-    for place in places:
-        if place >= size * len(lengths):
-            lengths.append(0)
-        lengths[-1] += 1
-    return lengths
+def _runs(segment: AudioVideo, rule: PositionRule) -> Iterator[Run]:
+    """The runs of a whole video with sound."""
+    order, video = Interleave(rule), segment.video
+    order.offer_steps(video.times, video.height * video.width)
+    order.offer_sound(segment.audio.length)
+    order.close()
+    while (run := order.next_run()) is not None:
+        yield run
+        order.take(run)
 
 
 def _last_piece(segment: AudioVideo, order: tuple[bool, ...], rule: PositionRule) -> int:
-    """Tokens of a video with sound in its last chunk (of the track that ends it), or after the other track's end."""
-    if rule.chunk_s is not None:
-        pairs = [*zip_longest(*_pieces(segment, rule, rule.chunk_s), fillvalue=0)]
-        return next(length for seen, heard in reversed(pairs) for length in (heard, seen) if length)
-    return next((i for i, video in enumerate(reversed(order)) if video != order[-1]), len(order))
+    """Tokens of a video with sound in the last piece of its order."""
+    if segment.order is not None and rule.chunk_s is None:  # chunks follow from the times, whatever the ids say
+        return len(list(next(groupby(reversed(order)))[1]))
+    last = 0
+    for run in _runs(segment, rule):
+        last = last * run.joins + run.tokens
+    return last
 
 
 def placeholder_ids(segment: Segment, tokens: MediaTokens, rate: Rule) -> list[int]:
@@ -153,12 +131,6 @@ def placeholder_ids(segment: Segment, tokens: MediaTokens, rate: Rule) -> list[i
     if isinstance(segment, AudioVideo):
         return [tokens.video if video else tokens.audio for video in interleave(segment, rate)]
     raise TypeError(f"{type(segment).__name__} has no placeholder")
-
-
-def _places(video: Video, rule: PositionRule) -> Tensor:
-    """fp32 [steps]: positions of a video's times from its beginning."""
-    places = torch.tensor(video.times, dtype=torch.float32) * rule.rate
-    return places.floor() if rule.whole else places
 
 
 def _grid_positions(times: Tensor, height: int, width: int, start: float) -> Tensor:
@@ -193,15 +165,15 @@ def segment_positions(segment: Segment, start: float, rate: Rule) -> tuple[Tenso
     elif isinstance(segment, Image):
         positions = _grid_positions(torch.zeros(1), segment.height, segment.width, start)
     elif isinstance(segment, Video):
-        positions = _grid_positions(_places(segment, rule), segment.height, segment.width, start)
+        positions = _grid_positions(step_positions(segment.times, rule), segment.height, segment.width, start)
     else:
-        turns = interleave(segment, rule)
-        order = torch.tensor(turns)
+        taken = interleave(segment, rule)
+        order = torch.tensor(taken)
         video, _ = segment_positions(segment.video, start, rule)
         positions = torch.empty(3, segment.length)
         positions[:, order] = video
         positions[:, ~order] = _run(segment.audio.length, start)
-        return positions, float(positions[:, -_last_piece(segment, turns, rule) :].max()) + 1
+        return positions, float(positions[:, -_last_piece(segment, taken, rule) :].max()) + 1
     return positions, float(positions.max()) + 1
 
 

@@ -1,14 +1,14 @@
 """A session on disk: a folder with `session.json` and `session.safetensors`, written all or nothing.
 
 Tensors keep their dtype, so that on the same device and backend a loaded session goes on bit for bit as the saved one.
-No pickles: what is not a tensor is JSON.
+No pickles: what is not a tensor is JSON. Format 1 had no media of the past, and other names for what is open.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,18 @@ from torch import Tensor
 from omni.checkpoint.atomic import atomic_folder
 from omni.config.reading import read_json
 from omni.encoders.resample import StreamingResampler
-from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
 from omni.layers.cache import KVCache
 from omni.layers.state import State
-from omni.session.conversation import Conversation, Entry, Place
-from omni.session.live_media import SAMPLE_RATE_HZ, ChunkTurns, Ear, OpenClip, OpenVideo
+from omni.session.conversation import Entry, Place
+from omni.session.live_media import SAMPLE_RATE_HZ, AudioFrontEnd, GridStep, OpenClip, OpenVideo
 
 if TYPE_CHECKING:
     from omni.session.session import OmniSession
 
-FORMAT = 1
+FORMAT = 2
+_ORDER = ("done", "placed", "video_chunk", "sound_chunk", "piece")  # the rest follows from what waits
+_KEPT = ("offsets", "embeds", "taps")  # of media of the past
 Tensors = dict[str, Tensor]
 
 
@@ -48,7 +49,8 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
         "in_user": conversation.in_user,
         "thinker": dataclasses.asdict(conversation.thinker),
         "talker": dataclasses.asdict(conversation.talker),
-        "past": [(e.ids, e.length, e.media, e.in_user, e.begins_turn) for e in conversation.past],
+        "past": [_put_entry(f"past.{i}", entry, tensors) for i, entry in enumerate(conversation.past)],
+        "keep_media": conversation.keep_media,
         "text": "".join(session._text),
         "speaker": session.speaker,
         "streaming": dataclasses.asdict(session.streaming),
@@ -61,7 +63,8 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
     if rows.speech is not None:
         _put_cache("speech", rows.speech.decoder.cache, row, tensors)
     if session._clip is not None:
-        values["clip"] = {"begun": session._clip.begun, "ear": _put_ear("clip", session._clip.ear, tensors)}
+        front_end = _put_front_end("clip", session._clip.front_end, tensors)
+        values["clip"] = {"begun": session._clip.begun, "front_end": front_end}
     if session._video is not None:
         values["video"] = _put_video(session._video, tensors)
     with atomic_folder(folder) as target:
@@ -73,30 +76,25 @@ def load_session(session: OmniSession, folder: str | Path) -> None:
     """Fill a new session of the same model with what `save_session` wrote; see `OmniSession.load`."""
     folder = Path(folder).expanduser()
     values, path = read_json(folder / "session.json"), folder / "session.safetensors"
-    if values.get("format") != FORMAT:
+    if values.get("format") not in (1, FORMAT):
         raise ValueError(f"{folder} holds a session of format {values.get('format')!r}; this version reads {FORMAT}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a saved session needs it")
     try:
         tensors = load_file(path)
-        _fill(session, values, tensors)
+        _fill(session, _from_format_1(values) if values["format"] == 1 else values, tensors)
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} does not hold a whole session: {error}; save it again") from error
 
 
 def _fill(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> None:
     model = session.model
-    session._conversation = conversation = Conversation(
-        Rows(model, 1),
-        0,
-        session.streaming.prefill_tokens,
-        list(values["ids"]),
-        Place(**values["thinker"]),
-        Place(**values["talker"]),
-        values["in_user"],
-        list(values["owed"]),
-        past=[Entry(ids, length=n, media=m, in_user=u, begins_turn=b) for ids, n, m, u, b in values["past"]],
-    )
+    conversation = session._conversation
+    conversation.ids, conversation.owed = list(values["ids"]), list(values["owed"])
+    conversation.thinker, conversation.talker = Place(**values["thinker"]), Place(**values["talker"])
+    conversation.in_user = values["in_user"]
+    past = enumerate(values["past"])
+    conversation.past = [_take_entry(f"past.{i}", entry, tensors, model.device, model.dtype) for i, entry in past]
     rows = conversation.rows
     if len(values["ids"]) != tensors["text.keys"].shape[2]:
         raise ValueError(
@@ -110,7 +108,8 @@ def _fill(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> Non
     rows.text.seen[0, torch.tensor(values["ids"], dtype=torch.int64, device=model.device)] = True
     session._text = [values["text"]] if values["text"] else []
     if values["clip"] is not None:
-        session._clip = OpenClip(_take_ear("clip", session, values["clip"]["ear"], tensors), values["clip"]["begun"])
+        front_end = _take_front_end("clip", session, values["clip"]["front_end"], tensors)
+        session._clip = OpenClip(front_end, values["clip"]["begun"])
     if values["video"] is not None:
         session._video = _take_video(session, values["video"], tensors)
 
@@ -124,7 +123,42 @@ def streaming_of(folder: str | Path) -> dict[str, Any]:
         "speaker": values.get("speaker"),
         "streaming": StreamingConfig(**options),
         "use_audio_in_video": bool(values.get("use_audio_in_video")),
+        "keep_media": bool(values.get("keep_media")),
     }
+
+
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a session of format 1, under today's names."""
+    clip, video = values["clip"], values["video"]
+    if clip is not None:
+        clip = {**clip, "front_end": clip["ear"]}
+    if video is not None:
+        turns, (kind, *chunk) = video["turns"], video["last_kind"].split() or [""]
+        order = {
+            "done": turns["done"],
+            "placed": video["heard"],
+            "video_chunk": turns["chunk"] - (not turns["begun"]),  # of the video's last token
+            "sound_chunk": turns["chunk"],
+            "piece": [kind == "video", int(chunk[0]) if chunk else 0] if kind else None,
+        }
+        video = {**video, "front_end": video["ear"], "order": order}
+    return {**values, "clip": clip, "video": video}
+
+
+def _put_entry(name: str, entry: Entry, tensors: Tensors) -> tuple[Any, ...]:
+    """What the past keeps of media goes to `tensors`, the rest is returned."""
+    for part in _KEPT:
+        value = getattr(entry, part)
+        if value is not None:
+            tensors[f"{name}.{part}"] = value.clone()  # parts of a grid step may share memory, which the file must not
+    return entry.ids, entry.length, entry.media, entry.in_user, entry.begins_turn
+
+
+def _take_entry(name: str, values: Sequence[Any], tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Entry:
+    ids, length, media, in_user, begins_turn = values
+    kept = {part: tensors[f"{name}.{part}"] for part in _KEPT if f"{name}.{part}" in tensors}
+    kept = {part: kept[part] if part == "offsets" else kept[part].to(device, dtype) for part in kept}
+    return Entry(ids, length=length, media=media, in_user=in_user, begins_turn=begins_turn, **kept)
 
 
 def _put_cache(name: str, cache: KVCache, row: int, tensors: Tensors) -> None:
@@ -168,60 +202,65 @@ def _take_state(name: str, state: State, rest: dict[str, Any], tensors: Tensors)
             setattr(state, f.name, rest[f.name])
 
 
-def _put_ear(name: str, ear: Ear, tensors: Tensors) -> dict[str, Any]:
+def _put_front_end(name: str, front_end: AudioFrontEnd, tensors: Tensors) -> dict[str, Any]:
     resampler = None
-    if ear.resampler_state is not None:
-        resampler = _put_state(f"{name}.resampler", ear.resampler_state, tensors)
+    if front_end.resampler_state is not None:
+        resampler = _put_state(f"{name}.resampler", front_end.resampler_state, tensors)
     return {
-        "rate_hz": ear.rate_hz,
-        "samples": ear.samples,
-        "mel": _put_state(f"{name}.mel", ear.mel_state, tensors),
-        "encoder": _put_state(f"{name}.encoder", ear.encoder_state, tensors),
+        "rate_hz": front_end.rate_hz,
+        "samples": front_end.samples,
+        "mel": _put_state(f"{name}.mel", front_end.mel_state, tensors),
+        "encoder": _put_state(f"{name}.encoder", front_end.encoder_state, tensors),
         "resampler": resampler,
     }
 
 
-def _take_ear(name: str, session: OmniSession, values: dict[str, Any], tensors: Tensors) -> Ear:
-    ear = session._new_ear()
-    ear.rate_hz, ear.samples = values["rate_hz"], values["samples"]
-    _take_state(f"{name}.mel", ear.mel_state, values["mel"], tensors)
-    _take_state(f"{name}.encoder", ear.encoder_state, values["encoder"], tensors)
+def _take_front_end(name: str, session: OmniSession, values: dict[str, Any], tensors: Tensors) -> AudioFrontEnd:
+    front_end = session._new_front_end()
+    front_end.rate_hz, front_end.samples = values["rate_hz"], values["samples"]
+    _take_state(f"{name}.mel", front_end.mel_state, values["mel"], tensors)
+    _take_state(f"{name}.encoder", front_end.encoder_state, values["encoder"], tensors)
     if values["resampler"] is not None:
-        ear.resampler = StreamingResampler(ear.rate_hz, SAMPLE_RATE_HZ)
-        ear.resampler_state = ear.resampler.init_state()
-        _take_state(f"{name}.resampler", ear.resampler_state, values["resampler"], tensors)
-    return ear
+        front_end.resampler = StreamingResampler(front_end.rate_hz, SAMPLE_RATE_HZ)
+        front_end.resampler_state = front_end.resampler.init_state()
+        _take_state(f"{name}.resampler", front_end.resampler_state, values["resampler"], tensors)
+    return front_end
 
 
 def _put_video(video: OpenVideo, tensors: Tensors) -> dict[str, Any]:
     for i, (_, frame) in enumerate(video.frames):
         tensors[f"video.frame.{i}"] = frame
-    for i, (_, embeds, taps, _, _) in enumerate(video.grids):
-        tensors[f"video.grid.{i}.embeds"] = embeds
-        if taps is not None:
-            tensors[f"video.grid.{i}.taps"] = taps
+    for i, step in enumerate(video.steps):
+        tensors[f"video.grid.{i}.embeds"] = step.embeds
+        if step.taps is not None:
+            tensors[f"video.grid.{i}.taps"] = step.taps
     if video.sounds:
         tensors["video.sounds"] = torch.stack(list(video.sounds))
-    plain = ("first_s", "last_s", "heard", "last_kind", "tail")
     return {
-        **{name: getattr(video, name) for name in plain},
-        "turns": vars(video.turns),
-        "ear": None if video.ear is None else _put_ear("video", video.ear, tensors),
+        "first_s": video.first_s,
+        "last_s": video.last_s,
+        "tail": video.tail,
+        "order": {name: getattr(video.order, name) for name in _ORDER},
+        "front_end": None if video.front_end is None else _put_front_end("video", video.front_end, tensors),
         "frames": [time_s for time_s, _ in video.frames],
-        "grids": [(time_s, height, width) for time_s, _, _, height, width in video.grids],
+        "grids": [(step.time_s, step.height, step.width) for step in video.steps],
     }
 
 
 def _take_video(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> OpenVideo:
-    plain: dict[str, Any] = {name: values[name] for name in ("first_s", "last_s", "heard", "last_kind", "tail")}
-    plain["turns"] = ChunkTurns(**values["turns"])
-    device, dtype = session.model.device, session.model.dtype
-    ear = None if values["ear"] is None else _take_ear("video", session, values["ear"], tensors)
-    grids: deque[Any] = deque()
+    device, dtype, front_end = session.model.device, session.model.dtype, None
+    if values["front_end"] is not None:
+        front_end = _take_front_end("video", session, values["front_end"], tensors)
+    video = OpenVideo.open(values["first_s"], front_end, session._rule)
+    video.last_s, video.tail = values["last_s"], values["tail"]
+    video.frames = [(time_s, tensors[f"video.frame.{i}"]) for i, time_s in enumerate(values["frames"])]
+    order = dict(values["order"])
+    piece = order.pop("piece")
+    video.order = dataclasses.replace(video.order, **order, piece=None if piece is None else tuple(piece))
     for i, (time_s, height, width) in enumerate(values["grids"]):
         taps = tensors.get(f"video.grid.{i}.taps")
         embeds = tensors[f"video.grid.{i}.embeds"].to(device, dtype)
-        grids.append((time_s, embeds, None if taps is None else taps.to(device, dtype), height, width))
-    frames = [(time_s, tensors[f"video.frame.{i}"]) for i, time_s in enumerate(values["frames"])]
-    sounds = deque(tensors["video.sounds"].to(device, dtype)) if "video.sounds" in tensors else deque()
-    return OpenVideo(ear=ear, frames=frames, grids=grids, sounds=sounds, **plain)
+        video.add_step(GridStep(time_s, embeds, None if taps is None else taps.to(device, dtype), height, width))
+    if "video.sounds" in tensors:
+        video.add_sound(tensors["video.sounds"].to(device, dtype))
+    return video

@@ -1,52 +1,36 @@
 """Media that arrive in pieces: a clip of sound, and a video (with or without its sound), into a conversation.
 
-Both write what is decided and hold back what is not: mel frames wait for the end of their chunk, audio tokens for
-their attention window, a frame for its partner, and in a video with sound a token for all that may precede it: in time,
-or in its chunk of time, as the family's `PositionRule` has it.
+Both prefill what is decided and hold back what is not: mel frames wait for the end of their chunk, audio tokens for
+their attention window, a frame for its partner, and in a video with sound a token for all that may precede it in the
+order of `omni.rope.interleave`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from omni.config.positions import PositionRule
 from omni.encoders.resample import StreamingResampler
 from omni.processing.processor import OmniProcessor
+from omni.rope.interleave import Interleave, Run
 from omni.rope.positions import Video, segment_positions
 from omni.session.conversation import Conversation
 
 SAMPLE_RATE_HZ = 16000
 
 
-def mono(samples: Any) -> Tensor:
-    """Floating samples [n] from an array or tensor [n] or [n, channels]."""
-    wave = samples if isinstance(samples, Tensor) else torch.tensor(np.array(samples))  # a copy: buffers are used again
-    if not wave.is_floating_point():
-        if wave.dtype == torch.int16:
-            wave = wave.float() / 32768
-        else:
-            raise TypeError(f"audio samples must be floats in -1..1 or 16-bit integers, got {wave.dtype}")
-    if wave.dim() == 2:
-        wave = wave.float().mean(0 if wave.shape[0] < wave.shape[1] else 1)  # channels are few
-    if wave.dim() != 1:
-        raise ValueError(f"audio samples must be [n] or [n, channels], got shape {list(wave.shape)}")
-    wave = wave.float().cpu()
-    if not torch.isfinite(wave).all():
-        raise ValueError("audio samples hold NaN or infinite values")
-    return wave
-
-
-class Ear:
-    """Samples of any rate -> audio embeddings, as attention windows complete."""
+class AudioFrontEnd:
+    """Samples of any rate -> audio embeddings, as attention windows complete: resampler, log-mel, encoder."""
 
     def __init__(
         self,
@@ -75,15 +59,15 @@ class Ear:
             self.resampler_state = None if self.resampler is None else self.resampler.init_state()
         if self.resampler is not None:
             samples = self.resampler.step(samples, self.resampler_state)
-        return self._hear(torch.cat((done, samples)))
+        return self._encode_samples(torch.cat((done, samples)))
 
     def finish(self) -> Tensor:
         """The end of the clip: the embeddings that are left (none for a clip shorter than one mel frame)."""
-        rest = self._hear(self._finish_rate())
+        rest = self._encode_samples(self._finish_rate())
         if self.samples < self.log_mel.hop_length:
             return rest
         mel = self.log_mel.finish(self.mel_state)
-        last = self._encode(mel)
+        last = self._encode_mel(mel)
         with self.stage("encoders"):
             end = self.model.audio_encoder.finish(self.encoder_state)
         return torch.cat((rest, last, end))
@@ -93,16 +77,16 @@ class Ear:
             return torch.zeros(0)
         return self.resampler.finish(self.resampler_state)
 
-    def _hear(self, samples: Tensor) -> Tensor:
+    def _encode_samples(self, samples: Tensor) -> Tensor:
         self.samples += samples.numel()
-        return self._encode(self.log_mel.step(samples, self.mel_state))
+        return self._encode_mel(self.log_mel.step(samples, self.mel_state))
 
     @torch.no_grad()
-    def _encode(self, mel: Tensor) -> Tensor:
+    def _encode_mel(self, mel: Tensor) -> Tensor:
         with self.stage("encoders"):
             return self.model.audio_encoder.step(mel.to(self.model.device, self.model.dtype), self.encoder_state)
 
-    def clone(self) -> Ear:
+    def clone(self) -> AudioFrontEnd:
         """An independent copy."""
         new = copy.copy(self)
         new.mel_state, new.encoder_state = self.mel_state.clone(), self.encoder_state.clone()
@@ -112,20 +96,20 @@ class Ear:
 
 @dataclass
 class OpenClip:
-    """A clip that is being heard."""
+    """A clip that is being prefilled."""
 
-    ear: Ear
+    front_end: AudioFrontEnd
     begun: bool = False
 
     def clone(self) -> OpenClip:
         """An independent copy."""
-        return OpenClip(self.ear.clone(), self.begun)
+        return OpenClip(self.front_end.clone(), self.begun)
 
     def push(self, conversation: Conversation, samples: Tensor, rate_hz: int, begin: list[int], token: int) -> None:
-        self._write(conversation, self.ear.push(samples, rate_hz), begin, token)
+        self._write(conversation, self.front_end.push(samples, rate_hz), begin, token)
 
     def close(self, conversation: Conversation, begin: list[int], end: list[int], token: int) -> None:
-        self._write(conversation, self.ear.finish(), begin, token)
+        self._write(conversation, self.front_end.finish(), begin, token)
         if self.begun:
             conversation.write_text(end)
 
@@ -149,145 +133,108 @@ def write_marks(conversation: Conversation, marks: list[int], rule: PositionRule
     conversation.write_text(marks)
 
 
-@dataclass
-class ChunkTurns:
-    """Whose turn it is in a video with sound that is laid out by chunks of time.
+class GridStep(NamedTuple):
+    """A step of a video: its time from the start; embeds [n, D] and taps [n_taps, n, D], n = height * width."""
 
-    chunk: number of the chunk that is being written; in_sound: whether its video part is over; begun: whether that part
-    has a token; done: tokens written of the grid step that waits first. As in `omni.rope.positions`, a chunk's video
-    part begins with the next token, however late, and ends before the first one beyond the chunk.
-    """
-
-    chunk: int = 0
-    in_sound: bool = False
-    begun: bool = True
-    done: int = 0
-
-    def take(self, grid: tuple[float, Tensor, Tensor | None, int, int], rule: PositionRule, end: int) -> int:
-        """How many of a grid step's tokens belong to the chunk that ends before place `end`, beyond those done."""
-        place = float(segment_positions(Video((grid[0],), 1, 1), 0.0, rule)[0].max())
-        left = len(grid[1]) - self.done
-        count = left if place < end else int(not self.begun)
-        self.begun = self.begun or count > 0
-        return count
-
-    def following(self) -> None:
-        """The next chunk."""
-        self.chunk, self.in_sound, self.begun = self.chunk + 1, False, False
+    time_s: float
+    embeds: Tensor
+    taps: Tensor | None
+    height: int
+    width: int
 
 
 @dataclass
 class OpenVideo:
-    """A video that is being seen, and heard if it has an ear.
+    """A video that is being prefilled, with its sound if it has a front end for it.
 
-    frames [3, H, W] wait for the temporal patch to be complete; grids (time, embeds, taps, height, width) and sounds
-    (embeddings, one token each) wait for what may precede them.
+    order: decides what comes next; frames [3, H, W] wait for the temporal patch to be complete, steps and sounds
+    (embeddings, one token each) for what may precede them; last_s: time of the newest frame; tail: the largest offset
+    of the last piece, after which the next segment begins.
     """
 
     first_s: float
-    ear: Ear | None
+    front_end: AudioFrontEnd | None
+    order: Interleave
     frames: list[tuple[float, Tensor]] = field(default_factory=list)
-    grids: deque[tuple[float, Tensor, Tensor | None, int, int]] = field(default_factory=deque)
+    steps: deque[GridStep] = field(default_factory=deque)
     sounds: deque[Tensor] = field(default_factory=deque)
-    last_s: float = -1.0
-    heard: int = 0
-    last_kind: str = ""
+    last_s: float = -math.inf
     tail: float = -1.0
-    turns: ChunkTurns = field(default_factory=lambda: ChunkTurns())
+
+    @classmethod
+    def open(cls, first_s: float, front_end: AudioFrontEnd | None, rule: PositionRule) -> OpenVideo:
+        """A video whose first frame was shown at `first_s`. Without sound it is one piece, not cut into chunks."""
+        if front_end is None:
+            return cls(first_s, None, Interleave(replace(rule, chunk_s=None), sound_over=True))
+        return cls(first_s, front_end, Interleave(rule))
 
     def clone(self) -> OpenVideo:
         """An independent copy."""
-        ear = None if self.ear is None else self.ear.clone()
-        grids, sounds = deque(self.grids), deque(self.sounds)
-        return replace(self, ear=ear, frames=list(self.frames), grids=grids, sounds=sounds, turns=replace(self.turns))
+        front_end = None if self.front_end is None else self.front_end.clone()
+        new = replace(self, front_end=front_end, order=self.order.clone())
+        new.frames, new.steps, new.sounds = list(self.frames), deque(self.steps), deque(self.sounds)
+        return new
 
-    def begin(self, conversation: Conversation, tokens: Any, rule: PositionRule) -> None:
+    def begin(self, conversation: Conversation, tokens: Any) -> None:
         """Write the marks before the video."""
-        write_marks(conversation, [tokens.vision_start, *([tokens.audio_start] if self.ear else [])], rule)
+        marks = [tokens.vision_start, *([tokens.audio_start] if self.front_end else [])]
+        write_marks(conversation, marks, self.order.rule)
 
-    def end(self, conversation: Conversation, marks: list[int], rule: PositionRule) -> None:
-        """Write the marks behind the video: [end of vision], or [end of sound, end of vision]."""
+    def push(self, conversation: Conversation, samples: Tensor, rate_hz: int, tokens: Any) -> None:
+        """The next samples of the sound."""
+        assert self.front_end is not None
+        self.add_sound(self.front_end.push(samples, rate_hz))
+        self.write(conversation, tokens)
+
+    def close(self, conversation: Conversation, tokens: Any, marks: list[int]) -> None:
+        """Prefill what is left, and the marks behind it: end of sound (if there is any) and end of vision."""
+        if self.front_end is not None:
+            self.add_sound(self.front_end.finish())
+        self.order.close()
+        self._write(conversation, tokens)
         conversation.move_on(self.tail + 1)
-        write_marks(conversation, marks, rule)
+        write_marks(conversation, marks if self.front_end else marks[1:], self.order.rule)
 
-    def write(self, conversation: Conversation, tokens: Any, rule: PositionRule, *, closing: bool = False) -> None:
-        """Write all that nothing still to come can precede."""
-        if rule.chunk_s is not None and self.ear is not None:
-            self._write_chunks(conversation, tokens, rule, int(rule.rate * rule.chunk_s), closing)
-            return
-        rate = rule.rate
-        while self.grids or self.sounds:
-            due = bool(self.grids) and (self.ear is None or self.grids[0][0] * rate <= self.heard)
-            if due or (self.grids and closing and not self.sounds):
-                self._write_grid(conversation, tokens.video, rule)
-            elif self.sounds and (closing or self.heard < self._next_grid_s() * rate):
-                self._write_sound(conversation, tokens.audio, rate, closing=closing)
+    def add_step(self, step: GridStep) -> None:
+        """The next step, encoded."""
+        self.steps.append(step)
+        self.order.offer_steps((step.time_s,), len(step.embeds))
+
+    def add_sound(self, embeds: Tensor) -> None:
+        """The next tokens of the sound, encoded: embeds [n, D]."""
+        self.sounds.extend(embeds)
+        self.order.offer_sound(len(embeds))
+
+    def write(self, conversation: Conversation, tokens: Any) -> None:
+        """Prefill all that nothing still to come can precede."""
+        next_s = self.frames[0][0] if self.frames else self.last_s  # a frame that waits, or one after the newest
+        self.order.expect_steps(next_s - self.first_s)
+        self._write(conversation, tokens)
+
+    def _write(self, conversation: Conversation, tokens: Any) -> None:
+        while (run := self.order.next_run()) is not None:
+            if run.video:
+                offsets = self._write_video(conversation, tokens.video, run)
             else:
-                return
+                offsets = self._write_sound(conversation, tokens.audio, run)
+            self.order.take(run)
+            highest = float(offsets.max())
+            self.tail = max(self.tail, highest) if run.joins else highest
 
-    def _write_chunks(
-        self, conversation: Conversation, tokens: Any, rule: PositionRule, size: int, closing: bool
-    ) -> None:
-        """Chunk by chunk, each with the video's part first and then `size` tokens of sound, or what is left."""
-        turns = self.turns
-        while self.grids or self.sounds:
-            end = size * (turns.chunk + 1)  # the first place beyond this chunk
-            if not turns.in_sound:
-                count = turns.take(self.grids[0], rule, end) if self.grids else 0
-                if count:
-                    self._write_grid_part(conversation, tokens.video, rule, count)
-                elif self.grids or closing or (turns.begun and self._next_grid_s() * rule.rate >= end):
-                    turns.in_sound = True
-                else:
-                    return
-            else:
-                run = [self.sounds.popleft() for _ in range(min(end - self.heard, len(self.sounds)))]
-                self._write_run(conversation, tokens.audio, run, f"audio {turns.chunk}")
-                if self.heard < end and not closing:
-                    return
-                turns.following()
+    def _write_video(self, conversation: Conversation, token: int, run: Run) -> Tensor:
+        """Prefill tokens of the first step that waits -> their offsets [3, n]."""
+        step, part = self.steps[0], slice(run.first, run.first + run.tokens)
+        whole, _ = segment_positions(Video((step.time_s,), step.height, step.width), 0.0, self.order.rule)
+        offsets, taps = whole[:, part], None if step.taps is None else step.taps[:, part]
+        conversation.write_at([token] * run.tokens, offsets, step.embeds[part], taps)
+        if part.stop == len(step.embeds):
+            self.steps.popleft()
+        return offsets
 
-    def _write_grid_part(self, conversation: Conversation, token: int, rule: PositionRule, count: int) -> None:
-        """The next `count` tokens of the first grid step that waits."""
-        time_s, embeds, taps, height, width = self.grids[0]
-        part = slice(self.turns.done, self.turns.done + count)
-        offsets, _ = segment_positions(Video((time_s,), height, width), 0.0, rule)
-        conversation.write_at([token] * count, offsets[:, part], embeds[part], None if taps is None else taps[:, part])
-        self._note(f"video {self.turns.chunk}", float(offsets[:, part].max()))
-        self.turns.done = part.stop
-        if part.stop == len(embeds):
-            self.grids.popleft()
-            self.turns.done = 0
-
-    def _next_grid_s(self) -> float:
-        """No grid step still to come begins before this time."""
-        if self.grids:
-            return self.grids[0][0]
-        return self.frames[0][0] - self.first_s if self.frames else self.last_s - self.first_s
-
-    def _write_grid(self, conversation: Conversation, token: int, rule: PositionRule) -> None:
-        time_s, embeds, taps, height, width = self.grids.popleft()
-        offsets, _ = segment_positions(Video((time_s,), height, width), 0.0, rule)
-        conversation.write_at([token] * len(embeds), offsets, embeds, taps)
-        self._note("video", float(offsets.max()))
-
-    def _write_sound(self, conversation: Conversation, token: int, rate: float, *, closing: bool) -> None:
-        bound = self.grids[0][0] * rate if self.grids else (float("inf") if closing else self._next_grid_s() * rate)
-        run: list[Tensor] = []
-        while self.sounds and self.heard + len(run) < bound:
-            run.append(self.sounds.popleft())
-        self._write_run(conversation, token, run, "audio")
-
-    def _write_run(self, conversation: Conversation, token: int, run: list[Tensor], kind: str) -> None:
-        """The next audio tokens."""
-        if not run:
-            return
-        offsets = torch.arange(self.heard, self.heard + len(run), dtype=torch.float32).expand(3, -1)
-        conversation.write_at([token] * len(run), offsets, torch.stack(run))
-        self.heard += len(run)
-        self._note(kind, float(offsets.max()))
-
-    def _note(self, kind: str, highest: float) -> None:
-        """Keep the largest offset of the run of one kind that the video ends with: what follows starts after it."""
-        self.tail = max(self.tail, highest) if kind == self.last_kind or self.ear is None else highest
-        self.last_kind = kind
+    def _write_sound(self, conversation: Conversation, token: int, run: Run) -> Tensor:
+        """Prefill the next tokens of the sound -> their offsets [3, n]."""
+        offsets = torch.arange(run.first, run.first + run.tokens, dtype=torch.float32).expand(3, -1)
+        conversation.write_at([token] * run.tokens, offsets, torch.stack(list(islice(self.sounds, run.tokens))))
+        for _ in range(run.tokens):
+            self.sounds.popleft()
+        return offsets

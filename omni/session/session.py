@@ -28,12 +28,13 @@ from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
 from omni.parts import ModelParts
+from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
 from omni.session.conversation import Conversation, Place
 from omni.session.file import load_session, save_session, streaming_of
-from omni.session.live_media import Ear, OpenClip, OpenVideo, mono
+from omni.session.live_media import AudioFrontEnd, GridStep, OpenClip, OpenVideo
 from omni.session.reply_events import ReplyEvents
 from omni.talker.layout import PromptEnd
 
@@ -127,22 +128,24 @@ class OmniSession:
         self._text.append(text)
 
     def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
-        """Add sound: float samples [n], [n, channels] or [channels, n] at any rate. Consecutive calls are one clip."""
-        wave = mono(samples)
+        """Add sound: samples [n], [channels, n] or [n, channels] at any rate. Consecutive calls are one clip.
+
+        Floats in -1 .. 1, or integers, which are PCM. A piece may be empty. Raises TypeError or ValueError.
+        """
+        wave = read_piece(samples)
         whole = isinstance(sample_rate, Real) and not isinstance(sample_rate, bool) and sample_rate % 1 == 0
         if not whole or not 1000 <= sample_rate <= 384000:
             raise ValueError(f"sample_rate must be a whole number of Hz in 1000..384000, got {sample_rate!r}")
         sample_rate = int(sample_rate)
         self._listen()
         tokens = self.processor.tokens
-        if self._video is not None and self._video.ear is not None:
-            self._video.sounds.extend(self._video.ear.push(wave, sample_rate))
-            self._video.write(self._conversation, tokens, self._rule)
+        if self._video is not None and self._video.front_end is not None:
+            self._video.push(self._conversation, wave, sample_rate, tokens)
             return
         self._close_video()
         self._write_pending_text()
         if self._clip is None:
-            self._clip = OpenClip(self._new_ear())
+            self._clip = OpenClip(self._new_front_end())
         self._clip.push(self._conversation, wave, sample_rate, [tokens.audio_start], tokens.audio)
 
     @torch.no_grad()
@@ -172,9 +175,9 @@ class OmniSession:
         if self._video is None:
             self._close_media()
             self._write_pending_text()
-            ear = self._new_ear() if self.use_audio_in_video else None
-            self._video = OpenVideo(float(time_s), ear, last_s=-math.inf)
-            self._video.begin(self._conversation, self.processor.tokens, self._rule)
+            front_end = self._new_front_end() if self.use_audio_in_video else None
+            self._video = OpenVideo.open(float(time_s), front_end, self._rule)
+            self._video.begin(self._conversation, self.processor.tokens)
         video = self._video
         if not time_s > video.last_s:
             raise ValueError(f"frame times must grow: {time_s} s comes after {video.last_s} s")
@@ -186,11 +189,11 @@ class OmniSession:
         video.last_s = float(time_s)
         if len(video.frames) == self.processor.vision.temporal_patch_size:
             self._encode_frames(video)
-        video.write(self._conversation, self.processor.tokens, self._rule)
+        video.write(self._conversation, self.processor.tokens)
 
-    def _new_ear(self) -> Ear:
+    def _new_front_end(self) -> AudioFrontEnd:
         stage = self._conversation.rows.stage
-        return Ear(self.model, self.processor, self.streaming.audio_window_s, stage)
+        return AudioFrontEnd(self.model, self.processor, self.streaming.audio_window_s, stage)
 
     def _encode_frames(self, video: OpenVideo) -> None:
         """Turn the waiting frames into one grid step (an odd last frame is shown twice)."""
@@ -198,7 +201,7 @@ class OmniSession:
         pixels, grid = self.processor.vision.grid_step(list(frames))
         embeds, taps = self._see(pixels, grid)
         merge = self.processor.vision.merge_size
-        video.grids.append((times[0] - video.first_s, embeds, taps, grid[1] // merge, grid[2] // merge))
+        video.add_step(GridStep(times[0] - video.first_s, embeds, taps, grid[1] // merge, grid[2] // merge))
         video.frames.clear()
 
     def _see(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
@@ -236,11 +239,8 @@ class OmniSession:
             return
         if video.frames:
             self._encode_frames(video)
-        if video.ear is not None:
-            video.sounds.extend(video.ear.finish())
-        video.write(self._conversation, self.processor.tokens, self._rule, closing=True)
-        ends = [self.processor.audio_end_id] if video.ear is not None else []
-        video.end(self._conversation, [*ends, self.processor.vision_end_id], self._rule)
+        ends = [self.processor.audio_end_id, self.processor.vision_end_id]
+        video.close(self._conversation, self.processor.tokens, ends)
 
     def _write_pending_text(self) -> None:
         text, self._text = "".join(self._text), []
@@ -414,9 +414,9 @@ class OmniSession:
         other._clip = None if self._clip is None else self._clip.clone()
         other._video = None if self._video is None else self._video.clone()
         other._conversation = self._conversation.fork(rows, row)
-        for ear in (other._clip and other._clip.ear, other._video and other._video.ear):
-            if ear:
-                ear.stage = rows.stage
+        for front_end in (other._clip and other._clip.front_end, other._video and other._video.front_end):
+            if front_end:
+                front_end.stage = rows.stage
         other._turn = other._prompt = None
         return other
 

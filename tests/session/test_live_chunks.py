@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracle_qwen2_5 import AUDIO, VISION, config_values, write_processor
+from test_session_file import as_format_1
 from test_token2wav import FAST, SIZES, make_model, make_voice
 
 from omni import AudioChunk, OmniConfig, OmniInputs, OmniModel, OmniProcessor, OmniSession, StreamingConfig
@@ -194,7 +195,7 @@ def test_a_sound_that_never_came(model: OmniModel, monkeypatch: pytest.MonkeyPat
     assert torch.equal(positions, prompt_positions(inputs.segments(config)[0], config.position_rule)[0])
 
 
-@pytest.mark.parametrize("how", ["fork", "save"])
+@pytest.mark.parametrize("how", ["fork", "save", "save in format 1"])
 def test_an_open_video_is_copied_and_saved(model: OmniModel, how: str, tmp_path: Path) -> None:
     def push(session: OmniSession, first: int, last: int) -> None:
         for i in range(first, last):
@@ -207,6 +208,8 @@ def test_an_open_video_is_copied_and_saved(model: OmniModel, how: str, tmp_path:
         other = session.fork()
     else:
         session.save(tmp_path / "saved")
+        if how == "save in format 1":
+            as_format_1(tmp_path / "saved", chunked=True)
         other = OmniSession.load(tmp_path / "saved", model)
     for one in (session, other):
         push(one, 5, 9)
@@ -216,3 +219,25 @@ def test_an_open_video_is_copied_and_saved(model: OmniModel, how: str, tmp_path:
         events = one.respond(max_new_tokens=4, return_audio=False)
         replies.append([e.token_ids for e in events if hasattr(e, "token_ids")])
     assert session.ids == other.ids and replies[0] == replies[1]
+
+
+def test_media_of_the_past_are_saved_with_an_open_video(model: OmniModel, tmp_path: Path) -> None:
+    """After a gap the tokens of one grid step are written one by one, and some still wait: they share memory."""
+    session = OmniSession(model, use_audio_in_video=True, keep_media=True)
+    for turn in range(2):
+        session.push_text("what?")
+        for i in range(5):
+            session.push_video_frame(np.full((SIDE, SIDE, 3), 9 * i, np.uint8), 3.3 * i)
+            session.push_audio(torch.full((9000,), 0.01 * i))
+        if turn == 0:
+            list(session.respond(max_new_tokens=3, return_audio=False))
+    assert session._video is not None and session._video.order.done > 0
+    session.save(tmp_path)
+    loaded = OmniSession.load(tmp_path, model)
+    replies = []
+    for one in (session, loaded):
+        list(one.respond(max_new_tokens=3, return_audio=False))
+        freed = one.drop_oldest_turns()
+        list(one.respond(max_new_tokens=3, return_audio=False))
+        replies.append((freed, one.ids))
+    assert replies[0] == replies[1]

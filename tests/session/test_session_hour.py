@@ -43,9 +43,9 @@ def sizes(session: OmniSession) -> tuple[int, int]:
     rows = session._conversation.rows
     caches = [rows.text.decoder.cache, rows.speech.decoder.cache]
     used = sum(c.keys[:, :, :, : c.longest].numel() * 2 * c.keys.element_size() for c in caches)
-    ear = session._clip.ear
+    front_end = session._clip.front_end
     other = bytes_of(rows.text) + bytes_of(rows.speech) - sum(map(bytes_of, caches))
-    return used, other + sum(map(bytes_of, (ear.mel_state, ear.encoder_state)))
+    return used, other + sum(map(bytes_of, (front_end.mel_state, front_end.encoder_state)))
 
 
 @pytest.mark.parametrize("minutes", [2, pytest.param(60, marks=pytest.mark.slow)])
