@@ -10,20 +10,20 @@ import random
 import zlib
 from pathlib import Path
 
-SEED, THREADS = int(os.environ.get("OMNI_TEST_SEED") or 0), int(os.environ.get("OMNI_TEST_THREADS") or 1)
-os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch, which reads it once
-
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from build import SEED
 
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.packaged.toy import toy_model
 
 ROOT = Path(__file__).parents[1]
 
+THREADS = int(os.environ.get("OMNI_TEST_THREADS") or 1)
 torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of processes that tests start
 # The same examples in every run, however slow the machine; another seed draws others.
 hypothesis.settings.register_profile("omni", derandomize=SEED == 0, database=None, deadline=None)
 hypothesis.settings.load_profile("omni")

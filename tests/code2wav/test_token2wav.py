@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -69,12 +70,12 @@ def make_model(seed: int = 0) -> Token2Wav:
 
 
 def make_voice(seed: int = 0, frames: int = 9) -> Voice:
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeded(seed)
     return Voice(torch.randn(1, 3, generator=rng), torch.randn(1, frames, 5, generator=rng), 7)
 
 
 def draw(codes: int, rows: int = 1) -> Tensor:
-    return torch.randint(0, 21, (rows, 1, codes), generator=torch.Generator().manual_seed(codes))
+    return torch.randint(0, 21, (rows, 1, codes), generator=seeded(codes))
 
 
 # ---- attention ----
@@ -96,7 +97,7 @@ def test_block_mask_shape() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 23), st.integers(1, 7), st.integers(0, 2), st.integers(0, 2))
 def test_block_attention_is_dense_attention_under_the_mask(frames: int, block: int, back: int, ahead: int) -> None:
-    q, k, v = torch.randn(3, 2, 2, frames, 4, generator=torch.Generator().manual_seed(frames))
+    q, k, v = torch.randn(3, 2, 2, frames, 4, generator=seeded(frames))
     dense = plain_attention(q, k, v, block_mask(frames, block, back, ahead))
     ours = block_attention(q, k, v, block=block, back=back, ahead=ahead)
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-from functools import cache
 
 import pytest
 import torch
+from build import once, seeded
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_token2wav import FAST, SIZES, draw, make_model, make_voice
@@ -28,10 +28,10 @@ VOCODERS = [
     {"resblock_kernel_sizes": [3, 5], "resblock_dilation_sizes": [[1, 1, 1], [1, 2, 1]]},
     {"upsample_rates": [2], "upsample_kernel_sizes": [2], "resblock_dilation_sizes": [[5, 3, 1]]},
 ]
-model = cache(make_model)
+model = once(make_model)
 
 
-@cache
+@once
 def vocoder(number: int) -> BigVGAN:
     torch.manual_seed(0)
     made = BigVGAN(BigVGANConfig.from_dict({**SIZES["bigvgan_config"], **VOCODERS[number]}))
@@ -71,7 +71,7 @@ def test_reach_of_the_release() -> None:
 @given(st.integers(0, len(VOCODERS) - 1), st.lists(st.integers(0, 1000), max_size=6))
 def test_streamed_vocoder_equals_offline(number: int, cuts: list[int]) -> None:
     decoder = vocoder(number)
-    mel = torch.randn(2, 45, 5, generator=torch.Generator().manual_seed(1)) - 4
+    mel = torch.randn(2, 45, 5, generator=seeded(1)) - 4
     state = decoder.init_state(2)
     sizes = cut(45, cuts)
     pieces = [decoder.step(x, state, last=i + 1 == len(sizes)) for i, x in enumerate(mel.split(sizes, dim=1))]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ ENCODER = make_encoder()
 
 
 def clip_of(frames: int, seed: int = 0) -> Tensor:
-    return torch.randn(16, frames, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(16, frames, generator=seeded(seed))
 
 
 @torch.no_grad()

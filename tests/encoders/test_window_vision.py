@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 from torch import Tensor, nn
 
 from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
@@ -62,7 +63,7 @@ def make_encoder(**changes: Any) -> WindowVisionEncoder:
 
 def patches(*grids: tuple[int, int, int], seed: int = 0) -> Tensor:
     rows = sum(t * h * w for t, h, w in grids)
-    return torch.randn(rows, PATCH, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, PATCH, generator=seeded(seed))
 
 
 def assert_near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from build import seeded
 from torch import Tensor
 
 from omni import OmniConfig, OmniModel
@@ -227,7 +228,7 @@ def test_generated_speech_beside_its_reference(model: OmniModel, tmp_path: Path)
 
 def test_recordings_through_the_codec(model: OmniModel, tmp_path: Path) -> None:
     """A codec that gives the very codes of a recording loses nothing; one that does not loses something."""
-    codes = torch.randint(0, 16, (4, 6), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, 16, (4, 6), generator=seeded(0))
     wave = model.code2wav(codes[None])[0].detach()
     soundfile.write(tmp_path / "a.wav", wave.numpy(), 24000, subtype="FLOAT")
     messages = [*user(0, tmp_path), {"role": "assistant", "content": "Yes."}]

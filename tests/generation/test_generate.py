@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 
 from omni import OmniConfig, OmniInputs, OmniModel, OmniProcessor, SamplingConfig
 from omni.generation.reply import ANSWER, REASONING, ReplyReader, assistant_head
@@ -23,9 +24,9 @@ def chat(*texts: str) -> list[dict[str, Any]]:
 
 
 def mixed() -> list[list[dict[str, Any]]]:
-    picture = torch.randint(0, 255, (40, 72, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).numpy()
-    clip = torch.randint(0, 255, (4, 32, 32, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8).numpy()
-    sound = torch.randn(9000, generator=torch.Generator().manual_seed(3)).numpy() * 0.1
+    picture = torch.randint(0, 255, (40, 72, 3), generator=seeded(1), dtype=torch.uint8).numpy()
+    clip = torch.randint(0, 255, (4, 32, 32, 3), generator=seeded(2), dtype=torch.uint8).numpy()
+    sound = torch.randn(9000, generator=seeded(3)).numpy() * 0.1
     return [
         [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}],
         chat("hi"),
@@ -357,7 +358,7 @@ def test_an_encoder_with_a_token_rate_of_its_own(model: OmniModel) -> None:
     processor = OmniProcessor.from_pretrained(DATA)
     processor.audio_tokens = mine.audio_encoder.num_tokens
     mine.processor = processor
-    sound = torch.randn(16000, generator=torch.Generator().manual_seed(3)).numpy() * 0.1
+    sound = torch.randn(16000, generator=seeded(3)).numpy() * 0.1
     inputs = processor([{"role": "user", "content": [{"type": "audio", "audio": sound}]}])
     assert (inputs.input_ids == 275).sum() == 10
     assert mine.generate(inputs, max_new_tokens=2, max_frames=2, seed=0).codes[0].shape[1] > 0

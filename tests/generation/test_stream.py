@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,7 +169,7 @@ def test_runaway_speech_is_ended(model: OmniModel) -> None:
 @given(st.integers(1, 8), st.integers(0, 5))
 @settings(max_examples=30)
 def test_repeats_finds_every_short_period(period: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     loop = torch.randint(0, 99, (period,), generator=generator).tolist()
     assert repeats((loop * 100)[:100], 50)
     varied = torch.randperm(100, generator=generator).tolist()

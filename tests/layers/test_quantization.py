@@ -32,7 +32,6 @@ def distance(a, b):
 @pytest.mark.parametrize("shape", [(64, 128), (3, 128, 64), (2, 48, 96), (20, 32)], ids=str)
 def test_products_equal_those_with_the_unpacked_matrix(kind, shape):
     """Every layout: those of torch's CPU kernels and our own; the kernels round tokens to bf16."""
-    torch.manual_seed(0)
     weight = torch.randn(shape)
     packed = PackedWeight.pack(weight, kind)
     matrices = weight.reshape(-1, *shape[-2:])
@@ -73,7 +72,6 @@ def test_sizes():
 @pytest.mark.parametrize("backend", ["loop", "indexed"])
 @pytest.mark.parametrize("dim,hidden", [(64, 128), (32, 96)], ids=str)
 def test_experts_equal_the_plain_loop(kind, backend, dim, hidden):
-    torch.manual_seed(0)
     plain = Experts(5, dim, hidden)
     plain.initialise(0.2)
     packed = QuantizedExperts()

@@ -6,12 +6,12 @@ import copy
 import json
 import random
 import shutil
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from build import once
 from oracle import randomise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -69,7 +69,7 @@ def config_values(seed: int) -> dict[str, Any]:
     return values
 
 
-@cache
+@once
 def reference_parts(seed: int) -> tuple[Any, Any]:
     """The reference's Thinker decoder with head, and its Talker: fp32, random weights, evaluation mode."""
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
@@ -89,7 +89,7 @@ def reference_parts(seed: int) -> tuple[Any, Any]:
     return thinker, talker
 
 
-@cache
+@once
 def converted_parts(seed: int) -> tuple[Any, Any]:
     """The same Thinker and Talker in omni, by way of the file's key names."""
     from omni.checkpoint.keys import QWEN2_5_OMNI
@@ -105,7 +105,7 @@ def converted_parts(seed: int) -> tuple[Any, Any]:
     return parts["thinker"], parts["talker"]
 
 
-@cache
+@once
 def rope_reference() -> Any:
     """The reference's position rules, on a model without weights."""
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling

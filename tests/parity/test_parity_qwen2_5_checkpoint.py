@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from build import once, seeded
 from oracle_qwen2_5 import AUDIO, VISION, config_values
 from safetensors.torch import load_file
 from test_parity_token2wav import randomise, values
@@ -35,7 +35,7 @@ def whole_values(seed: int) -> dict[str, Any]:
     return made
 
 
-@cache
+@once
 def reference(seed: int) -> Any:
     from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
@@ -46,7 +46,7 @@ def reference(seed: int) -> Any:
 
 
 def voices(seed: int) -> dict[str, Voice]:
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeded(seed)
     return {
         "Chelsie": Voice(torch.randn(1, 6, generator=rng), torch.randn(1, 9, 10, generator=rng), 302),
         "Ethan": Voice(torch.randn(1, 6, generator=rng), torch.randn(1, 5, 10, generator=rng), 300),

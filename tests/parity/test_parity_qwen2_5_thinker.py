@@ -20,7 +20,6 @@ SEEDS = range(8)
 @torch.no_grad()
 def test_logits_and_states_of_a_padded_batch(seed: int) -> None:
     (reference, _), (thinker, _) = reference_parts(seed), converted_parts(seed)
-    torch.manual_seed(seed)
     ids, lengths = torch.randint(0, 320, (2, 11)), [11, 8]
     mask = (torch.arange(11) < torch.tensor(lengths)[:, None]).long()
     positions = torch.randint(0, 60, (3, 2, 11))
@@ -36,7 +35,6 @@ def test_logits_and_states_of_a_padded_batch(seed: int) -> None:
 @torch.no_grad()
 def test_greedy_decoding_after_a_prompt_with_media_positions(seed: int) -> None:
     (reference, _), (thinker, _) = reference_parts(seed), converted_parts(seed)
-    torch.manual_seed(100 + seed)
     embeds, positions = torch.randn(1, 9, thinker.config.text_config.hidden_size), torch.randint(0, 40, (3, 1, 9))
     following = int(positions.max()) + 1
     past = reference.model(inputs_embeds=embeds, position_ids=positions, use_cache=True)

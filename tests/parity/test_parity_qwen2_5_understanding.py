@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from build import once
 from oracle import assert_close, randomise
 from oracle_qwen2_5 import AUDIO, SPECIAL, VISION, config_values
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ def whole_values(seed: int) -> dict[str, Any]:
     return values
 
 
-@cache
+@once
 def reference(seed: int) -> Any:
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig

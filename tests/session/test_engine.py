@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 
 from omni import (
     AudioChunk,
@@ -51,7 +52,7 @@ def talk(session: OmniSession, seed: int) -> list[tuple[list[int], torch.Tensor,
     for turn in range(2):
         session.push_text(f"question {seed} " + "x" * rng.randint(0, 30))
         if rng.random() < 0.5:
-            wave = 0.1 * torch.randn(rng.randint(2000, 20000), generator=torch.Generator().manual_seed(seed))
+            wave = 0.1 * torch.randn(rng.randint(2000, 20000), generator=seeded(seed))
             for piece in wave.split(3000):
                 session.push_audio(piece)
         arguments = {**PLAIN, "max_new_tokens": rng.randint(1, 8), "max_frames": rng.randint(0, 9)}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from build import seeded
 from oracle_qwen2_5 import AUDIO, VISION, config_values, write_processor
 from test_token2wav import FAST, SIZES, make_model, make_voice
 
@@ -95,7 +96,7 @@ def test_live_pushes_equal_the_offline_layout(model: OmniModel, seed: int, monke
     times, samples = random_times(rng), rng.choice((400, 16000, 64000, 120000)) + rng.randint(0, 9999)
     pushed = Pushed(model, monkeypatch)
     pushed.session.push_text("what?")
-    push_in_order(pushed.session, rng, times, 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)))
+    push_in_order(pushed.session, rng, times, 0.1 * torch.randn(samples, generator=seeded(seed)))
     ids, positions = pushed.close()
 
     processor, rule = model.processor, model.config.thinker_config.position_rule
@@ -117,7 +118,7 @@ def test_live_pushes_equal_the_offline_layout(model: OmniModel, seed: int, monke
 
 def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Header, marks, chunks and what follows; and the reply is that of a fresh run on the offline inputs."""
-    processor, sound = model.processor, 0.1 * torch.randn(72000, generator=torch.Generator().manual_seed(1))
+    processor, sound = model.processor, 0.1 * torch.randn(72000, generator=seeded(1))
     frames = [np.full((SIDE, SIDE, 3), 20 * i, np.uint8) for i in range(9)]
     times = [0.5 * i for i in range(9)]
     session = OmniSession(model, use_audio_in_video=True, system=processor.speech_system)
@@ -143,7 +144,7 @@ def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypa
 
 def test_a_spoken_reply_to_sound_and_a_picture_is_that_of_a_fresh_stream(model: OmniModel) -> None:
     """In the second turn too, where the first reply and its media have been heard."""
-    processor, sound = model.processor, 0.1 * torch.randn(30000, generator=torch.Generator().manual_seed(1))
+    processor, sound = model.processor, 0.1 * torch.randn(30000, generator=seeded(1))
     picture = np.random.default_rng(0).integers(0, 255, (112, 84, 3), np.uint8)
     greedy = {"audio_sampling": {"temperature": 0, "repetition_penalty": 1.3}, "seed": 3, "speaker": "bob"}
     asked: dict[str, Any] = {**greedy, "max_new_tokens": 5, "max_frames": 18}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from build import seeded
 
 from omni import (
     AudioChunk,
@@ -56,7 +57,7 @@ def check_fresh(
 
 
 def wave(seconds: float, seed: int = 0) -> torch.Tensor:
-    return 0.1 * torch.randn(int(seconds * 16000), generator=torch.Generator().manual_seed(seed))
+    return 0.1 * torch.randn(int(seconds * 16000), generator=seeded(seed))
 
 
 def picture(seed: int = 0, height: int = 40, width: int = 72) -> np.ndarray:

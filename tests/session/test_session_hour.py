@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 from torch import Tensor
 
 from omni import OmniConfig, OmniModel, OmniProcessor, OmniSession, StreamingConfig
@@ -33,7 +34,7 @@ def tiny(positions: int) -> OmniConfig:
 
 
 def listen(session: OmniSession, seconds: int) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for _ in range(seconds // 10):
         session.push_audio(0.1 * torch.randn(160000, generator=generator))
 

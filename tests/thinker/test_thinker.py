@@ -24,7 +24,6 @@ def thinker() -> Thinker:
 
 
 def prompt(thinker: Thinker, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
     ids = torch.randint(0, 250, (rows, tokens))
     return thinker.embed_tokens(ids).detach(), torch.arange(float(tokens)).expand(3, rows, -1)
 

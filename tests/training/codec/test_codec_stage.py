@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from build import seeded
 from torch import Tensor
 
 from omni import OmniConfig, OmniModel
@@ -350,7 +351,7 @@ def test_a_codec_overfits_spoken_samples_and_is_exported(
 def test_code2wav_learns_to_decode_given_codes() -> None:
     model = tiny_model()
     waves = torch.stack(voices(0.1))
-    codes = torch.randint(64, (4, 4, 10), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(64, (4, 4, 10), generator=seeded(0))
     model.requires_grad_(False)
     model.code2wav = make_codec(model.code2wav, fresh=True).code2wav.requires_grad_(True)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -365,7 +366,7 @@ def test_code2wav_learns_to_decode_given_codes() -> None:
 
 def test_given_codes_are_decoded_as_code2wav_does_with_gradients_everywhere() -> None:
     codec = tiny_codec().double()
-    codes = torch.randint(64, (2, 4, 5), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(64, (2, 4, 5), generator=seeded(0))
     assert torch.equal(decode_with_gradients(codec.code2wav, codes), codec.code2wav(codes))
     with torch.no_grad():
         codec.code2wav.decoder[-1].conv.bias.fill_(3.0)
@@ -378,7 +379,7 @@ def test_given_codes_are_decoded_as_code2wav_does_with_gradients_everywhere() ->
 def test_what_lies_behind_a_recording_does_not_count() -> None:
     codec = tiny_codec()
     waves = torch.stack(voices(0.1))[:2]
-    codes = torch.randint(64, (2, 4, 10), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(64, (2, 4, 10), generator=seeded(0))
     objective = DecoderObjective(codec.code2wav, mel_scales=SCALES)
     results = []
     for code in (0, 63):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from build import seeded
 
 from omni import OmniConfig
 from omni.code2wav.code2wav import Code2Wav
@@ -38,7 +39,7 @@ def code2wav_of(books: int = 4) -> Code2Wav:
 def fitted() -> MelCodec:
     codec = MelCodec(num_codebooks=4, codebook_size=64, width=32)
     recordings = [spoken(speed) for speed in (0.8, 0.9, 1.0, 1.1, 1.2)]
-    left = codec.fit(recordings, generator=torch.Generator().manual_seed(0))
+    left = codec.fit(recordings, generator=seeded(0))
     assert (left[1:] < left[:-1]).all() and left[-1] < 0.2
     return codec
 
@@ -72,7 +73,7 @@ def test_each_codebook_brings_the_patch_nearer(fitted: MelCodec) -> None:
 def test_fitting_is_repeatable() -> None:
     a, b = MelCodec(2, 16, 8), MelCodec(2, 16, 8)
     for codec in (a, b):
-        codec.fit([spoken()], generator=torch.Generator().manual_seed(3))
+        codec.fit([spoken()], generator=seeded(3))
     assert torch.equal(a.books, b.books) and torch.equal(a.encode(spoken()), b.encode(spoken()))
 
 

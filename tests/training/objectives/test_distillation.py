@@ -71,7 +71,6 @@ def spread(model: OmniModel) -> OmniModel:
 @pytest.mark.parametrize("kind", ["states", "top-k"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_in_chunks_it_is_the_divergence_of_whole_logits(direction: str, kind: str, chunk: int) -> None:
-    torch.manual_seed(0)
     hidden, weight = (torch.randn(n, D, dtype=torch.float64, requires_grad=True) for n in (N, V))
     states = TeacherStates(torch.randn(N, 3, dtype=torch.float64), torch.randn(V, 3, dtype=torch.float64))
     logits = states.hidden @ states.weight.T
@@ -142,7 +141,6 @@ def test_an_identical_teacher_teaches_nothing(tiny: OmniModel, options: dict[str
 def test_the_student_comes_closer_to_its_teacher(tiny: OmniModel, options: dict[str, Any]) -> None:
     teacher = spread(toy_model(seed=1))
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    torch.manual_seed(0)
     objective, given = Distillation(tiny, teacher, **options), batch_of(tiny)
     optimizer = torch.optim.AdamW(tiny.thinker.parameters(), 3e-3, weight_decay=0)
     values = []

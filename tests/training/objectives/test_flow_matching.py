@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from build import seeded
 from test_token2wav import SIZES, make_model
 
 from omni.code2wav.dit import DiT
@@ -22,7 +23,7 @@ def make_dit(width: int = 16) -> DiT:
 
 
 def make_batch(rows: int = 2, codes: int = 8, lengths: torch.Tensor | None = None) -> FlowBatch:
-    rng = torch.Generator().manual_seed(0)
+    rng = seeded(0)
     return FlowBatch(
         mel=torch.randn(rows, 2 * codes, 5, generator=rng),
         codes=torch.randint(1, 20, (rows, codes), generator=rng),
@@ -33,7 +34,7 @@ def make_batch(rows: int = 2, codes: int = 8, lengths: torch.Tensor | None = Non
 
 
 def draw_for(batch: FlowBatch, drop_rate: float = 0.2) -> FlowDraw:
-    return draw_flow(batch.mel, torch.Generator().manual_seed(1), drop_rate)
+    return draw_flow(batch.mel, seeded(1), drop_rate)
 
 
 def randomise(dit: DiT) -> DiT:
@@ -105,7 +106,7 @@ def test_gradients_reach_every_parameter() -> None:
 def test_a_tiny_dit_learns_two_clips() -> None:
     """The loss falls to a fraction, and sampling then gives each clip back, told apart by its codes and voice."""
     dit, batch = make_dit(width=32), make_batch()
-    rng = torch.Generator().manual_seed(2)
+    rng = seeded(2)
     rows = [0, 1] * 6
     many = FlowBatch(batch.mel[rows], batch.codes[rows], batch.speaker[rows], batch.reference_mel[rows])
     optimiser = torch.optim.AdamW(dit.parameters(), lr=4e-3)

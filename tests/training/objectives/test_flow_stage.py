@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from build import seeded
 from oracle_qwen2_5 import config_values
 from test_token2wav import SIZES, make_model, make_voice
 
@@ -51,7 +52,7 @@ def maker(manifest: Path, **options: Any) -> tuple[Mixture, FlowMaker]:
 
 
 def test_a_mel_frame_is_the_log_amplitude_of_its_window() -> None:
-    mel, wave = VoiceMel(5, HOP, RATE, N_FFT), torch.randn(600, generator=torch.Generator().manual_seed(0))
+    mel, wave = VoiceMel(5, HOP, RATE, N_FFT), torch.randn(600, generator=seeded(0))
     found = mel(wave)
     assert found.shape == (100, 5) and mel(wave[:599]).shape == (99, 5)
     start = 40 * HOP - (N_FFT - HOP) // 2  # frame 40, far from both ends

@@ -132,7 +132,6 @@ def share_of(*tokens: int) -> Any:
 def test_at_ratio_1_the_gradient_is_the_weighted_mean_of_log_probs() -> None:
     """Against logits of the model's plain forward pass, in float64 (Zheng et al., 2025, eq. 10)."""
     model = toy_model(seed=0).double()
-    torch.manual_seed(0)
     low = range(320)
     objective = GSPO(model, share_of(*low), group_size=4, max_new_tokens=5)
     rollout = objective.prepare(model, conversations(model, [["Name a river."], [tone(0.4)]]))
@@ -156,7 +155,6 @@ def test_at_ratio_1_the_gradient_is_the_weighted_mean_of_log_probs() -> None:
 
 def test_a_reward_is_learnt() -> None:
     model = toy_model(seed=0)
-    torch.manual_seed(0)
     objective = GSPO(model, share_of(*range(320)), group_size=16, max_new_tokens=2)
     given = conversations(model, [["Name a river."]])
     optimizer = torch.optim.AdamW(model.thinker.parameters(), 0.1, weight_decay=0)
@@ -172,7 +170,6 @@ def test_a_reward_is_learnt() -> None:
 
 def test_a_rollout_may_be_used_again_until_it_is_clipped() -> None:
     model = toy_model(seed=0)
-    torch.manual_seed(0)
     objective = GSPO(model, share_of(*range(320)), group_size=8, max_new_tokens=3, reusable=True)
     rollout = objective.prepare(model, conversations(model, QUESTIONS[:1]))
     optimizer = torch.optim.SGD(model.thinker.parameters(), 1.0)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from build import seeded
 from oracle_qwen2_5 import AUDIO, config_values, write_processor
 
 from omni import OmniConfig, OmniModel, OmniProcessor
@@ -121,7 +122,7 @@ def by_hand(model: OmniModel, batch: TrainingBatch, voice: int) -> torch.Tensor:
 @torch.no_grad()
 def test_the_pass_is_the_published_layout(model: OmniModel, frames: int) -> None:
     """Fewer frames than words, as many, and more: then the end of text and padding follow."""
-    codes = torch.randint(0, 80, (1, frames), generator=torch.Generator().manual_seed(frames))
+    codes = torch.randint(0, 80, (1, frames), generator=seeded(frames))
     batch = spoken(model, "Well?", "So it is.", codes, "Bob")
     found = talker_pass(model, batch, thinker_pass(model, batch, needed=False))
     torch.testing.assert_close(found.logits, by_hand(model, batch, voice=301), atol=1e-4, rtol=1e-4)

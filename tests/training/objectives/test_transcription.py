@@ -58,7 +58,6 @@ def collapsed(path, blank):
 
 
 def test_ctc_is_the_sum_over_all_alignments():
-    torch.manual_seed(0)
     head = CTCHead(WIDTH, 2).double()
     output = random_output((4, 5, 3))
     targets = [[0, 1], [1, 1], []]
@@ -73,7 +72,6 @@ def test_ctc_is_the_sum_over_all_alignments():
 
 
 def test_attention_loss_is_the_cross_entropy_of_each_text_alone():
-    torch.manual_seed(0)
     decoder = AttentionDecoder(WIDTH, 5, dim=16, layers=2, heads=2).double()
     output = random_output((4, 7, 2))
     targets = [[0, 4], [1, 1, 2, 3], []]
@@ -88,7 +86,6 @@ def test_attention_loss_is_the_cross_entropy_of_each_text_alone():
 
 
 def test_the_decoder_sees_no_later_label():
-    torch.manual_seed(0)
     decoder = AttentionDecoder(WIDTH, 5, dim=16, layers=1, heads=2).double()
     memory = decoder.memory(random_output((4,)))
     a, b = torch.tensor([[5, 1, 2, 3]]), torch.tensor([[5, 1, 4, 0]])
@@ -99,7 +96,6 @@ def test_the_decoder_sees_no_later_label():
 
 @pytest.mark.parametrize("kind", ["ctc", "attention"])
 def test_gradients_against_finite_differences(kind):
-    torch.manual_seed(0)
     output = random_output((4, 3), requires_grad=True)
     if kind == "ctc":
         head, loss = CTCHead(WIDTH, 3).double(), ctc_loss
@@ -167,7 +163,6 @@ def test_greedy_ctc_merges_and_drops_blanks():
 
 
 def test_attention_transcription_is_bounded_and_of_each_clip_alone():
-    torch.manual_seed(3)
     decoder = AttentionDecoder(WIDTH, 6, dim=16, layers=1, heads=2).double()
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -199,7 +194,6 @@ def test_errors_name_the_clip():
 
 def test_an_embedding_head_turns_tokens_towards_the_embeddings_of_their_labels() -> None:
     """Logits are scaled cosines, the blank has its own direction, and tokens that learn end up where words lie."""
-    torch.manual_seed(0)
     embeddings = torch.randn(6, WIDTH)
     head = EmbeddingHead(embeddings, blank=5, scale=8.0)
     logits = head(3 * embeddings)

@@ -224,7 +224,6 @@ def test_groups_have_the_decay_and_rate_of_their_parameters() -> None:
 
 def test_a_state_made_at_once_changes_nothing() -> None:
     """Against PyTorch's plain AdamW, which makes its state at the first gradient; a parameter without one stands."""
-    torch.manual_seed(0)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     table = OptimiserTable(lr=0.1, betas=(0.8, 0.9), weight_decay=0.0)
