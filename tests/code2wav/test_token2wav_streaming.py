@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-from build import once, seeded
+from build import FAST, SIZES, make_token2wav, make_voice, once, seeded
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_token2wav import FAST, SIZES, draw, make_model, make_voice
+from test_token2wav import draw
 
 from omni.code2wav.bigvgan import BigVGAN, frame_reach
 from omni.code2wav.chunk_schedule import ChunkSchedule, first_audio
@@ -28,7 +28,7 @@ VOCODERS = [
     {"resblock_kernel_sizes": [3, 5], "resblock_dilation_sizes": [[1, 1, 1], [1, 2, 1]]},
     {"upsample_rates": [2], "upsample_kernel_sizes": [2], "resblock_dilation_sizes": [[5, 3, 1]]},
 ]
-model = once(make_model)
+model = once(make_token2wav)
 
 
 @once

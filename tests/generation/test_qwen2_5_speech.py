@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_token2wav import FAST, SIZES, make_voice
+from build import FAST, SIZES, make_voice
 
 from omni import (
     AudioChunk,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle_qwen2_5 import config_values, rope_reference, write_processor
+from build import config_values, write_processor
+from oracle_qwen2_5 import rope_reference
 
 from omni.config.qwen3_omni import OmniConfig
 from omni.processing import vision

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from build import once, seeded
+from build import config_values, once, seeded
 from oracle import assert_close
-from oracle_qwen2_5 import config_values, converted_parts, reference_parts
+from oracle_qwen2_5 import converted_parts, reference_parts
 from test_parity_qwen2_5_positions import RULE, Layout, gather, layouts
 
 from omni.config.qwen3_omni import OmniConfig

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from build import CONFIGS, config_values
 from oracle import assert_close
-from oracle_qwen2_5 import CONFIGS, config_values, converted_parts, reference_parts
+from oracle_qwen2_5 import converted_parts, reference_parts
 
 from omni.checkpoint.keys import QWEN2_5_OMNI
 from omni.config.qwen3_omni import OmniConfig

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from build import seeded
-from test_token2wav import SIZES, make_model
+from build import SIZES, make_token2wav, seeded
 
 from omni.code2wav.dit import DiT
 from omni.code2wav.ode_sampler import ODEConfig, position_noise, sample_mel
@@ -95,7 +94,7 @@ def test_draws_repeat_and_bad_input_is_named() -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    dit, batch = make_model().dit, make_batch()
+    dit, batch = make_token2wav().dit, make_batch()
     draw = draw_for(batch, 0.0)
     flow_matching_loss(dit, batch, draw).backward()
     silent = [name for name, p in dit.named_parameters() if p.grad is None or p.grad.abs().max() == 0]

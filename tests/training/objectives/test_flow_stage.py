@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from build import seeded
-from oracle_qwen2_5 import config_values
-from test_token2wav import SIZES, make_model, make_voice
+from build import SIZES, config_values, make_token2wav, make_voice, seeded
 
 from omni.encoders.mel import mel_filter_bank
 from omni.training.data.conversation_samples import SkipRow
@@ -48,7 +46,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def maker(manifest: Path, **options: Any) -> tuple[Mixture, FlowMaker]:
     mixture = Mixture([Manifest(manifest)])
     chosen = {"crop_s": 0.01, "reference_s": 0.004, "n_fft": N_FFT, **options}
-    return mixture, FlowMaker(make_model(), speakers_of(mixture), **chosen)
+    return mixture, FlowMaker(make_token2wav(), speakers_of(mixture), **chosen)
 
 
 def test_a_mel_frame_is_the_log_amplitude_of_its_window() -> None:
