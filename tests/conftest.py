@@ -14,12 +14,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from build import SEED
+from build import SEED, tiny_model
 
-from omni import OmniConfig, OmniModel, OmniProcessor
+from omni import OmniModel
 from omni.packaged.toy import toy_model
-
-ROOT = Path(__file__).parents[1]
 
 THREADS = int(os.environ.get("OMNI_TEST_THREADS") or 1)
 torch.set_num_threads(THREADS)
@@ -66,11 +64,4 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model() -> OmniModel:
     """The tiny random model, far enough from uniform that greedy choices differ between prompts, with its processor."""
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
-    return model
+    return tiny_model()

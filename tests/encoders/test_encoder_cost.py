@@ -13,9 +13,9 @@ import pytest
 import test_whisper_audio
 import test_window_vision
 import torch
-from build import seeded
+from build import draw, fixed, seeded
 from test_streaming_encoders import AUDIO, VISION, make_audio_encoder, noise
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
@@ -33,11 +33,8 @@ GRIDS = [(1, 4, 6), (3, 2, 2), (1, 6, 4), (2, 4, 6)]
 
 
 def make_vision_encoder() -> VisionEncoder:
-    torch.manual_seed(0)
-    encoder = VisionEncoder(VisionEncoderConfig.from_dict(VISION)).eval()
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder
+    with fixed():
+        return draw(VisionEncoder(VisionEncoderConfig.from_dict(VISION)))
 
 
 def patches() -> Tensor:

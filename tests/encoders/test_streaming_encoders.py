@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from build import seeded
+from build import draw, fixed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni.config.qwen3_omni import AudioEncoderConfig, VisionEncoderConfig
 from omni.encoders.audio import AudioEncoder
@@ -54,11 +54,8 @@ fuzz = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def make_audio_encoder() -> AudioEncoder:
-    torch.manual_seed(0)
-    encoder = AudioEncoder(AudioEncoderConfig.from_dict(AUDIO))
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder.eval()
+    with fixed():
+        return draw(AudioEncoder(AudioEncoderConfig.from_dict(AUDIO)))
 
 
 ENCODER = make_audio_encoder()
@@ -174,8 +171,7 @@ def test_the_chain_from_any_rate_to_embeds(rate: int, samples: int, places: list
 def test_vision_encoder_grid_step_by_grid_step(grid: tuple[int, int, int]) -> None:
     """Frames attend to their own grid step only, so that a step can be encoded as soon as its frames are there."""
     encoder = VisionEncoder(VisionEncoderConfig.from_dict(VISION)).eval()
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
+    draw(encoder)
     steps, height, width = grid
     pixels = torch.randn(steps * height * width, 3 * 2 * 4 * 4)
     whole = encoder(pixels, torch.tensor([grid]))

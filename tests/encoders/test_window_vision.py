@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from build import seeded
-from torch import Tensor, nn
+from build import draw, fixed, seeded
+from torch import Tensor
 
 from omni.config.qwen2_5_encoders import WindowVisionEncoderConfig
 from omni.encoders import vision, window_vision
@@ -54,11 +54,8 @@ RELEASED = {
 
 
 def make_encoder(**changes: Any) -> WindowVisionEncoder:
-    torch.manual_seed(0)
-    encoder = WindowVisionEncoder(WindowVisionEncoderConfig.from_dict({**SIZES, **changes}))
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder.eval()
+    with fixed():
+        return draw(WindowVisionEncoder(WindowVisionEncoderConfig.from_dict({**SIZES, **changes})))
 
 
 def patches(*grids: tuple[int, int, int], seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import FAST, SIZES, make_voice
+from build import BATCH, FAST, SIZES, chat, make_voice
 
 from omni import (
     AudioChunk,
@@ -80,13 +80,6 @@ def speaker_model() -> OmniModel:
     for name, token in (("Ann", 300), ("bob", 301)):
         object.__setattr__(model.voices[name], "bos_token", token)
     return model
-
-
-def chat(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-BATCH = [chat("hi"), chat("a much longer question than the first one"), chat("three")]
 
 
 def collect(events: list[Any], row: int = 0) -> tuple[list[int], torch.Tensor, TurnEnd]:

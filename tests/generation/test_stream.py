@@ -7,23 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from build import seeded
+from build import BATCH, GREEDY, PLAIN, chat, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni import AudioChunk, OmniModel, OmniSession, SamplingConfig, StreamingConfig, TextDelta, TurnEnd
+from omni import AudioChunk, OmniModel, OmniSession, StreamingConfig, TextDelta, TurnEnd
 from omni.generation.turn import repeats
 
 ROOT = Path(__file__).parents[2]
-GREEDY = SamplingConfig(temperature=0)
-PLAIN: dict[str, Any] = {"audio_sampling": {"temperature": 0, "repetition_penalty": 1.3}, "residual_sampling": GREEDY}
-
-
-def chat(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-BATCH = [chat("hi"), chat("a much longer question than the first one"), chat("three")]
 
 
 def collect(events: list[Any], row: int) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from build import chat, tiny_config, tiny_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omni import OmniConfig, OmniModel, OmniProcessor
+from omni import OmniModel
 from omni.checkpoint import apply_adapter, load_weights, save_weights
 from omni.generation.prompt import encode_prompt
 from omni.layers.init import MetaBuild
@@ -110,16 +111,6 @@ def test_indexed_experts_ask_the_host_nothing(kind):
             packed(*inputs, backend="loop")
 
 
-def tiny_model():
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)
-    return model
-
-
 def test_which_layers_are_packed():
     model = tiny_model()
     quantize(model, "int8")
@@ -175,7 +166,7 @@ def test_misuse_is_refused(tmp_path):
 
 def empty_model(parts=("thinker", "talker", "code2wav")):
     with MetaBuild():
-        return OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"), parts)
+        return OmniModel(tiny_config(), parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,9 +241,7 @@ def test_an_adapter_comes_before_packing(tiny_checkpoint, tmp_path):
 def spoken():
     """A model with a processor and prompts of two lengths."""
     model = tiny_model()
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
-    talk = [[{"role": "user", "content": text}] for text in ("Hello there", "What is it?")]
-    return model, model.processor(talk)
+    return model, model.processor([chat("Hello there"), chat("What is it?")])
 
 
 def test_teacher_forcing_finds_the_choices_of_generation(spoken):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from build import fixed, tiny_config
 
-from omni.config.qwen3_omni import OmniConfig
 from omni.layers.init import initialise
 from omni.talker.conditioning import PREFIX_LENGTH, user_spans
 from omni.talker.talker import Talker
 
-OMNI = OmniConfig.from_pretrained(Path(__file__).parents[2] / "configs" / "tiny.json")
+OMNI = tiny_config()
 CONFIG = OMNI.talker_config
 assert CONFIG is not None
 WIDTH = CONFIG.text_config.hidden_size
@@ -21,9 +19,9 @@ RESIDUAL = CONFIG.num_code_groups - 1
 
 @pytest.fixture(scope="module")
 def talker() -> Talker:
-    torch.manual_seed(0)
-    model = Talker(CONFIG).eval()
-    initialise(model, lambda _: 0.2)
+    with fixed():
+        model = Talker(CONFIG).eval()
+        initialise(model, lambda _: 0.2)
     return model
 
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from build import fixed, tiny_config
 
-from omni.config.qwen3_omni import OmniConfig
 from omni.layers.init import initialise
 from omni.thinker.merge import lay_out_taps, merge_embeddings
 from omni.thinker.thinker import Thinker
 
-CONFIG = OmniConfig.from_pretrained(Path(__file__).parents[2] / "configs" / "tiny.json").thinker_config
+CONFIG = tiny_config().thinker_config
 
 
 @pytest.fixture(scope="module")
 def thinker() -> Thinker:
-    torch.manual_seed(0)
-    model = Thinker(CONFIG, accept_layer=3).eval()
-    initialise(model, lambda _: 0.2)
+    with fixed():
+        model = Thinker(CONFIG, accept_layer=3).eval()
+        initialise(model, lambda _: 0.2)
     return model
 
 
@@ -119,7 +117,6 @@ def test_a_rotary_scheme_of_ones_own() -> None:
         shape = (*positions.shape[1:], 16)
         return torch.ones(shape), torch.zeros(shape)
 
-    torch.manual_seed(0)
     model = Thinker(CONFIG, rope=no_rotation).eval()
     initialise(model, lambda _: 0.2)
     embeds, positions = prompt(model, 1, 5)
@@ -128,7 +125,6 @@ def test_a_rotary_scheme_of_ones_own() -> None:
 
 def test_long_context_keeps_its_accuracy() -> None:
     """A query at position 4095 attends as it does at 0, and the cache takes what the formula says."""
-    torch.manual_seed(0)
     model = Thinker(CONFIG).eval()
     initialise(model, lambda _: 0.2)
     embeds = model.embed_tokens(torch.randint(0, 250, (1, 4096))).detach()
