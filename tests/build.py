@@ -225,11 +225,11 @@ FAST = ODEConfig(num_steps=3, solver="euler")
 
 
 @torch.no_grad()
-def draw_token2wav(module: M) -> M:
+def draw_token2wav(module: M, gain: float = 1.0) -> M:
     """Every parameter by fan-in; half as large in the vocoder, which else magnifies rounding."""
     for name, p in module.named_parameters():
-        gain = 0.5 if "bigvgan" in name else 1.0
-        p.copy_(gain * torch.randn_like(p) / p[0].numel() ** 0.5 if p.dim() > 1 else 0.1 * torch.randn_like(p))
+        scale = gain * (0.5 if "bigvgan" in name else 1.0)
+        p.copy_(scale * torch.randn_like(p) / p[0].numel() ** 0.5 if p.dim() > 1 else 0.1 * torch.randn_like(p))
     return module
 
 
@@ -265,7 +265,7 @@ def noise(samples: int, seed: int = 0, level: float = 0.1) -> Tensor:
     return level * torch.randn(samples, generator=seeded(seed))
 
 
-def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+def speckle(*shape: int, seed: int = 0) -> np.ndarray:
     """A picture [H, W, 3] or film [T, H, W, 3] of random bytes: shape without the 3."""
     return np.random.default_rng([SEED, seed]).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
@@ -275,7 +275,7 @@ def sound_item(seconds: float) -> dict[str, Any]:
 
 
 def picture_item(height: int = 64, width: int = 64) -> dict[str, Any]:
-    return {"type": "image", "image": pixels(height, width)}
+    return {"type": "image", "image": speckle(height, width)}
 
 
 def speech_codes(frames: int, books: int = 4, size: int = 64) -> list[list[int]]:

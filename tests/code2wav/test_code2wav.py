@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import seeded
+from build import fixed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -65,10 +65,10 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 def make_decoder(strict_causal: bool = False, **changes: Any) -> Code2Wav:
-    torch.manual_seed(0)
     config = Code2WavConfig.from_dict(SIZES).replace(**changes)
-    decoder = Code2Wav(config, strict_causal=strict_causal)
-    randomise(decoder)
+    with fixed():
+        decoder = Code2Wav(config, strict_causal=strict_causal)
+        randomise(decoder)
     return decoder.eval()
 
 

@@ -285,7 +285,7 @@ def test_broken_voice_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         load_voices(tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError, match="holds no voices"):
         load_voices(tmp_path)
-    (tmp_path / "a.pt").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     (tmp_path / "b.pt").write_bytes(b"nonsense")
     (tmp_path / "c.safetensors").write_bytes(b"nonsense")
     torch.save(Malicious(), tmp_path / "d.pt")

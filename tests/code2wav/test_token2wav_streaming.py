@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from build import FAST, SIZES, make_token2wav, make_voice, once, seeded
+from build import FAST, SIZES, draw_token2wav, make_token2wav, make_voice, once, seeded
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_token2wav import draw
@@ -33,12 +33,8 @@ model = once(make_token2wav)
 
 @once
 def vocoder(number: int) -> BigVGAN:
-    torch.manual_seed(0)
     made = BigVGAN(BigVGANConfig.from_dict({**SIZES["bigvgan_config"], **VOCODERS[number]}))
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(0.5 * torch.randn_like(p) / p[0].numel() ** 0.5 if p.dim() > 1 else 0.1 * torch.randn_like(p))
-    return made.eval()
+    return draw_token2wav(made.eval(), gain=0.5)
 
 
 def cut(total: int, cuts: list[int]) -> list[int]:

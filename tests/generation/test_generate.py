@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import GREEDY, TOY_DATA, chat, noise, pixels, tiny_config
+from build import GREEDY, TOY_DATA, chat, noise, speckle, tiny_config
 
 from omni import OmniConfig, OmniInputs, OmniModel, OmniProcessor, SamplingConfig
 from omni.generation.reply import ANSWER, REASONING, ReplyReader, assistant_head
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def mixed() -> list[list[dict[str, Any]]]:
-    picture, clip, sound = pixels(40, 72), pixels(4, 32, 32), noise(9000).numpy()
+    picture, clip, sound = speckle(40, 72), speckle(4, 32, 32), noise(9000).numpy()
     return [
         [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}],
         chat("hi"),

@@ -16,8 +16,8 @@ from build import (
     fixed,
     make_token2wav,
     make_voice,
-    pixels,
     seeded,
+    speckle,
     widen,
     write_processor,
 )
@@ -28,6 +28,7 @@ from omni.processing import vision
 from omni.processing.video_file import VideoClip
 from omni.rope.positions import Audio, AudioVideo, Text, Video, placeholder_ids, prompt_positions
 
+pytestmark = pytest.mark.filterwarnings("ignore:the conversation does not begin")
 SIDE = 56  # pixels of a frame, made larger by the processor unless its limits are small
 
 
@@ -145,7 +146,7 @@ def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypa
 def test_a_spoken_reply_to_sound_and_a_picture_is_that_of_a_fresh_stream(model: OmniModel) -> None:
     """In the second turn too, where the first reply and its media have been heard."""
     processor, sound = model.processor, 0.1 * torch.randn(30000, generator=seeded(1))
-    picture = pixels(112, 84)
+    picture = speckle(112, 84)
     greedy = {"audio_sampling": {"temperature": 0, "repetition_penalty": 1.3}, "seed": 3, "speaker": "bob"}
     asked: dict[str, Any] = {**greedy, "max_new_tokens": 5, "max_frames": 18}
     windows = StreamingConfig(codec_schedule=ChunkSchedule(4, 2, 2), codec_ode=FAST, silence_s=None)

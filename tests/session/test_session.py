@@ -10,7 +10,7 @@ import build
 import numpy as np
 import pytest
 import torch
-from build import noise, pixels
+from build import noise, speckle
 
 from omni import (
     AudioChunk,
@@ -55,7 +55,7 @@ def wave(seconds: float, seed: int = 0) -> torch.Tensor:
 
 
 def picture(seed: int = 0, height: int = 40, width: int = 72) -> np.ndarray:
-    return pixels(height, width, seed=seed)
+    return speckle(height, width, seed=seed)
 
 
 def mel(model: OmniModel, *clips: torch.Tensor) -> dict[str, torch.Tensor]:

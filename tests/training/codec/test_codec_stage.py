@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import soundfile
 import torch
-from build import seeded
+from build import fixed, seeded, tiny_config
 from torch import Tensor
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.packaged.toy import TOY_DATA
 from omni.training.codec.codec import Codec
 from omni.training.codec.codec_stage import (
@@ -41,17 +41,16 @@ SCALES = ((512, 40), (1024, 60))
 
 def tiny_model() -> OmniModel:
     """The tiny model, its Code2Wav with frames of 10 ms."""
-    torch.manual_seed(0)
-    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json")
+    config = tiny_config()
     assert config.code2wav_config is not None
     sizes = config.code2wav_config.replace(num_hidden_layers=1, upsample_rates=(5, 4, 3))
-    return OmniModel(config.replace(code2wav_config=sizes))
+    with fixed():
+        return OmniModel(config.replace(code2wav_config=sizes))
 
 
 def tiny_codec() -> Codec:
-    code2wav = tiny_model().code2wav
-    torch.manual_seed(1)
-    return make_codec(code2wav, fresh=True)
+    with fixed(1):
+        return make_codec(tiny_model().code2wav, fresh=True)
 
 
 def voices(seconds: float = 0.25) -> list[Tensor]:
@@ -214,8 +213,8 @@ class Given:
 
 
 def adversary(lr: float = 1e-3) -> Adversary:
-    torch.manual_seed(7)
-    return Adversary(Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,)), lr)
+    with fixed(7):
+        return Adversary(Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,)), lr)
 
 
 @pytest.mark.parametrize("samples", [2400, 2500])

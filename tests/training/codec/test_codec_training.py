@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from build import seeded
+from build import fixed, seeded, tiny_config
 from torch import Tensor, nn
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.code2wav.code2wav import Code2Wav
 from omni.config.qwen3_omni import Code2WavConfig
 from omni.training.codec.codec import Codec, CodecEncoder, CodeUsage, draw_weights, nearest_codes
@@ -52,9 +52,9 @@ SMALL: dict[str, Any] = {
 
 
 def make_codec(dtype: torch.dtype = torch.float32, strict_causal: bool = False, **changes: Any) -> Codec:
-    torch.manual_seed(0)
-    code2wav = Code2Wav(Code2WavConfig.from_dict(SIZES).replace(**changes), strict_causal=strict_causal)
-    draw_weights(code2wav)
+    with fixed():
+        code2wav = Code2Wav(Code2WavConfig.from_dict(SIZES).replace(**changes), strict_causal=strict_causal)
+        draw_weights(code2wav)
     return Codec(code2wav.to(dtype))
 
 
@@ -292,8 +292,8 @@ def test_under_autocast_codes_are_those_of_the_latents_in_fp32() -> None:
 
 
 def small_discriminators() -> Discriminators:
-    torch.manual_seed(1)
-    return Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,))
+    with fixed(1):
+        return Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,))
 
 
 @pytest.mark.parametrize("samples", [1, 97, 1000])
@@ -373,6 +373,7 @@ def test_a_codec_learns_tones_and_vowels() -> None:
 
 
 def test_two_runs_from_one_seed_are_equal() -> None:
+    @fixed(5)
     def run() -> dict[str, Tensor]:
         codec = make_codec(**SMALL)
         optimizer = torch.optim.AdamW(codec.parameters(), lr=1e-2)
@@ -402,7 +403,7 @@ def test_a_copy_is_independent() -> None:
 
 
 def test_the_decoder_stays_the_models_own_part(tmp_path: Path) -> None:
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
+    model = OmniModel(tiny_config())
     assert model.code2wav is not None
     names = list(model.state_dict())
     codec = Codec(model.code2wav)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from build import seeded
+from build import TINY, fixed, seeded, tiny_config
 
-from omni import OmniConfig
 from omni.code2wav.code2wav import Code2Wav
 from omni.packaged.toy import TOY_DATA
 from omni.training.codec.mel_codec import MelCodec
@@ -29,10 +28,10 @@ def spoken(speed: float = 1.0) -> torch.Tensor:
 
 
 def code2wav_of(books: int = 4) -> Code2Wav:
-    torch.manual_seed(0)
-    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").code2wav_config
+    config = tiny_config().code2wav_config
     assert config is not None and config.num_quantizers == books
-    return Code2Wav(config)
+    with fixed():
+        return Code2Wav(config)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def test_code2wav_learns_to_decode_them(fitted: MelCodec, tmp_path: Path) -> Non
     manifest = tmp_path / "recordings.jsonl"
     manifest.write_text(json.dumps({"audio": "spoken.wav"}) + "\n")
     values = {
-        "model": {"config": str(ROOT / "configs" / "tiny.json"), "parts": ["code2wav"]},
+        "model": {"config": str(TINY), "parts": ["code2wav"]},
         "train": {"objective": "codec", "steps": 25, "precision": "fp32", "device": "cpu"},
         "objective": {
             "decoder_only": True, "fresh": True, "crop_s": 0.32, "batch_size": 2, "mel_scales": [[512, 40]],

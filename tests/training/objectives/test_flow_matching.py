@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from build import SIZES, make_token2wav, seeded
+from build import SIZES, fixed, make_token2wav, seeded
 
 from omni.code2wav.dit import DiT
 from omni.code2wav.ode_sampler import ODEConfig, position_noise, sample_mel
@@ -14,10 +14,10 @@ from omni.training.objectives.flow_matching import FlowBatch, FlowDraw, draw_flo
 
 
 def make_dit(width: int = 16) -> DiT:
-    torch.manual_seed(0)
     config = Token2WavConfig.from_dict(SIZES).dit_config.replace(hidden_size=width, head_dim=width // 2, dropout=0.0)
-    dit = DiT(config)
-    initialise(dit, lambda name: 0.1)
+    with fixed():
+        dit = DiT(config)
+        initialise(dit, lambda name: 0.1)
     return dit
 
 

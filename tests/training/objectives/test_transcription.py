@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
+from build import fixed, tiny_config
 from torch.nn import functional as F
 
-from omni import OmniConfig
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.contract import EncoderOutput
 from omni.encoders.mel import LogMel
@@ -25,16 +24,16 @@ from omni.training.objectives.transcription import (
     ctc_transcribe,
 )
 
-CONFIG = OmniConfig.from_pretrained(Path(__file__).parents[3] / "configs" / "tiny.json").thinker_config.audio_config
+CONFIG = tiny_config().thinker_config.audio_config
 WIDTH = CONFIG.output_dim
 TONES_HZ = (300, 700, 1500, 3200)
 TEXTS = [[0, 1, 2], [3, 3, 1, 0], [2, 0]]
 
 
 def encoder(seed=0):
-    torch.manual_seed(seed)
-    module = AudioEncoder(CONFIG)
-    initialise(module, lambda name: 0.1)
+    with fixed(seed):
+        module = AudioEncoder(CONFIG)
+        initialise(module, lambda name: 0.1)
     return module
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from build import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.layers.norm import RMSNorm
 from omni.training.run.optimiser import lr_factor, make_adamw, match_names, named_state, param_groups, set_lr, trainable
 from omni.training.run.train_config import GroupTable, OptimiserTable, TrainConfig
@@ -59,7 +60,7 @@ folder = "runs/a"
 
 @pytest.fixture(scope="module")
 def tiny() -> OmniModel:
-    return OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
+    return OmniModel(tiny_config())
 
 
 def write(folder: Path, text: str) -> Path:
