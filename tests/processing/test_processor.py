@@ -230,10 +230,10 @@ def test_every_spelling_of_an_item(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_messages(messages: Any, error: type[Exception], words: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()  # not the clock on the wall, which other processes hold up
     with pytest.raises(error, match=words):
         PROCESSOR(messages)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_mel_level() -> None:
