@@ -1,16 +1,56 @@
-"""Fixtures that several test files share."""
+"""What every test starts from (seed, threads), and fixtures that several test files share.
+
+OMNI_TEST_SEED (default 0) and OMNI_TEST_THREADS (default 1) change both; processes that tests start inherit them.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import zlib
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
+from build import SEED, tiny_model
 
-from omni import OmniConfig, OmniModel, OmniProcessor
+from omni import OmniModel
 from omni.packaged.toy import toy_model
 
-ROOT = Path(__file__).parents[1]
+THREADS = int(os.environ.get("OMNI_TEST_THREADS") or 1)
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of processes that tests start
+# The same examples in every run, however slow the machine; another seed draws others.
+hypothesis.settings.register_profile("omni", derandomize=SEED == 0, database=None, deadline=None)
+hypothesis.settings.load_profile("omni")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SEED and getattr(item, "function", None) and hypothesis.is_hypothesis_test(item.function):
+            hypothesis.seed(SEED)(item.function)
+
+
+def _seed(name: str) -> None:
+    """Seed the global generators from OMNI_TEST_SEED and a name, so that neither order nor neighbours matter."""
+    number = zlib.crc32(f"{SEED} {name}".encode())
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    _seed(request.node.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
+    """What a module or a session shares is drawn the same, whichever test asks first."""
+    if fixturedef.scope != "function":
+        _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +64,4 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model() -> OmniModel:
     """The tiny random model, far enough from uniform that greedy choices differ between prompts, with its processor."""
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
-    return model
+    return tiny_model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,16 +28,13 @@ def load_image(value: Any) -> Image:
     from PIL import Image as pil
 
     name = describe(value)
-    if isinstance(value, pil.Image):
-        picture = value
-    elif is_source(value):
-        picture = _open(value, name)
-    else:
+    if not isinstance(value, pil.Image) and not is_source(value):
         return pil.fromarray(read_pixels(value, f"image {name}"))
-    check_size(picture.height, picture.width, f"image {name}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _upright_rgb(picture, name)
+    with nullcontext(value) if isinstance(value, pil.Image) else _open(value, name) as picture:
+        check_size(picture.height, picture.width, f"image {name}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _upright_rgb(picture, name)
 
 
 def check_size(height: int, width: int, name: str) -> None:

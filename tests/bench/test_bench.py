@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle_qwen2_5 import AUDIO, VISION, config_values
+from build import config_values
 from rich.console import Console
 from test_parity_token2wav import BIGVGAN, DIT
 
@@ -55,15 +55,8 @@ def bench() -> Iterator[Workbench]:
 @pytest.fixture(scope="module")
 def second_family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
     """A tiny Qwen2.5-Omni in the place of the main config."""
-    values = {**config_values(5), "token2wav_config": {"dit_config": {**DIT, "num_embeds": 319}}}
-    values["token2wav_config"]["bigvgan_config"] = BIGVGAN
-    values["thinker_config"]["text_config"]["vocab_size"] = 512
-    width = values["thinker_config"]["text_config"]["hidden_size"]
-    values["thinker_config"]["audio_config"] = {**AUDIO, "num_mel_bins": 128, "output_dim": width}
-    values["thinker_config"]["vision_config"] = {
-        **VISION,
-        "out_hidden_size": width,
-    }  # else the other side's are full size
+    values = config_values(5, audio={}, vision={}, vocabulary=512)  # without encoders the other side's are full size
+    values["token2wav_config"] = {"dit_config": {**DIT, "num_embeds": 319}, "bigvgan_config": BIGVGAN}
     values["talker_config"] |= {"vocab_size": 320, "tts_codec_pad_token_id": 300, "tts_codec_start_token_id": 301}
     values["talker_config"] |= {"tts_codec_end_token_id": 302, "tts_codec_mask_token_id": 304}
     path = tmp_path_factory.mktemp("config") / "tiny25.json"

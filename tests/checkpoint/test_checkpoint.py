@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from build import TINY, draw, fixed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,8 +19,6 @@ from omni.config.qwen3_omni import QWEN3_OMNI
 from omni.layers.moe import Experts
 
 KEYS = KeyTable.of(QWEN3_OMNI)
-
-TINY = Path(__file__).parents[2] / "configs" / "tiny.json"
 E, D, W = 3, 4, 5  # experts, model width, expert width
 
 
@@ -53,12 +52,8 @@ class Model(nn.Module):
 
 
 def random_model(**arguments):
-    torch.manual_seed(0)
-    model = Model(**arguments)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_()
-    return model
+    with fixed():
+        return draw(Model(**arguments), std=1.0)
 
 
 def empty_model(**arguments):

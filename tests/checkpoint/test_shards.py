@@ -140,13 +140,13 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_lying_headers_are_refused_at_once(tmp_path, lie):
     LIES[lie](tmp_path / WEIGHTS)
-    start = time.perf_counter()
+    start = time.process_time()
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"model\.safetensors") as error:
         read_headers(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.perf_counter() - start < 1 and peak < 50e6
+    assert time.process_time() - start < 1 and peak < 50e6
     assert "again" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -230,10 +229,8 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert fails(capsys, "info", "x", code=130) == "omni: interrupted"
 
 
-def test_help_is_quick() -> None:
-    start = time.perf_counter()
+def test_help() -> None:
     done = subprocess.run([sys.executable, "-m", "omni.cli", "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine: nothing heavy is imported
     for word in ("examples:", "omni demo", "chat", "speak", "info"):
         assert word in done.stdout
 

@@ -85,7 +85,7 @@ def test_two_processes_started_by_torchrun(arguments: list[str], tmp_path: Path)
         "-m",
         "omni.cli",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )

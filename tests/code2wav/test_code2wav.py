@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import fixed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,15 +65,15 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 def make_decoder(strict_causal: bool = False, **changes: Any) -> Code2Wav:
-    torch.manual_seed(0)
     config = Code2WavConfig.from_dict(SIZES).replace(**changes)
-    decoder = Code2Wav(config, strict_causal=strict_causal)
-    randomise(decoder)
+    with fixed():
+        decoder = Code2Wav(config, strict_causal=strict_causal)
+        randomise(decoder)
     return decoder.eval()
 
 
 def draw(frames: int, rows: int = 2, books: int = 3) -> Tensor:
-    return torch.randint(0, 32, (rows, books, frames), generator=torch.Generator().manual_seed(frames))
+    return torch.randint(0, 32, (rows, books, frames), generator=seeded(frames))
 
 
 @pytest.mark.parametrize(("changes", "hop", "lookahead"), SHAPES)
@@ -314,7 +315,6 @@ LAYERS: list[StreamingLayer] = [
 @torch.no_grad()
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
 def test_each_layer_streams_and_is_causal(layer: StreamingLayer) -> None:
-    torch.manual_seed(0)
     randomise(layer)
     x = torch.randn(2, 4, 30)
     whole = layer(x)
@@ -339,7 +339,7 @@ def test_matrix_products_equal_convolutions(
     for small, few in ((0, 0), (10**9, few_columns)):
         monkeypatch.setattr("omni.code2wav.conv._SMALL_SIGNAL", small)
         monkeypatch.setattr("omni.code2wav.conv._FEW_COLUMNS", few)
-        x = torch.randn(2, 4, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(2, 4, 30, generator=seeded(0)).requires_grad_()
         y = layer(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)

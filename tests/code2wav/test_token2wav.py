@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import FAST, SIZES, make_token2wav, make_voice, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,6 @@ from omni.code2wav.bigvgan import BigVGAN
 from omni.code2wav.block_attention import block_attention, block_mask
 from omni.code2wav.dit import DiT
 from omni.code2wav.ode_sampler import EVALUATIONS, ODEConfig, integrate, position_noise, time_grid
-from omni.code2wav.token2wav import Token2Wav
 from omni.code2wav.voices import Voice, choose_voice, load_voices, save_voices
 from omni.config.qwen2_5_omni import QWEN2_5_OMNI
 from omni.config.token2wav import BigVGANConfig, DiTConfig, Token2WavConfig
@@ -28,56 +28,9 @@ from omni.layers.init import initialise
 
 KEYS = KeyTable.of(QWEN2_5_OMNI)
 
-SIZES: dict[str, Any] = {
-    "dit_config": {
-        "hidden_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "head_dim": 8,
-        "emb_dim": 6,
-        "num_embeds": 20,
-        "block_size": 4,
-        "look_ahead_layers": [1],
-        "look_backward_layers": [0, 2],
-        "mel_dim": 5,
-        "enc_emb_dim": 3,
-        "enc_dim": 4,
-        "enc_channels": [4, 4, 4, 8],
-        "enc_kernel_sizes": [3, 3, 3, 1],
-        "enc_dilations": [1, 2, 3, 1],
-        "enc_attention_channels": 3,
-        "enc_se_channels": 3,
-        "max_position_embeddings": 120,
-    },
-    "bigvgan_config": {
-        "mel_dim": 5,
-        "upsample_initial_channel": 8,
-        "resblock_kernel_sizes": [3],
-        "resblock_dilation_sizes": [[1, 2, 1]],
-        "upsample_rates": [3, 2],
-        "upsample_kernel_sizes": [7, 4],
-    },
-}
-FAST = ODEConfig(num_steps=3, solver="euler")
-
-
-@torch.no_grad()
-def make_model(seed: int = 0) -> Token2Wav:
-    torch.manual_seed(seed)
-    model = Token2Wav(Token2WavConfig.from_dict(SIZES)).eval()
-    for name, p in model.named_parameters():
-        gain = 0.5 if "bigvgan" in name else 1.0  # a vocoder that does not magnify rounding
-        p.copy_(gain * torch.randn_like(p) / p[0].numel() ** 0.5 if p.dim() > 1 else 0.1 * torch.randn_like(p))
-    return model
-
-
-def make_voice(seed: int = 0, frames: int = 9) -> Voice:
-    rng = torch.Generator().manual_seed(seed)
-    return Voice(torch.randn(1, 3, generator=rng), torch.randn(1, frames, 5, generator=rng), 7)
-
 
 def draw(codes: int, rows: int = 1) -> Tensor:
-    return torch.randint(0, 21, (rows, 1, codes), generator=torch.Generator().manual_seed(codes))
+    return torch.randint(0, 21, (rows, 1, codes), generator=seeded(codes))
 
 
 # ---- attention ----
@@ -99,7 +52,7 @@ def test_block_mask_shape() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 23), st.integers(1, 7), st.integers(0, 2), st.integers(0, 2))
 def test_block_attention_is_dense_attention_under_the_mask(frames: int, block: int, back: int, ahead: int) -> None:
-    q, k, v = torch.randn(3, 2, 2, frames, 4, generator=torch.Generator().manual_seed(frames))
+    q, k, v = torch.randn(3, 2, 2, frames, 4, generator=seeded(frames))
     dense = plain_attention(q, k, v, block_mask(frames, block, back, ahead))
     ours = block_attention(q, k, v, block=block, back=back, ahead=ahead)
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=0)
@@ -142,7 +95,7 @@ def test_time_grid() -> None:
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
 def test_evaluations_of_the_released_settings(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """36 evaluations, of the doubled batch where guided; the speaker encoder runs once."""
-    model = make_model()
+    model = make_token2wav()
     rows: list[int] = []
     encoded: list[int] = []
     model.dit.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
@@ -166,7 +119,7 @@ def test_noise_is_a_function_of_seed_and_position() -> None:
 
 @torch.no_grad()
 def test_seeded_runs_repeat_and_differ_between_seeds() -> None:
-    model, voice, codes = make_model(), make_voice(), draw(6)
+    model, voice, codes = make_token2wav(), make_voice(), draw(6)
     first = model(codes, voice, seed=1, ode=FAST)
     assert torch.equal(first, model(codes, voice, noise=position_noise([1], 0, 12, 5), ode=FAST))
     assert (first - model(codes, voice, seed=2, ode=FAST)).abs().max() > 1e-3
@@ -179,13 +132,13 @@ def test_seeded_runs_repeat_and_differ_between_seeds() -> None:
 def test_released_properties() -> None:
     config = Token2WavConfig()
     assert config.hop_length == 480 and config.dit_config.block_codes == 12
-    model = make_model()
+    model = make_token2wav()
     assert model.num_codebooks == 1 and model.sample_rate == 24000 and model.frame_rate == 24000 / 12
 
 
 @torch.no_grad()
 def test_a_batch_equals_its_rows() -> None:
-    model, voices = make_model(), [make_voice(1), make_voice(2, frames=14)]
+    model, voices = make_token2wav(), [make_voice(1), make_voice(2, frames=14)]
     codes = draw(9, rows=2)
     ode = ODEConfig(num_steps=3)
     mel = model.sample_mel(codes[:, 0], voices, seed=[5, 6], ode=ode, lengths=torch.tensor([9, 4]))
@@ -198,7 +151,7 @@ def test_a_batch_equals_its_rows() -> None:
 
 @torch.no_grad()
 def test_it_stays_in_fp32() -> None:
-    model, voice, codes = make_model(), make_voice(), draw(4)
+    model, voice, codes = make_token2wav(), make_voice(), draw(4)
     expected = model(codes, voice, ode=FAST)
     holder = torch.nn.ModuleDict({"token2wav": copy.deepcopy(model), "other": torch.nn.Linear(2, 2)}).bfloat16()
     assert holder["other"].weight.dtype == torch.bfloat16
@@ -208,7 +161,7 @@ def test_it_stays_in_fp32() -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    model = make_model()
+    model = make_token2wav()
     voice, codes = make_voice(), draw(6)[:, 0]
     for name, part in (("dit", model.dit), ("bigvgan", model.bigvgan)):
         if name == "dit":
@@ -224,7 +177,7 @@ def test_gradients_reach_every_parameter() -> None:
 
 def test_every_parameter_is_initialised() -> None:
     """The DiT starts at velocity zero, whatever its input."""
-    model = make_model()
+    model = make_token2wav()
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(float("nan"))
@@ -235,7 +188,7 @@ def test_every_parameter_is_initialised() -> None:
 
 
 def test_bad_codes_noise_and_voices() -> None:
-    model, voice = make_model(), make_voice()
+    model, voice = make_token2wav(), make_voice()
     cases = [
         ((draw(3)[:, 0], voice), {}, ValueError, r"\[rows, 1 codebook, codes\]"),
         ((draw(3).float(), voice), {}, TypeError, "int64"),
@@ -297,7 +250,7 @@ def test_bad_configs(part: str, changes: dict[str, Any], message: str) -> None:
 
 
 def test_names_survive_the_round_trip() -> None:
-    for key in make_model().state_dict():
+    for key in make_token2wav().state_dict():
         hub = KEYS.to_hub(f"code2wav.{key}")
         assert KEYS.from_hub(hub) == f"code2wav.{key}" and not KEYS.is_derived(hub)
     hub = "token2wav.code2wav_dit_model.transformer_blocks.21.attn.to_out.0.bias"
@@ -335,7 +288,7 @@ def test_broken_voice_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         load_voices(tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError, match="holds no voices"):
         load_voices(tmp_path)
-    (tmp_path / "a.pt").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     (tmp_path / "b.pt").write_bytes(b"nonsense")
     (tmp_path / "c.safetensors").write_bytes(b"nonsense")
     torch.save(Malicious(), tmp_path / "d.pt")

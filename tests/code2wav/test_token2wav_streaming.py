@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from functools import cache
 
 import pytest
 import torch
+from build import FAST, SIZES, draw_token2wav, make_token2wav, make_voice, once, seeded
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_token2wav import FAST, SIZES, draw, make_model, make_voice
+from test_token2wav import draw
 
 from omni.code2wav.bigvgan import BigVGAN, frame_reach
 from omni.code2wav.chunk_schedule import ChunkSchedule, first_audio
@@ -28,17 +28,13 @@ VOCODERS = [
     {"resblock_kernel_sizes": [3, 5], "resblock_dilation_sizes": [[1, 1, 1], [1, 2, 1]]},
     {"upsample_rates": [2], "upsample_kernel_sizes": [2], "resblock_dilation_sizes": [[5, 3, 1]]},
 ]
-model = cache(make_model)
+model = once(make_token2wav)
 
 
-@cache
+@once
 def vocoder(number: int) -> BigVGAN:
-    torch.manual_seed(0)
     made = BigVGAN(BigVGANConfig.from_dict({**SIZES["bigvgan_config"], **VOCODERS[number]}))
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(0.5 * torch.randn_like(p) / p[0].numel() ** 0.5 if p.dim() > 1 else 0.1 * torch.randn_like(p))
-    return made.eval()
+    return draw_token2wav(made.eval(), gain=0.5)
 
 
 def cut(total: int, cuts: list[int]) -> list[int]:
@@ -71,7 +67,7 @@ def test_reach_of_the_release() -> None:
 @given(st.integers(0, len(VOCODERS) - 1), st.lists(st.integers(0, 1000), max_size=6))
 def test_streamed_vocoder_equals_offline(number: int, cuts: list[int]) -> None:
     decoder = vocoder(number)
-    mel = torch.randn(2, 45, 5, generator=torch.Generator().manual_seed(1)) - 4
+    mel = torch.randn(2, 45, 5, generator=seeded(1)) - 4
     state = decoder.init_state(2)
     sizes = cut(45, cuts)
     pieces = [decoder.step(x, state, last=i + 1 == len(sizes)) for i, x in enumerate(mel.split(sizes, dim=1))]

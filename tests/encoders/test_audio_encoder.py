@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from build import draw, fixed
 from torch import nn
 
 from omni.config.qwen3_omni import AudioEncoderConfig
@@ -25,11 +26,8 @@ SIZES = {
 
 
 def make_encoder(seed: int = 0, **changes: int) -> AudioEncoder:
-    torch.manual_seed(seed)
-    encoder = AudioEncoder(AudioEncoderConfig.from_dict({**SIZES, **changes}))
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder.eval()
+    with fixed(seed):
+        return draw(AudioEncoder(AudioEncoderConfig.from_dict({**SIZES, **changes})))
 
 
 def encode(encoder: AudioEncoder, *clips: torch.Tensor, window_frames: int | None = None) -> list[torch.Tensor]:

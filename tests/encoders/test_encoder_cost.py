@@ -13,8 +13,9 @@ import pytest
 import test_whisper_audio
 import test_window_vision
 import torch
+from build import draw, fixed, seeded
 from test_streaming_encoders import AUDIO, VISION, make_audio_encoder, noise
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
@@ -32,16 +33,13 @@ GRIDS = [(1, 4, 6), (3, 2, 2), (1, 6, 4), (2, 4, 6)]
 
 
 def make_vision_encoder() -> VisionEncoder:
-    torch.manual_seed(0)
-    encoder = VisionEncoder(VisionEncoderConfig.from_dict(VISION)).eval()
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder
+    with fixed():
+        return draw(VisionEncoder(VisionEncoderConfig.from_dict(VISION)))
 
 
 def patches() -> Tensor:
     rows = sum(t * h * w for t, h, w in GRIDS)
-    return torch.randn(rows, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))
+    return torch.randn(rows, 3 * 2 * 4 * 4, generator=seeded(0))
 
 
 # ---- a device is not waited for ----
@@ -83,7 +81,7 @@ def test_front_end_on_a_device(rate: int) -> None:
 def test_audio_layers_run_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make_audio_encoder()
     frames = [430, 35, 200, 60]  # windows of 9 tokens, and the rest of each clip
-    features = torch.randn(4, 16, 430, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(4, 16, 430, generator=seeded(0))
     whole = encoder(features, frames)
     rows: list[int] = []
     encoder.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
@@ -124,7 +122,7 @@ def test_gradients_are_taken_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> Non
 @torch.no_grad()
 def test_convolutions_on_a_cpu_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make_audio_encoder()
-    clip = torch.randn(1, 16, 150, generator=torch.Generator().manual_seed(0))
+    clip = torch.randn(1, 16, 150, generator=seeded(0))
     whole = encoder(clip, [150]).embeds
     batches: list[int] = []
     encoder.conv2d1.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))

@@ -23,11 +23,6 @@ def log_mel() -> LogMel:
     return LogMel()
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("samples", [160, 161, 200, 201, 319, 320, 1000, 15999, 16000, 16001])
 def test_a_frame_for_each_whole_hop(log_mel: LogMel, samples: int) -> None:
     features = log_mel(torch.randn(samples))

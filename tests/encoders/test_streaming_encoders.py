@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from build import draw, fixed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni.config.qwen3_omni import AudioEncoderConfig, VisionEncoderConfig
 from omni.encoders.audio import AudioEncoder
@@ -53,11 +54,8 @@ fuzz = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def make_audio_encoder() -> AudioEncoder:
-    torch.manual_seed(0)
-    encoder = AudioEncoder(AudioEncoderConfig.from_dict(AUDIO))
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder.eval()
+    with fixed():
+        return draw(AudioEncoder(AudioEncoderConfig.from_dict(AUDIO)))
 
 
 ENCODER = make_audio_encoder()
@@ -74,7 +72,7 @@ cuts = st.lists(st.floats(0, 1), max_size=8)
 
 def noise(samples: int, seed: int = 0) -> Tensor:
     """Noise that swells and fades, so that the loudest part so far changes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     swell = torch.sin(torch.arange(samples) * (2 * math.pi / 1500)).abs() ** 4
     return 0.3 * torch.randn(samples, generator=generator) * (swell + 1e-4)
 
@@ -115,7 +113,7 @@ def test_resampler(rate: int, samples: int, places: list[float]) -> None:
 def test_resampler_equals_torchaudio_in_double_precision(rate: int) -> None:
     from torchaudio.functional import resample
 
-    signal = torch.randn(rate // 50, generator=torch.Generator().manual_seed(rate))
+    signal = torch.randn(rate // 50, generator=seeded(rate))
     if rate == 44101:  # its filters would take 5 GB there; those of 44100 lie on nearly the same times
         signal = torch.sin(torch.arange(882) * (2 * math.pi * 500 / rate))
         out = StreamingResampler(rate)(signal)
@@ -149,7 +147,7 @@ def test_log_mel_of_lengths_around_borders(samples: int) -> None:
 @fuzz
 @given(st.integers(1, 200), cuts, st.sampled_from([None, 20, 40, 200]))
 def test_audio_encoder(frames: int, places: list[float], window: int | None) -> None:
-    clip = torch.randn(16, frames, generator=torch.Generator().manual_seed(frames))
+    clip = torch.randn(16, frames, generator=seeded(frames))
     streamed = stream(ENCODER, clip, cut(frames, places), ENCODER.init_state(window))
     assert streamed.shape == (ENCODER.num_tokens(frames), 12)
     assert_near(streamed, encode(clip, window), 1e-5)
@@ -172,10 +170,8 @@ def test_the_chain_from_any_rate_to_embeds(rate: int, samples: int, places: list
 @torch.no_grad()
 def test_vision_encoder_grid_step_by_grid_step(grid: tuple[int, int, int]) -> None:
     """Frames attend to their own grid step only, so that a step can be encoded as soon as its frames are there."""
-    torch.manual_seed(0)
     encoder = VisionEncoder(VisionEncoderConfig.from_dict(VISION)).eval()
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
+    draw(encoder)
     steps, height, width = grid
     pixels = torch.randn(steps * height * width, 3 * 2 * 4 * 4)
     whole = encoder(pixels, torch.tensor([grid]))
@@ -214,7 +210,7 @@ def test_log_mel_gives_a_chunk_as_soon_as_its_last_sample_is_there() -> None:
 def test_the_causal_level_is_the_loudest_value_up_to_the_end_of_the_chunk() -> None:
     front_end = LogMel(num_mels=8, chunk_frames=10)
     loudness = torch.tensor([1e-5, 1.0, 1e-4]).repeat_interleave(1600)  # a quiet start, a loud chunk, a quiet end
-    signal = torch.randn(4800, generator=torch.Generator().manual_seed(0)) * loudness
+    signal = torch.randn(4800, generator=seeded(0)) * loudness
     clip, causal = front_end(signal), front_end(signal, "causal")
     assert torch.equal(clip[:, 10:], causal[:, 10:])  # the loudest has come by the end of the second chunk
     assert clip[:, :8].unique().numel() == 1 < causal[:, :8].unique().numel()  # all 80 dB below what comes later
@@ -258,7 +254,7 @@ def test_convolutions_run_when_a_chunk_is_complete(monkeypatch: pytest.MonkeyPat
 PARTS: dict[str, tuple[Callable[[], Any], Callable[[int], Tensor], int]] = {
     "resampler": (lambda: StreamingResampler(44100), lambda seed: noise(4000, seed), 4000),
     "log_mel": (lambda: FRONT_ENDS[0], lambda seed: noise(4000, seed), 4000),
-    "audio": (lambda: ENCODER, lambda seed: torch.randn(16, 150, generator=torch.Generator().manual_seed(seed)), 150),
+    "audio": (lambda: ENCODER, lambda seed: torch.randn(16, 150, generator=seeded(seed)), 150),
 }
 every_part = pytest.mark.parametrize("name", PARTS)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import draw, fixed
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,11 +29,8 @@ PATCH = 3 * 2 * 4 * 4
 
 
 def make_encoder(**changes: Any) -> VisionEncoder:
-    torch.manual_seed(0)
-    encoder = VisionEncoder(VisionEncoderConfig.from_dict({**SIZES, **changes}))
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder.eval()
+    with fixed():
+        return draw(VisionEncoder(VisionEncoderConfig.from_dict({**SIZES, **changes})))
 
 
 def patches(*grids: tuple[int, int, int]) -> torch.Tensor:

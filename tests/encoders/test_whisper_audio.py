@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from build import draw, fixed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig
 from omni.encoders import whisper_audio
@@ -50,18 +51,15 @@ fuzz = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def make_encoder(**changes: int) -> WhisperAudioEncoder:
-    torch.manual_seed(0)
-    encoder = WhisperAudioEncoder(WhisperAudioEncoderConfig.from_dict({**SIZES, **changes}))
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder.eval()
+    with fixed():
+        return draw(WhisperAudioEncoder(WhisperAudioEncoderConfig.from_dict({**SIZES, **changes})))
 
 
 ENCODER = make_encoder()
 
 
 def clip_of(frames: int, seed: int = 0) -> Tensor:
-    return torch.randn(16, frames, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(16, frames, generator=seeded(seed))
 
 
 @torch.no_grad()

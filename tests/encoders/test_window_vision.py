@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from build import draw, fixed, seeded
+from torch import Tensor
 
 from omni.config.qwen2_5_omni import WindowVisionEncoderConfig
 from omni.encoders import vision, window_vision
@@ -53,16 +54,13 @@ RELEASED = {
 
 
 def make_encoder(**changes: Any) -> WindowVisionEncoder:
-    torch.manual_seed(0)
-    encoder = WindowVisionEncoder(WindowVisionEncoderConfig.from_dict({**SIZES, **changes}))
-    for p in encoder.parameters():
-        nn.init.normal_(p, std=0.3)
-    return encoder.eval()
+    with fixed():
+        return draw(WindowVisionEncoder(WindowVisionEncoderConfig.from_dict({**SIZES, **changes})))
 
 
 def patches(*grids: tuple[int, int, int], seed: int = 0) -> Tensor:
     rows = sum(t * h * w for t, h, w in grids)
-    return torch.randn(rows, PATCH, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, PATCH, generator=seeded(seed))
 
 
 def assert_near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from build import GREEDY, seeded, tiny_config, tone, widen, write_rows
 from torch import Tensor
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.evaluation.row_metrics import METRICS, Need, Record, Score, chosen_letter, combine
 from omni.evaluation.suite import (
     EvalOptions,
@@ -27,13 +28,11 @@ from omni.evaluation.suite import (
     load_transcriber,
     required_parts,
 )
-from omni.generation.sampling import SamplingConfig
 from omni.packaged.toy import toy_model, toy_processor
 from omni.training.data.manifest import Manifest, Row
 from omni.training.run.lora import add_lora
 
 ROOT = Path(__file__).parents[2]
-GREEDY = SamplingConfig(temperature=0)
 OPTIONS = EvalOptions(batch_size=3, max_new_tokens=6, max_frames=3)
 RATE = 16000
 
@@ -41,11 +40,8 @@ RATE = 16000
 @pytest.fixture(scope="module")
 def model() -> OmniModel:
     """A random model that is heard, whose greedy text is printable ASCII, which is read back as the same ids."""
-    model = toy_model(seed=1)
+    model = widen(toy_model(seed=1), 10)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)
         printable = torch.zeros(len(model.thinker.lm_head.weight), 1)
         printable[33:127] = 1  # the packaged tokenizer's ids of these bytes
         model.thinker.lm_head.weight.mul_(printable)
@@ -55,15 +51,13 @@ def model() -> OmniModel:
 def user(number: int, folder: Path) -> list[dict[str, Any]]:
     """Prompts of several lengths, one with sound."""
     if number == 2:
-        wave = 0.3 * np.sin(np.arange(RATE) / 9)
-        soundfile.write(folder / "tone.wav", wave.astype(np.float32), RATE)
+        soundfile.write(folder / "tone.wav", tone(1.0, hz=280), RATE)
         return [{"role": "user", "content": "<audio>what?"}]
     return [{"role": "user", "content": "How? " * (1 + 3 * number)}]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Manifest:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Manifest(path)
+    return Manifest(write_rows(path, rows))
 
 
 def own_answers(model: OmniModel, folder: Path, count: int = 5, **arguments: Any) -> list[dict[str, Any]]:
@@ -227,7 +221,7 @@ def test_generated_speech_beside_its_reference(model: OmniModel, tmp_path: Path)
 
 def test_recordings_through_the_codec(model: OmniModel, tmp_path: Path) -> None:
     """A codec that gives the very codes of a recording loses nothing; one that does not loses something."""
-    codes = torch.randint(0, 16, (4, 6), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, 16, (4, 6), generator=seeded(0))
     wave = model.code2wav(codes[None])[0].detach()
     soundfile.write(tmp_path / "a.wav", wave.numpy(), 24000, subtype="FLOAT")
     messages = [*user(0, tmp_path), {"role": "assistant", "content": "Yes."}]
@@ -331,7 +325,7 @@ def test_metrics_say_what_they_lack(model: OmniModel, perfect: Manifest) -> None
         evaluation_hook(toy_processor(), perfect, ["codec_mel"])
     with pytest.raises(ValueError, match="unknown speaker 'nobody'"):
         evaluate_rows(model, perfect, ["mel"], EvalOptions(speaker="nobody"))
-    mute = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"), ("thinker",))
+    mute = OmniModel(tiny_config(), ("thinker",))
     with pytest.raises(ValueError, match="no processor"):
         evaluate_rows(mute, perfect, ["wer"])
     with pytest.raises(ValueError, match="talker was not loaded"):

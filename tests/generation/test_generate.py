@@ -7,25 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from build import GREEDY, TOY_DATA, chat, noise, speckle, tiny_config
 
 from omni import OmniConfig, OmniInputs, OmniModel, OmniProcessor, SamplingConfig
 from omni.generation.reply import ANSWER, REASONING, ReplyReader, assistant_head
 from omni.layers.init import MetaBuild
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT / "omni" / "packaged" / "toy_data"
-GREEDY = SamplingConfig(temperature=0)
-
-
-def chat(*texts: str) -> list[dict[str, Any]]:
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def mixed() -> list[list[dict[str, Any]]]:
-    picture = torch.randint(0, 255, (40, 72, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).numpy()
-    clip = torch.randint(0, 255, (4, 32, 32, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8).numpy()
-    sound = torch.randn(9000, generator=torch.Generator().manual_seed(3)).numpy() * 0.1
+    picture, clip, sound = speckle(40, 72), speckle(4, 32, 32), noise(9000).numpy()
     return [
         [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}],
         chat("hi"),
@@ -272,12 +264,12 @@ def test_prompts_that_the_model_cannot_read(model: OmniModel) -> None:
 
 
 def test_text_only_variants() -> None:
-    values = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").to_dict()
+    values = tiny_config().to_dict()
     values = {**values, "enable_audio_output": False}
     values["thinker_config"] = {**values["thinker_config"], "vision_config": None}
     torch.manual_seed(0)
     model = OmniModel(OmniConfig.from_dict(values))
-    model.processor = OmniProcessor.from_pretrained(DATA)
+    model.processor = OmniProcessor.from_pretrained(TOY_DATA)
     assert not any(name.startswith(("talker", "code2wav", "vision")) for name, _ in model.named_parameters())
     assert model.generate(model.processor(chat("x")), max_new_tokens=2).audio is None
     with pytest.raises(ValueError, match="answers in text only"):
@@ -324,7 +316,7 @@ def test_released_size() -> None:
 
 
 def test_every_parameter_is_initialised_on_purpose() -> None:
-    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json")
+    config = tiny_config()
     torch.use_deterministic_algorithms(True)  # uninitialised memory reads as NaN
     try:
         torch.manual_seed(3)
@@ -354,10 +346,10 @@ def test_an_encoder_with_a_token_rate_of_its_own(model: OmniModel) -> None:
             return EncoderOutput(torch.cat([self.proj(f[:, ::10].T)[:n] for f, n in zip(features, counts)]), counts, [])
 
     mine = OmniModel(model.config, audio_encoder=OneTokenPerTenFrames())
-    processor = OmniProcessor.from_pretrained(DATA)
+    processor = OmniProcessor.from_pretrained(TOY_DATA)
     processor.audio_tokens = mine.audio_encoder.num_tokens
     mine.processor = processor
-    sound = torch.randn(16000, generator=torch.Generator().manual_seed(3)).numpy() * 0.1
+    sound = noise(16000).numpy()
     inputs = processor([{"role": "user", "content": [{"type": "audio", "audio": sound}]}])
     assert (inputs.input_ids == 275).sum() == 10
     assert mine.generate(inputs, max_new_tokens=2, max_frames=2, seed=0).codes[0].shape[1] > 0
@@ -391,7 +383,7 @@ def test_misspelt_arguments_name_the_right_one(model: OmniModel) -> None:
         (lambda: model.generate(inputs, max_tokens=3), "max_new_tokens"),
         (lambda: model.stream(inputs, speakr="x"), "speaker"),
         (lambda: model.speak("a", spaeker="x"), "speaker"),
-        (lambda: OmniModel.from_pretrained(DATA, device_mp="auto"), "device_map"),
+        (lambda: OmniModel.from_pretrained(TOY_DATA, device_mp="auto"), "device_map"),
     ):
         with pytest.raises(TypeError, match=right):
             call()
@@ -425,9 +417,9 @@ def test_generation_config_says_how_residual_codes_are_drawn(model: OmniModel, m
 
 
 def test_speech_ids_outside_the_vocabulary() -> None:
-    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").replace(tts_bos_token_id=151672)
+    config = tiny_config().replace(tts_bos_token_id=151672)
     lost = OmniModel(config)
-    lost.processor = OmniProcessor.from_pretrained(DATA)
+    lost.processor = OmniProcessor.from_pretrained(TOY_DATA)
     inputs = lost.processor(chat("x"))
     with pytest.raises(ValueError, match="tts_bos_token_id 151672"):
         lost.generate(inputs, max_new_tokens=2)

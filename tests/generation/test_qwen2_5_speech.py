@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_token2wav import FAST, SIZES, make_voice
+from build import BATCH, FAST, SIZES, TOY_DATA, chat, config_values, draw_token2wav, fixed, make_voice, widen
 
 from omni import (
     AudioChunk,
@@ -39,54 +38,23 @@ SCHEDULE = ChunkSchedule(chunk_codes=4, left_codes=2, lookahead_codes=2)
 WINDOWS = StreamingConfig(codec_schedule=SCHEDULE, codec_ode=FAST, silence_s=None)
 
 
-def decoder(width: int, heads: int) -> dict[str, Any]:
-    rope = {"rope_theta": 1e6, "mrope_section": [2, 1, 1], "rope_type": "default"}
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": 2, "hidden_size": width}
-    return {**sizes, "intermediate_size": 24, "max_position_embeddings": 2048, "rope_parameters": rope}
-
-
 def config() -> OmniConfig:
-    values = json.loads((ROOT / "configs" / "qwen2_5_omni_7b.json").read_text())
-    thinker, talker = values["thinker_config"], values["talker_config"]
-    thinker.update(audio_config=None, vision_config=None, audio_token_index=275, image_token_index=265)
-    thinker.update(video_token_index=266, audio_start_token_id=269, vision_start_token_id=262)
-    thinker["text_config"].update(decoder(32, 4), vocab_size=640)
-    talker.update(decoder(16, 2), head_dim=8, vocab_size=96, embedding_size=32, speaker_id={"ann": 300, "bob": 301})
-    talker.update(tts_codec_start_token_id=81, tts_codec_end_token_id=82, tts_codec_pad_token_id=80)
-    talker.update(tts_codec_mask_token_id=84, tts_text_pad_token_id=309, tts_text_start_token_id=310)
-    talker.update(tts_text_end_token_id=311)
-    for part in (thinker["text_config"], talker):
-        del part["rope_theta"], part["rope_scaling"]
-    values.update(token2wav_config=SIZES, im_start_token_id=257, im_end_token_id=258, system_token_id=276)
-    values.update(user_token_id=277, assistant_token_id=278)
+    values = {**config_values(1, vocabulary=640), "token2wav_config": SIZES, "system_token_id": 276}
+    values["talker_config"]["speaker_id"] = {"ann": 300, "bob": 301}
     return OmniConfig.from_dict(values)
 
 
 @pytest.fixture(scope="module")
 def speaker_model() -> OmniModel:
-    torch.manual_seed(1)
-    model = OmniModel(config())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if not name.startswith("code2wav"):
-                p.mul_(10) if p.dim() > 1 else None
-            elif p.dim() > 1:
-                p.copy_((0.5 if "bigvgan" in name else 1.0) * torch.randn_like(p) / p[0].numel() ** 0.5)
-            else:
-                p.copy_(0.1 * torch.randn_like(p))
+    with fixed(1), torch.no_grad():
+        model = widen(OmniModel(config()), 10)
+        draw_token2wav(model.code2wav)
         model.talker.codec_head.weight[[80, 82]] = 0  # greedy speech goes on to its limit
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
+    model.processor = OmniProcessor.from_pretrained(TOY_DATA)
     model.voices = {"Ann": make_voice(1), "bob": make_voice(2)}
     for name, token in (("Ann", 300), ("bob", 301)):
         object.__setattr__(model.voices[name], "bos_token", token)
     return model
-
-
-def chat(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-BATCH = [chat("hi"), chat("a much longer question than the first one"), chat("three")]
 
 
 def collect(events: list[Any], row: int = 0) -> tuple[list[int], torch.Tensor, TurnEnd]:

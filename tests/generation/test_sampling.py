@@ -58,7 +58,6 @@ def test_neutral_sampling_draws_the_model_distribution() -> None:
 def test_temperature_top_k_and_top_p_follow_the_reference_order() -> None:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    torch.manual_seed(0)
     logits = torch.randn(1, 40) * 3
     config = SamplingConfig(temperature=0.7, top_k=12, top_p=0.8)
     expected = logits
@@ -95,7 +94,6 @@ def test_banned_tokens_are_never_drawn() -> None:
 
 
 def test_every_row_has_its_own_settings_and_does_not_see_its_neighbours() -> None:
-    torch.manual_seed(0)
     logits = torch.randn(4, 30)
     configs = [GREEDY, SamplingConfig(), SamplingConfig(0.5, 5), SamplingConfig(1.2, 0, 0.6, 1.3)]
     seen = torch.rand(4, 30) > 0.5

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import BATCH, PLAIN
 
 from omni import AudioChunk, OmniConfig, OmniEngine, OmniModel, OmniSession, SamplingConfig, StreamingConfig
 from omni.generation import graphs
@@ -19,18 +20,7 @@ from omni.layers.init import MetaBuild
 from omni.layers.state import State
 from omni.packaged.toy import toy_model
 
-GREEDY: dict[str, Any] = {
-    "audio_sampling": {"temperature": 0, "repetition_penalty": 1.3},
-    "residual_sampling": SamplingConfig(temperature=0),
-}
 SAMPLED: dict[str, Any] = {"seed": [3, 4, 5], "text_sampling": {"temperature": 1.2}}
-
-
-def chat(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-BATCH = [chat("hi"), chat("a much longer question than the first one"), chat("three")]
 
 
 class Recorder:
@@ -68,7 +58,7 @@ def same(one: Any, other: Any) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("arguments", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_captured_generation_equals_generation_as_written(
     model: OmniModel, recorder: Recorder, arguments: dict[str, Any], rows: int
@@ -88,7 +78,7 @@ def test_captured_streams_decode_each_frame_and_deal_in_chunks(
     model: OmniModel, recorder: Recorder, schedule: tuple[int, ...]
 ) -> None:
     inputs = model.processor(BATCH)
-    arguments: dict[str, Any] = {"max_new_tokens": 7, "max_frames": 11, **GREEDY}
+    arguments: dict[str, Any] = {"max_new_tokens": 7, "max_frames": 11, **PLAIN}
     events = list(model.stream(inputs, streaming=StreamingConfig(chunk_frames=schedule), **arguments))
     pool, model.graphs = model.graphs, None
     whole = model.generate(inputs, **arguments)
@@ -100,16 +90,16 @@ def test_captured_streams_decode_each_frame_and_deal_in_chunks(
 
 def test_graphs_are_captured_once_and_used_again_by_the_next_turn(model: OmniModel, recorder: Recorder) -> None:
     inputs = model.processor(BATCH[:1])
-    first = model.generate(inputs, max_new_tokens=6, max_frames=8, **GREEDY)
+    first = model.generate(inputs, max_new_tokens=6, max_frames=8, **PLAIN)
     gc.collect()
     captured = recorder.captured
     assert captured > 0
-    same(first, model.generate(inputs, max_new_tokens=6, max_frames=8, **GREEDY))
+    same(first, model.generate(inputs, max_new_tokens=6, max_frames=8, **PLAIN))
     assert recorder.captured == captured
     with torch.no_grad():  # other weights: old graphs would read freed memory
         model.talker.codec_head.weight = torch.nn.Parameter(model.talker.codec_head.weight.clone())
     gc.collect()
-    same(first, model.generate(inputs, max_new_tokens=6, max_frames=8, **GREEDY))
+    same(first, model.generate(inputs, max_new_tokens=6, max_frames=8, **PLAIN))
     assert recorder.captured > captured
 
 
@@ -117,11 +107,11 @@ def test_a_cache_that_moves_is_captured_again(
     model: OmniModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = model.processor(BATCH[1:2])
-    whole = model.generate(inputs, max_new_tokens=9, max_frames=200, **GREEDY)
+    whole = model.generate(inputs, max_new_tokens=9, max_frames=200, **PLAIN)
     monkeypatch.setattr(graphs, "_CAPACITY", 8)
     model.graphs = GraphPool(capture=recorder)
     monkeypatch.setattr("omni.generation.rows.Rows.__init__.__defaults__", (8,))
-    same(whole, model.generate(inputs, max_new_tokens=9, max_frames=200, **GREEDY))
+    same(whole, model.generate(inputs, max_new_tokens=9, max_frames=200, **PLAIN))
 
 
 def test_a_cache_that_a_prompt_has_moved_is_captured_again(
@@ -134,7 +124,7 @@ def test_a_cache_that_a_prompt_has_moved_is_captured_again(
     captured: list[list[Replay]] = []
     for text in ("hi", "a long story " * 60):
         session.push_text(text)
-        list(session.respond(max_new_tokens=4, max_frames=4, **GREEDY))
+        list(session.respond(max_new_tokens=4, max_frames=4, **PLAIN))
         captured.append(list(runner._graphs.values()))
     assert captured[0] and not any(old is new for old in captured[0] for new in captured[1])
 
@@ -144,7 +134,7 @@ def test_sessions_and_engines_answer_alike_with_graphs(model: OmniModel, recorde
         ids, sound = [], []
         for text in ("hello", "and again"):
             session.push_text(text)
-            for event in session.respond(max_new_tokens=6, max_frames=7, **GREEDY):
+            for event in session.respond(max_new_tokens=6, max_frames=7, **PLAIN):
                 if isinstance(event, AudioChunk):
                     sound.append(event.samples)
                 ids += getattr(event, "token_ids", ())
@@ -172,7 +162,7 @@ def test_steps_leave_every_state_where_it_is(model: OmniModel, recorder: Recorde
     session.push_text("hello")
     runner = session._conversation.rows.runner
     before = addresses(runner.text), addresses(runner.speech), addresses(runner._sound)
-    assert len(list(session.respond(max_new_tokens=8, max_frames=20, **GREEDY))) > 10
+    assert len(list(session.respond(max_new_tokens=8, max_frames=20, **PLAIN))) > 10
     assert (addresses(runner.text), addresses(runner.speech), addresses(runner._sound)) == before
 
 
@@ -211,7 +201,7 @@ def test_nothing_in_a_step_waits_for_the_device_or_sends_to_it(model: OmniModel)
 
 def test_traced_steps_equal_steps_as_written(model: OmniModel) -> None:
     inputs = model.processor(BATCH[:2])
-    arguments: dict[str, Any] = {"max_new_tokens": 6, "max_frames": 9, **GREEDY}
+    arguments: dict[str, Any] = {"max_new_tokens": 6, "max_frames": 9, **PLAIN}
     whole = model.generate(inputs, **arguments)
     model.steps = compiled_steps("aot_eager")
     try:
@@ -223,7 +213,7 @@ def test_traced_steps_equal_steps_as_written(model: OmniModel) -> None:
 def test_models_of_other_widths_compile_in_one_process(model: OmniModel) -> None:
     """What torch has learnt of the sizes of one model is not taken to vary in the next."""
     inputs, values = model.processor(BATCH[0]), model.config.to_dict()
-    arguments: dict[str, Any] = {"max_new_tokens": 3, "max_frames": 4, **GREEDY}
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "max_frames": 4, **PLAIN}
     values["code2wav_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 64}
     values["thinker_config"]["text_config"] |= {"num_attention_heads": 8}
     torch.manual_seed(0)
@@ -240,7 +230,7 @@ def test_models_of_other_widths_compile_in_one_process(model: OmniModel) -> None
 def test_a_model_changed_after_compiling_is_not_taken_for_what_it_was() -> None:
     torch.manual_seed(0)
     model = toy_model()
-    arguments: dict[str, Any] = {"max_new_tokens": 4, "max_frames": 5, **GREEDY}
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "max_frames": 5, **PLAIN}
     inputs = model.processor(BATCH[0])
     model.steps = compiled_steps("aot_eager")
     model.generate(inputs, **arguments)
@@ -257,7 +247,7 @@ def test_a_model_changed_after_compiling_is_not_taken_for_what_it_was() -> None:
 @pytest.mark.slow  # a minute of compiling; the same steps are traced and run above
 def test_compiled_turns_equal_turns_as_written_and_compile_nothing_more(model: OmniModel) -> None:
     inputs = model.processor(BATCH[1])
-    variants: list[dict[str, Any]] = [GREEDY, {"seed": 5}]
+    variants: list[dict[str, Any]] = [PLAIN, {"seed": 5}]
     whole = [model.generate(inputs, max_new_tokens=6, max_frames=9, **v) for v in variants]
     model.compile("inductor")
     try:

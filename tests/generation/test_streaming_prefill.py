@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from build import fixed, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni import OmniConfig, OmniModel, OmniProcessor, OmniSession, StreamingConfig
+from omni import OmniSession, StreamingConfig
 from omni.layers.init import initialise
 from omni.rope.positions import Audio, AudioVideo, Image, Text, Video, prompt_positions
 from omni.talker.talker import Talker
 from omni.thinker.thinker import Thinker
 
 ROOT = Path(__file__).parents[2]
-CONFIG = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json")
+CONFIG = tiny_config()
 SEGMENTS = [
     Text(3),
     Image(2, 3),
@@ -34,8 +35,8 @@ PIECES = st.lists(st.integers(1, TOKENS - 1), max_size=6, unique=True).map(sorte
 
 
 def ready(part: torch.nn.Module) -> Any:
-    torch.manual_seed(0)
-    initialise(part, lambda _: 0.2)
+    with fixed():
+        initialise(part, lambda _: 0.2)
     return part.eval()
 
 
@@ -79,9 +80,7 @@ def test_talker(cuts: list[int], seed: int) -> None:
 
 def test_the_talker_reads_a_piece_before_the_thinker_reads_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Talker prefill of piece k begins before Thinker prefill of piece k + 1 ends; the result is unchanged."""
-    torch.manual_seed(0)
-    model = OmniModel(CONFIG)
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
+    model = tiny_model(widened=1)
     trace: list[str] = []
     replies = []
     for pieces in (7, 10000):

@@ -33,7 +33,6 @@ from omni.layers.packing import BlockPasses, PackedBlocks
 
 
 def random_qkv(T: int, S: int, heads: int = 4, kv_heads: int = 2, dim: int = 8, grad: bool = True) -> list[Tensor]:
-    torch.manual_seed(0)
     shapes = ((2, heads, T, dim), (2, kv_heads, S, dim), (2, kv_heads, S, dim))
     return [torch.randn(shape, requires_grad=grad) for shape in shapes]
 
@@ -184,7 +183,6 @@ def test_one_new_token_compiles_without_a_graph_break() -> None:
 @pytest.mark.parametrize("lengths", [[3, 5, 3, 1, 0, 5], [4, 4, 4], [7], [6, 6, 2, 2, 6], [0]])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_attention_equals_each_block_alone(backend: str, lengths: list[int], causal: bool) -> None:
-    torch.manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2))
     alone = [
         plain_attention(*(x.transpose(0, 1)[None] for x in block), causal=causal)[0].transpose(0, 1)

@@ -21,7 +21,6 @@ def case(
     tokens: int, dtype: torch.dtype = torch.float32, dim: int = 16, hidden: int = 8, experts: int = 6, k: int = 3
 ) -> tuple[Tensor, ...]:
     """x, ids (repeated in a row, the last expert never chosen), weights (one of them zero), gate_up, down."""
-    torch.manual_seed(tokens)
     weights = torch.rand(tokens, k)
     weights[:1, 0] = 0
     gate_up = torch.randn(experts, 2 * hidden, dim) * dim**-0.5
@@ -199,7 +198,6 @@ def test_every_backend_has_the_same_signature() -> None:
 @pytest.mark.parametrize("tokens", [1, 6, 3000])
 def test_autocast_reaches_the_experts(tokens: int) -> None:
     """bfloat16 in the products whatever backend the number of tokens leads to, float32 gradients for the weights."""
-    torch.manual_seed(0)
     experts = Experts(4, 16, 8)
     experts.initialise(0.3)
     x = torch.randn(tokens, 16)
@@ -215,7 +213,6 @@ def test_autocast_reaches_the_experts(tokens: int) -> None:
 
 @torch.no_grad()
 def test_compiled_large_16_bit_experts_are_one_opaque_call() -> None:
-    torch.manual_seed(0)
     experts = Experts(4, 512, 512).to(torch.bfloat16)
     experts.initialise(0.05)
     x, ids = torch.randn(1, 512, dtype=torch.bfloat16), torch.tensor([[2, 0]])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from build import seeded
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,7 +68,7 @@ def case(
     tokens: int, dtype: torch.dtype, dim: int = 24, hidden: int = 12, experts: int = 6, k: int = 3
 ) -> list[torch.Tensor]:
     """x, ids (repeated in a row, the last expert never chosen), weights (one of them zero), gate_up, down."""
-    generator = torch.Generator().manual_seed(tokens)
+    generator = seeded(tokens)
     x = torch.randn(tokens, dim, generator=generator)
     ids = torch.randint(0, experts - 1, (tokens, k), generator=generator)
     weights = torch.rand(tokens, k, generator=generator)

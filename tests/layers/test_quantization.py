@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from build import chat, tiny_config, tiny_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omni import OmniConfig, OmniModel, OmniProcessor
+from omni import OmniModel
 from omni.checkpoint import apply_adapter, load_weights, save_weights
 from omni.checkpoint.keys import KeyTable
 from omni.config.qwen3_omni import QWEN3_OMNI
@@ -36,7 +37,6 @@ def distance(a, b):
 @pytest.mark.parametrize("shape", [(64, 128), (3, 128, 64), (2, 48, 96), (20, 32)], ids=str)
 def test_products_equal_those_with_the_unpacked_matrix(kind, shape):
     """Every layout: those of torch's CPU kernels and our own; the kernels round tokens to bf16."""
-    torch.manual_seed(0)
     weight = torch.randn(shape)
     packed = PackedWeight.pack(weight, kind)
     matrices = weight.reshape(-1, *shape[-2:])
@@ -77,7 +77,6 @@ def test_sizes():
 @pytest.mark.parametrize("backend", ["loop", "indexed"])
 @pytest.mark.parametrize("dim,hidden", [(64, 128), (32, 96)], ids=str)
 def test_experts_equal_the_plain_loop(kind, backend, dim, hidden):
-    torch.manual_seed(0)
     plain = Experts(5, dim, hidden)
     plain.initialise(0.2)
     packed = QuantizedExperts()
@@ -114,16 +113,6 @@ def test_indexed_experts_ask_the_host_nothing(kind):
         packed(*inputs, backend="indexed")
         with pytest.raises(AssertionError, match="aten"):
             packed(*inputs, backend="loop")
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not name.startswith("code2wav"):
-                p.mul_(10)
-    return model
 
 
 def test_which_layers_are_packed():
@@ -181,7 +170,7 @@ def test_misuse_is_refused(tmp_path):
 
 def empty_model(parts=("thinker", "talker", "code2wav")):
     with MetaBuild():
-        return OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"), parts)
+        return OmniModel(tiny_config(), parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,9 +247,7 @@ def test_an_adapter_comes_before_packing(tiny_checkpoint, tmp_path):
 def spoken():
     """A model with a processor and prompts of two lengths."""
     model = tiny_model()
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
-    talk = [[{"role": "user", "content": text}] for text in ("Hello there", "What is it?")]
-    return model, model.processor(talk)
+    return model, model.processor([chat("Hello there"), chat("What is it?")])
 
 
 def test_teacher_forcing_finds_the_choices_of_generation(spoken):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from build import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,7 +176,7 @@ def test_code_accuracy_is_by_codebook_and_counts_missing_frames() -> None:
 
 
 def tone(hz: float, seconds: float = 0.5, rate: int = 24000) -> torch.Tensor:
-    noise = torch.randn(int(seconds * rate), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(int(seconds * rate), generator=seeded(0))
     return 0.5 * torch.sin(2 * math.pi * hz * torch.arange(noise.numel()) / rate) + 0.05 * noise
 
 

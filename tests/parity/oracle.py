@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from build import once, seeded
 
 TINY = json.loads((Path(__file__).parents[2] / "configs" / "tiny.json").read_text())
 
@@ -104,7 +104,7 @@ def reference_config(name: str = "tiny") -> dict[str, Any]:
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Draw every parameter: gains near one, the rest 0.25 randn; Code2Wav by fan-in."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         if name.startswith("code2wav.") and "norm" not in name:
@@ -129,7 +129,7 @@ def reference_model(name: str = "tiny", seed: int = 0) -> Any:
     return _reference_model(name, seed)
 
 
-@cache
+@once
 def _reference_model(name: str, seed: int) -> Any:
     from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration
 
@@ -146,7 +146,7 @@ def converted_model(name: str = "tiny", seed: int = 0) -> Any:
     return _converted_model(name, seed)
 
 
-@cache
+@once
 def _converted_model(name: str, seed: int) -> Any:
     from omni import OmniModel
 
@@ -171,7 +171,7 @@ class Conversation:
     def __init__(self, name: str, seed: int) -> None:
         values = reference_config(name)
         self.thinker = values["thinker_config"]
-        self.rng = torch.Generator().manual_seed(seed)
+        self.rng = seeded(seed)
         self.ids: list[int] = []
         self.audio: list[torch.Tensor] = []
         self.images: list[tuple[torch.Tensor, list[int]]] = []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from build import once, seeded
 from oracle import randomise
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def values(name: str) -> dict[str, Any]:
     return {**base, **CONFIGS[name]}
 
 
-@cache
+@once
 def pair(name: str, strict_causal: bool = False) -> tuple[Any, Code2Wav]:
     """The reference and ours with the same random weights."""
     from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeCode2WavConfig
@@ -55,7 +55,7 @@ def pair(name: str, strict_causal: bool = False) -> tuple[Any, Code2Wav]:
 
 def draw(name: str, frames: int) -> Tensor:
     shape = (2, values(name)["num_quantizers"], frames)
-    return torch.randint(0, values(name)["codebook_size"], shape, generator=torch.Generator().manual_seed(frames))
+    return torch.randint(0, values(name)["codebook_size"], shape, generator=seeded(frames))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from build import seeded
 from oracle import Conversation, assert_close, batch, converted_model, reference_model
 from test_parity_generate import GREEDY, captured_codes, ours_generate, reference_generate
 
@@ -112,7 +113,7 @@ def test_a_reply_that_stops_is_spoken_without_its_stop_id() -> None:
 
 def test_seams_of_chunked_decoding() -> None:
     """The reference decodes 300 frames at a time and loses 555 samples at each seam; ours loses them once."""
-    codes = torch.randint(0, 64, (1, 4, 310), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, 64, (1, 4, 310), generator=seeded(0))
     with torch.no_grad():
         chunked = reference_model().code2wav.chunked_decode(codes, 300, 25).flatten()
         whole = reference_model().code2wav(codes).flatten()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from build import once, seeded
 from oracle import randomise
 from torch import Tensor
 
@@ -60,7 +60,7 @@ VISION_BASE = {
 }
 
 
-@cache
+@once
 def audio_pair(name: str) -> tuple[Any, AudioEncoder]:
     """The reference and ours with the same random weights."""
     from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeAudioEncoderConfig
@@ -74,7 +74,7 @@ def audio_pair(name: str) -> tuple[Any, AudioEncoder]:
     return reference, ours
 
 
-@cache
+@once
 def vision_pair(name: str) -> tuple[Any, VisionEncoder]:
     """The reference and ours with the same random weights."""
     from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeVisionEncoderConfig
@@ -96,7 +96,7 @@ def reference_alone(reference: Any, clip: Tensor) -> Tensor:
     return reference(clip, feature_lens=torch.tensor([clip.shape[1]])).last_hidden_state
 
 
-@cache
+@once
 def feature_extractor() -> Any:
     from transformers import WhisperFeatureExtractor
 
@@ -104,7 +104,7 @@ def feature_extractor() -> Any:
 
 
 def noise(samples: int) -> Tensor:
-    return 0.3 * torch.randn(samples, generator=torch.Generator().manual_seed(samples))
+    return 0.3 * torch.randn(samples, generator=seeded(samples))
 
 
 SIGNALS = {
@@ -143,7 +143,7 @@ def test_audio_encoder(name: str, frames: list[int]) -> None:
     """Clips of a batch equal the reference on each clip alone."""
     reference, ours = audio_pair(name)
     bins, longest = ours.config.num_mel_bins, max(frames)
-    features = torch.randn(len(frames), bins, longest, generator=torch.Generator().manual_seed(longest))
+    features = torch.randn(len(frames), bins, longest, generator=seeded(longest))
     out = ours(features, torch.tensor(frames))
     for clip, n, embeds in zip(features, frames, out.embeds.split(out.lengths)):
         expected = reference_alone(reference, clip[:, :n])
@@ -194,7 +194,7 @@ def test_vision_encoder(name: str, grids: str) -> None:
     reference, ours = vision_pair(name)
     grid = torch.tensor(GRIDS[grids])
     width = ours.patch_embed.proj.weight[0].numel()
-    pixels = torch.randn(int(grid.prod(1).sum()), width, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(int(grid.prod(1).sum()), width, generator=seeded(1))
     expected, out = reference(pixels, grid), ours(pixels, grid)
     torch.testing.assert_close(out.embeds, expected.pooler_output, atol=1e-5, rtol=1e-5)
     assert len(out.taps) == len(expected.deepstack_features) == len(ours.config.deepstack_visual_indexes)
@@ -205,14 +205,14 @@ def test_vision_encoder(name: str, grids: str) -> None:
 @torch.no_grad()
 def test_bf16_is_as_near_to_fp32_as_the_reference() -> None:
     reference, ours = audio_pair("tiny")
-    clip = torch.randn(128, 230, generator=torch.Generator().manual_seed(0))
+    clip = torch.randn(128, 230, generator=seeded(0))
     exact = ours(clip[None], [230]).embeds
     rough = copy.deepcopy(ours).bfloat16()(clip[None], [230]).embeds.float()
     theirs = reference_alone(copy.deepcopy(reference).bfloat16(), clip).float()
     assert (rough - exact).norm() < min(0.05 * exact.norm(), 1.5 * (theirs - exact).norm())
 
     reference, ours = vision_pair("two_taps")
-    pixels, grid = torch.randn(48, 1536, generator=torch.Generator().manual_seed(0)), torch.tensor([[2, 4, 6]])
+    pixels, grid = torch.randn(48, 1536, generator=seeded(0)), torch.tensor([[2, 4, 6]])
     exact = ours(pixels, grid).embeds
     rough = copy.deepcopy(ours).bfloat16()(pixels, grid).embeds.float()
     theirs = copy.deepcopy(reference).bfloat16()(pixels.bfloat16(), grid).pooler_output.float()

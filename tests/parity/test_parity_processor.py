@@ -8,41 +8,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from build import TOY_DATA, noise, speckle, tiny_config
 from transformers import AutoTokenizer, Qwen3OmniMoeProcessor
 
-from omni.config.model import OmniConfig
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.rope.positions import AudioVideo
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "omni" / "packaged" / "toy_data"
 SIZES = {"small": (20, 30), "wide": (64, 200), "odd": (75, 133)}
 
 
 @pytest.fixture(scope="module")
 def ours() -> OmniProcessor:
-    return OmniProcessor.from_pretrained(DEMO)
+    return OmniProcessor.from_pretrained(TOY_DATA)
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The reference's processor on the same files, written out in full (here the released values are a default)."""
     folder = tmp_path_factory.mktemp("processor")
-    OmniProcessor.from_pretrained(DEMO).save_pretrained(folder)
+    OmniProcessor.from_pretrained(TOY_DATA).save_pretrained(folder)
     return Qwen3OmniMoeProcessor.from_pretrained(str(folder))
-
-
-def clip(samples: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def film(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
 def reference(theirs: Any, messages: Any, **media: Any) -> OmniInputs:
@@ -66,21 +53,21 @@ def assert_same(got: OmniInputs, want: OmniInputs) -> None:
 
 @pytest.mark.parametrize("samples", [1000, 7999, 15999, 16000, 16160, 40000])
 def test_audio_alone(ours: OmniProcessor, theirs: Any, samples: int) -> None:
-    wave = clip(samples)
+    wave = noise(samples).numpy()
     messages = [{"role": "user", "content": [{"type": "audio", "audio": wave}, {"type": "text", "text": "What?"}]}]
     assert_same(ours(messages), reference(theirs, messages, audio=[wave]))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_image_alone(ours: OmniProcessor, theirs: Any, size: str) -> None:
-    pixels = picture(*SIZES[size])
+    pixels = speckle(*SIZES[size])
     messages = [{"role": "user", "content": [{"type": "image", "image": pixels}]}]
     assert_same(ours(messages), reference(theirs, messages, images=[pixels]))
 
 
 @pytest.mark.parametrize(("frames", "fps"), [(4, 2.0), (5, 1.5), (1, 1.0), (7, 4.0)])
 def test_video_frames_alone(ours: OmniProcessor, theirs: Any, frames: int, fps: float) -> None:
-    pixels = film(frames, 40, 60)
+    pixels = speckle(frames, 40, 60)
     messages = [{"role": "user", "content": [{"type": "video", "video": pixels}, {"type": "text", "text": "see"}]}]
     assert_same(ours(messages, fps=fps), reference(theirs, messages, videos=[pixels], fps=fps))
 
@@ -89,7 +76,7 @@ def test_video_frames_alone(ours: OmniProcessor, theirs: Any, frames: int, fps: 
 def test_video_with_sound(
     ours: OmniProcessor, theirs: Any, samples: int, fps: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels, wave = film(6, 40, 60), clip(samples)
+    pixels, wave = speckle(6, 40, 60), noise(samples).numpy()
     _give_sound(monkeypatch, wave)
     messages = [{"role": "user", "content": [{"type": "video", "video": pixels}, {"type": "text", "text": "see"}]}]
     got = ours(messages, fps=fps, use_audio_in_video=True)
@@ -103,7 +90,7 @@ def test_video_with_sound(
         audio_from_video_indices=[0],
     )
     assert_same(got, want)
-    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").thinker_config
+    config = tiny_config().thinker_config
     assert got.segments(config) == want.segments(config)
     assert any(isinstance(segment, AudioVideo) for segment in got.segments(config)[0])
 
@@ -123,7 +110,7 @@ def _give_sound(monkeypatch: pytest.MonkeyPatch, wave: np.ndarray) -> None:
 
 
 def test_several_turns_and_media(ours: OmniProcessor, theirs: Any) -> None:
-    images, waves = [picture(40, 40), picture(33, 90, 1)], [clip(30000), clip(30000, 1)]
+    images, waves = [speckle(40, 40), speckle(33, 90, seed=1)], [noise(30000).numpy(), noise(30000, 1).numpy()]
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
         {
@@ -141,7 +128,7 @@ def test_several_turns_and_media(ours: OmniProcessor, theirs: Any) -> None:
 
 
 def test_batch_is_padded_on_the_left(ours: OmniProcessor, theirs: Any) -> None:
-    image, wave = picture(64, 64), clip(24000)
+    image, wave = speckle(64, 64), noise(24000).numpy()
     batch = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "hi"}]}],
         [{"role": "user", "content": "the voice of time — thère 你好"}],
@@ -154,7 +141,7 @@ def test_batch_is_padded_on_the_left(ours: OmniProcessor, theirs: Any) -> None:
 
 def test_clips_do_not_change_with_their_neighbours(ours: OmniProcessor, theirs: Any) -> None:
     """The reference pads samples before the transform, so a short clip's last frame depends on the batch."""
-    short, long = clip(16000), clip(40000, 1)
+    short, long = noise(16000).numpy(), noise(40000, 1).numpy()
     alone = ours([{"role": "user", "content": [{"audio": short}]}]).input_features[0]
     beside = ours([{"role": "user", "content": [{"audio": short}, {"audio": long}]}])
     frames = alone.shape[1]
@@ -188,7 +175,7 @@ def test_tools_and_thinking(ours: OmniProcessor, theirs: Any) -> None:
 def test_transformers_reads_what_we_save(ours: OmniProcessor, theirs: Any, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "a")
     read = Qwen3OmniMoeProcessor.from_pretrained(str(tmp_path / "a"))
-    image, wave, frames = picture(50, 50), clip(16000), film(4, 32, 48)
+    image, wave, frames = speckle(50, 50), noise(16000).numpy(), speckle(4, 32, 48)
     content = [{"type": "image", "image": image}, {"type": "audio", "audio": wave}, {"type": "video", "video": frames}]
     messages = [{"role": "user", "content": content}]
     media = {"images": [image], "audio": [wave], "videos": [frames], "fps": 2.0}
@@ -200,7 +187,7 @@ def test_we_read_what_transformers_saves(ours: OmniProcessor, theirs: Any, tmp_p
     theirs.save_pretrained(str(tmp_path))
     assert (tmp_path / "processor_config.json").is_file()
     read = OmniProcessor.from_pretrained(tmp_path)
-    content = [{"image": picture(50, 50)}, {"audio": clip(16000)}, {"video": film(4, 32, 48)}, "hello"]
+    content = [{"image": speckle(50, 50)}, {"audio": noise(16000).numpy()}, {"video": speckle(4, 32, 48)}, "hello"]
     messages = [{"role": "user", "content": content}]
     assert_same(read(messages), ours(messages))
     read.save_pretrained(tmp_path / "again")
@@ -208,6 +195,6 @@ def test_we_read_what_transformers_saves(ours: OmniProcessor, theirs: Any, tmp_p
 
 
 def test_ordinary_text_has_the_usual_ids(ours: OmniProcessor) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
+    tokenizer = AutoTokenizer.from_pretrained(str(TOY_DATA))
     for text in ("", " ", "the user said: hello\n\n", "a < b | c > d", "\u00e9 e\u0301 \U0001f600", "x" * 50, "\r\n\t"):
         assert ours.encode_text(text) == tokenizer(text)["input_ids"], text

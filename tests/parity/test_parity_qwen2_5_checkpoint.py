@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle_qwen2_5 import AUDIO, VISION, config_values
+from build import config_values, once, seeded
 from safetensors.torch import load_file
 from test_parity_token2wav import randomise, values
 from transformers import PreTrainedModel
@@ -28,17 +27,13 @@ SEEDS = range(2)
 
 def whole_values(seed: int) -> dict[str, Any]:
     """config.json of a complete tiny model."""
-    made = config_values(seed)
-    thinker = made["thinker_config"]
-    width = thinker["text_config"]["hidden_size"]
-    thinker["audio_config"] = {**AUDIO, "num_mel_bins": 128, "n_window": 20, "output_dim": width}
-    thinker["vision_config"] = {**VISION, "patch_size": 14, "window_size": 56, "out_hidden_size": width}
+    made = config_values(seed, audio={"n_window": 20}, vision={"patch_size": 14, "window_size": 56})
     made["token2wav_config"] = values(("tiny", "other_encoder")[seed])
     del made["talker_config"]["speaker_id"]  # not in files
     return made
 
 
-@cache
+@once
 def reference(seed: int) -> Any:
     from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
@@ -49,7 +44,7 @@ def reference(seed: int) -> Any:
 
 
 def voices(seed: int) -> dict[str, Voice]:
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeded(seed)
     return {
         "Chelsie": Voice(torch.randn(1, 6, generator=rng), torch.randn(1, 9, 10, generator=rng), 302),
         "Ethan": Voice(torch.randn(1, 6, generator=rng), torch.randn(1, 5, 10, generator=rng), 300),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from build import once, seeded
 from oracle import randomise
 from torch import Tensor
 
@@ -58,7 +58,7 @@ VISION_BASE = {
 }
 
 
-@cache
+@once
 def audio_pair(name: str) -> tuple[Any, WhisperAudioEncoder]:
     """The reference and ours with the same random weights."""
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
@@ -74,7 +74,7 @@ def audio_pair(name: str) -> tuple[Any, WhisperAudioEncoder]:
     return reference, ours
 
 
-@cache
+@once
 def vision_pair(name: str) -> tuple[Any, WindowVisionEncoder]:
     """The reference and ours with the same random weights."""
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniVisionEncoderConfig
@@ -111,7 +111,7 @@ def test_audio_encoder(name: str, frames: list[int]) -> None:
     """Alone and together: here the reference, too, gives a clip the same values beside any other."""
     reference, ours = audio_pair(name)
     bins, longest = ours.config.num_mel_bins, max(frames)
-    features = torch.randn(len(frames), bins, longest, generator=torch.Generator().manual_seed(longest))
+    features = torch.randn(len(frames), bins, longest, generator=seeded(longest))
     clips = [clip[:, :n] for clip, n in zip(features, frames)]
     out = ours(features, torch.tensor(frames))
     torch.testing.assert_close(out.embeds, hear(reference, clips), atol=1e-5, rtol=0)
@@ -144,7 +144,7 @@ def test_vision_encoder(name: str, grids: str) -> None:
     reference, ours = vision_pair(name)
     grid = torch.tensor(GRIDS[grids])
     width = ours.patch_embed.proj.weight[0].numel()
-    pixels = torch.randn(int(grid.prod(1).sum()), width, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(int(grid.prod(1).sum()), width, generator=seeded(1))
     out = ours(pixels, grid)
     torch.testing.assert_close(out.embeds, reference(pixels, grid).pooler_output, atol=1e-5, rtol=0)
     assert out.taps == [] and sum(out.lengths) == len(out.embeds)
@@ -153,14 +153,14 @@ def test_vision_encoder(name: str, grids: str) -> None:
 @torch.no_grad()
 def test_bf16_is_as_near_to_fp32_as_the_reference() -> None:
     reference, ours = audio_pair("tiny")
-    clip = torch.randn(128, 330, generator=torch.Generator().manual_seed(0))
+    clip = torch.randn(128, 330, generator=seeded(0))
     exact = ours(clip[None], [330]).embeds
     rough = copy.deepcopy(ours).bfloat16()(clip[None], [330]).embeds.float()
     theirs = hear(copy.deepcopy(reference).bfloat16(), [clip]).float()
     assert (rough - exact).norm() < min(0.05 * exact.norm(), 1.5 * (theirs - exact).norm())
 
     reference, ours = vision_pair("tiny")
-    pixels, grid = torch.randn(480, 1176, generator=torch.Generator().manual_seed(0)), torch.tensor([[2, 12, 20]])
+    pixels, grid = torch.randn(480, 1176, generator=seeded(0)), torch.tensor([[2, 12, 20]])
     exact = ours(pixels, grid).embeds
     rough = copy.deepcopy(ours).bfloat16()(pixels, grid).embeds.float()
     theirs = copy.deepcopy(reference).bfloat16()(pixels.bfloat16(), grid).pooler_output.float()

@@ -9,11 +9,11 @@ limit cuts, omni does: N tokens of ours are N + 1 of the reference's.
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from build import once, seeded
 from oracle import assert_close
 from oracle import randomise as randomise_decoders
 from test_parity_qwen2_5_understanding import prompts, whole_values
@@ -43,7 +43,7 @@ def values(seed: int) -> dict[str, Any]:
     return found
 
 
-@cache
+@once
 def reference(seed: int) -> Any:
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniForConditionalGeneration
@@ -60,16 +60,16 @@ def reference(seed: int) -> Any:
     return model
 
 
-@cache
+@once
 def voices() -> dict[str, Voice]:
-    rng = torch.Generator().manual_seed(1)
+    rng = seeded(1)
     return {
         name: Voice(torch.randn(1, 6, generator=rng), torch.randn(1, 20, 10, generator=rng), token)
         for name, token in VOICES.items()
     }
 
 
-@cache
+@once
 def ours(seed: int) -> OmniModel:
     model = OmniModel(OmniConfig.from_dict(values(seed)))
     theirs = reference(seed).state_dict()
@@ -142,7 +142,7 @@ def test_text_codes_and_sound_of_a_batch_with_media(seed: int, monkeypatch: pyte
 @pytest.mark.parametrize("seed", SEEDS)
 def test_text_codes_and_sound_of_conversations(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier turns and the system text are heard too, and the reply may end by itself."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeded(seed)
 
     def text(count: int) -> list[int]:
         return torch.randint(30, 250, (count,), generator=rng).tolist()

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle_qwen2_5 import config_values, rope_reference, write_processor
+from build import chat, config_values, noise, speckle, write_processor
+from oracle_qwen2_5 import rope_reference
 
 from omni.config.model import OmniConfig
 from omni.processing import vision
@@ -54,14 +55,6 @@ def thinker_config() -> Any:
     return OmniConfig.from_dict(values).thinker_config
 
 
-def clip(samples: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
-
-
-def film(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
-
-
 @dataclass
 class Talk:
     """A conversation, and its media as the reference takes them.
@@ -99,11 +92,11 @@ class Drawn(Talk):
         return {"type": "text", "text": self.text()}
 
     def image(self) -> dict[str, Any]:
-        self.images.append(film(1, self.rng.randint(20, 90), self.rng.randint(20, 90), self.rng.randint(0, 99))[0])
+        self.images.append(speckle(self.rng.randint(20, 90), self.rng.randint(20, 90), seed=self.rng.randint(0, 99)))
         return {"type": "image", "image": self.images[-1]}
 
     def wave(self, slot: int | None) -> np.ndarray:
-        self.audio.append(clip(self.rng.randint(400, 80000), self.rng.randint(0, 99)))
+        self.audio.append(noise(self.rng.randint(400, 80000), self.rng.randint(0, 99)).numpy())
         self.slots.append(slot)
         return self.audio[-1]
 
@@ -111,7 +104,7 @@ class Drawn(Talk):
         return {"type": "audio", "audio": self.wave(None)}
 
     def video(self) -> dict[str, Any]:
-        self.videos.append(film(self.rng.randint(1, 9), 30, self.rng.choice((30, 60)), self.rng.randint(0, 99)))
+        self.videos.append(speckle(self.rng.randint(1, 9), 30, self.rng.choice((30, 60)), seed=self.rng.randint(0, 99)))
         if self.with_sound:
             self.tracks.append(self.wave(len(self.videos) - 1))
         return {"type": "video", "video": self.videos[-1]}
@@ -203,7 +196,7 @@ def test_a_video_with_sound_takes_turns_by_chunks(
     ours: OmniProcessor, theirs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve frames of 6 s with 5 s of sound: three chunks of 2 s, the pictures of each before its sound."""
-    pixels, wave = film(12, 30, 30), clip(80000)
+    pixels, wave = speckle(12, 30, 30), noise(80000).numpy()
     messages = [{"role": "user", "content": [{"type": "video", "video": pixels}, {"type": "text", "text": "see"}]}]
     one = Talk(messages, videos=[pixels], audio=[wave], slots=[0], tracks=[wave])
     give_sound(monkeypatch, one.tracks)
@@ -217,18 +210,18 @@ def test_a_video_with_sound_takes_turns_by_chunks(
 
 @pytest.mark.parametrize("samples", [321, 480, 7999, 16001, 32000, 40000])
 def test_lengths_of_clips(ours: OmniProcessor, theirs: Any, samples: int) -> None:
-    one = heard(clip(samples))
+    one = heard(noise(samples).numpy())
     assert_same(ours(one.messages), reference(theirs, [one], 2.0))
 
 
 def test_a_clip_that_has_no_token_is_refused(ours: OmniProcessor) -> None:
     with pytest.raises(ValueError, match="at least 321"):
-        ours([{"role": "user", "content": [{"audio": clip(320)}]}])
+        ours([{"role": "user", "content": [{"audio": noise(320).numpy()}]}])
 
 
 def test_a_loud_end_sets_the_level(ours: OmniProcessor, theirs: Any) -> None:
     """The reference's level is the loudest value also of the frames behind the clip."""
-    wave = clip(16000, 1) * 0.01
+    wave = noise(16000, 1).numpy() * 0.01
     wave[-3:] = 0.9
     one = heard(wave)
     assert_same(ours(one.messages), reference(theirs, [one], 2.0))
@@ -245,7 +238,7 @@ def layouts(released: Path, theirs: Any, tmp_path: Path) -> Iterator[OmniProcess
 def test_both_layouts_and_both_directions(
     released: Path, ours: OmniProcessor, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image, video, wave = film(1, 50, 50)[0], film(4, 30, 60), clip(16000)
+    image, video, wave = speckle(50, 50), speckle(4, 30, 60), noise(16000).numpy()
     content = [{"type": "image", "image": image}, {"type": "audio", "audio": wave}, {"type": "video", "video": video}]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": "hello"}]}]
     one = Talk(messages, images=[image], videos=[video], audio=[wave], slots=[None])
@@ -269,7 +262,7 @@ def test_files_without_their_own_values_are_the_release_s(released: Path, tmp_pa
     found, want = OmniProcessor.from_pretrained(bare), OmniProcessor.from_pretrained(released)
     assert found.tokens == want.tokens and found.position_rule == want.position_rule
     assert found.files.json_files == want.files.json_files
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"audio": clip(9000)}, "hi"]}]
+    messages = [{"role": "system", "content": "be brief"}, *chat([{"audio": noise(9000).numpy()}, "hi"])]
     assert torch.equal(found(messages).input_ids, want(messages).input_ids)
 
 

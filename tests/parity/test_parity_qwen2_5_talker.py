@@ -6,13 +6,13 @@ The codes are drawn by the step functions that drive the first family's Talker (
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from build import config_values, once, seeded
 from oracle import assert_close
-from oracle_qwen2_5 import config_values, converted_parts, reference_parts
+from oracle_qwen2_5 import converted_parts, reference_parts
 from test_parity_qwen2_5_positions import RULE, Layout, gather, layouts
 
 from omni.config.model import OmniConfig
@@ -31,7 +31,6 @@ VOICES = {"eve": 300, "bob": 301}
 @torch.no_grad()
 def test_logits_and_states_of_a_padded_batch(seed: int) -> None:
     (_, reference), (_, talker) = reference_parts(seed), converted_parts(seed)
-    torch.manual_seed(seed)
     lengths, positions = [10, 7], torch.randint(0, 60, (3, 2, 10))
     embeds = torch.randn(2, 10, talker.config.thinker_hidden_size)
     expected = reference.model(
@@ -150,7 +149,7 @@ def test_a_prompt_without_padding_is_read_wrongly_by_the_reference() -> None:
     assert ours != expected
 
 
-@cache
+@once
 def reference_model(seed: int) -> Any:
     """The whole reference model, its codec decoder cut off: text in, text and codes out."""
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
@@ -190,7 +189,7 @@ def test_whole_replies_to_text(seed: int) -> None:
     """
     thinker, talker = converted_parts(seed)
     config = OmniConfig.from_dict(config_values(seed))
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     prompts = [torch.randint(0, 250, (n,), generator=generator) for n in (9, 6)]
     ids = torch.stack([torch.nn.functional.pad(p, (9 - len(p), 0)) for p in prompts])
     mask = torch.stack([torch.arange(9) >= 9 - len(p) for p in prompts]).long()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from build import SPECIAL, config_values, once
 from oracle import assert_close, randomise
-from oracle_qwen2_5 import AUDIO, SPECIAL, VISION, config_values
 from safetensors.torch import load_file, save_file
 
 from omni import OmniInputs, OmniModel
@@ -21,20 +20,11 @@ SEEDS = range(6)
 
 def whole_values(seed: int) -> dict[str, Any]:
     """config.json with tiny encoders that fit the Thinker's width."""
-    values = config_values(seed)
-    thinker = values["thinker_config"]
-    width = thinker["text_config"]["hidden_size"]
-    thinker["audio_config"] = {**AUDIO, "num_mel_bins": 128, "n_window": 20 if seed % 2 else 100, "output_dim": width}
-    thinker["vision_config"] = {
-        **VISION,
-        "patch_size": 14,
-        "window_size": 56 * (1 + seed % 2),
-        "out_hidden_size": width,
-    }
-    return values
+    vision = {"patch_size": 14, "window_size": 56 * (1 + seed % 2)}
+    return config_values(seed, audio={"n_window": 20 if seed % 2 else 100}, vision=vision)
 
 
-@cache
+@once
 def reference(seed: int) -> Any:
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from build import once, seeded
 from oracle import assert_close
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def values(name: str) -> dict[str, Any]:
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """No parameter hides, and few samples clip."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         if p.dim() > 1 and "embed" not in name.split(".")[-2]:
@@ -100,7 +100,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         p.copy_(noise)
 
 
-@cache
+@once
 def pair(name: str) -> tuple[Any, Token2Wav]:
     """The reference and ours with the same random weights, by way of the checkpoint's names."""
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniToken2WavConfig
@@ -119,7 +119,7 @@ class Draw:
     """Random inputs of a model, the same for both sides."""
 
     def __init__(self, name: str, codes: int, rows: int = 1) -> None:
-        rng = torch.Generator().manual_seed(codes)
+        rng = seeded(codes)
         sizes = values(name)["dit_config"]
         self.codes = torch.randint(0, sizes["num_embeds"] + 1, (rows, codes), generator=rng)
         frames = codes * sizes["repeats"]
@@ -153,7 +153,7 @@ def test_every_tensor_has_one_name_on_either_side(name: str) -> None:
 @pytest.mark.parametrize("frames", [5, 40])
 def test_speaker_encoder(name: str, frames: int) -> None:
     reference, ours = pair(name)
-    mel = torch.randn(2, frames, 10, generator=torch.Generator().manual_seed(frames))
+    mel = torch.randn(2, frames, 10, generator=seeded(frames))
     for x in (mel, torch.zeros_like(mel)):
         expected = reference.code2wav_dit_model.input_embed.spk_encoder(x)
         assert_close(ours.dit.encode_reference(x), expected, 1e-5)
@@ -227,7 +227,7 @@ def test_sampled_mel(name: str, settings: dict[str, Any], monkeypatch: pytest.Mo
 def test_vocoder(name: str, frames: int) -> None:
     """Of mels that reach beyond both ends of the level that it clips to."""
     reference, ours = pair(name)
-    mel = 5 * torch.randn(2, frames, 10, generator=torch.Generator().manual_seed(frames)) - 4
+    mel = 5 * torch.randn(2, frames, 10, generator=seeded(frames)) - 4
     expected = reference.code2wav_bigvgan_model(mel.transpose(1, 2)).view(2, -1)
     assert (expected.abs() == 1).float().mean() < 0.05, "a clipped waveform would hide differences"
     assert_close(ours.vocode(mel), expected, 1e-6)

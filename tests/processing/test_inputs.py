@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from build import tiny_config
 
-from omni.config.model import OmniConfig, ThinkerConfig
+from omni.config.model import ThinkerConfig
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import Audio, AudioVideo, Image, Text, Video
 
-CONFIG = OmniConfig.from_pretrained(Path(__file__).parents[2] / "configs" / "tiny.json").thinker_config
+CONFIG = tiny_config().thinker_config
 AUDIO, IMAGE, VIDEO = CONFIG.audio_token_id, CONFIG.image_token_id, CONFIG.video_token_id
 AUDIO_START, VISION_START = CONFIG.audio_start_token_id, CONFIG.vision_start_token_id
 AUDIO_END, VISION_END = 270, 263

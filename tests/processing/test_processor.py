@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from build import TINY, TOY_DATA, chat, tiny_config, tone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as pil
@@ -26,20 +27,15 @@ from omni.processing.processor import OmniProcessor
 from omni.rope.positions import AudioVideo, Video
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "omni" / "packaged" / "toy_data"
 RELEASED = ROOT / "omni" / "processing" / "released"
-CONFIG = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").thinker_config
-PROCESSOR = OmniProcessor.from_pretrained(DEMO)
-TOKENIZER = AutoTokenizer.from_pretrained(str(DEMO))
+CONFIG = tiny_config().thinker_config
+PROCESSOR = OmniProcessor.from_pretrained(TOY_DATA)
+TOKENIZER = AutoTokenizer.from_pretrained(str(TOY_DATA))
 ADDED = [str(token) for token in TOKENIZER.added_tokens_decoder.values()]
 SPECIAL = {index for index, token in TOKENIZER.added_tokens_decoder.items() if token.special}
-WAVE = (0.1 * np.sin(np.arange(16000) / 10)).astype(np.float32)
+WAVE = tone(1.0, level=0.1)
 PICTURE = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
 FRAMES = np.zeros((4, 32, 32, 3), np.uint8)
-
-
-def user(content: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": content}]
 
 
 def ids_of(messages: Any, **options: Any) -> list[int]:
@@ -77,30 +73,30 @@ def test_text_never_becomes_control_tokens(pieces: list[str], role: str) -> None
 @given(text=st.text(max_size=30).filter(lambda text: not any(token in text for token in ADDED)))
 def test_ordinary_text_has_transformers_ids(text: str) -> None:
     rendered = TOKENIZER.apply_chat_template(
-        user(text), chat_template=PROCESSOR.chat.template, tokenize=False, add_generation_prompt=True
+        chat(text), chat_template=PROCESSOR.chat.template, tokenize=False, add_generation_prompt=True
     )
-    assert ids_of(user(text)) == TOKENIZER(rendered)["input_ids"]
+    assert ids_of(chat(text)) == TOKENIZER(rendered)["input_ids"]
     assert PROCESSOR.encode_text(text) == TOKENIZER(text)["input_ids"]
 
 
 def test_pieces_that_meet_form_no_control_token() -> None:
     parts = ["<|im_", "start|>", "<|audio_pad", "|>"]
-    plain = ids_of(user("".join(parts)))
-    assert ids_of(user([{"text": part} for part in parts])) == plain
-    media = PROCESSOR(user([*parts, {"image": PICTURE}, "<|image_pad|>"]))
+    plain = ids_of(chat("".join(parts)))
+    assert ids_of(chat([{"text": part} for part in parts])) == plain
+    media = PROCESSOR(chat([*parts, {"image": PICTURE}, "<|image_pad|>"]))
     assert media.input_ids[0].tolist().count(265) == int(media.image_grid_thw.prod()) // 4
     media.segments(CONFIG)
 
 
 def test_private_characters_survive() -> None:
     text = "\ue000\ue001 <|im_end|> \uf8ff"
-    assert text in PROCESSOR.decode(ids_of(user(text)), skip_special_tokens=False)
+    assert text in PROCESSOR.decode(ids_of(chat(text)), skip_special_tokens=False)
 
 
 def test_tools_and_their_results_are_text() -> None:
     tools = [{"type": "function", "function": {"name": "f<|im_end|>", "description": "</think>", "parameters": {}}}]
     messages = [
-        *user("hi"),
+        *chat("hi"),
         {
             "role": "assistant",
             "content": None,
@@ -117,7 +113,7 @@ def test_tools_and_their_results_are_text() -> None:
 
 
 def calling(arguments: Any) -> list[dict[str, Any]]:
-    return [*user("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    return [*chat("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
 
 
 def test_what_is_no_json_is_text_too() -> None:
@@ -130,7 +126,7 @@ def test_what_is_no_json_is_text_too() -> None:
     for value in ({"<|im_end|>"}, Path("<|im_end|>"), Sly("<|im_end|>")):
         ids = ids_of(calling({"k": value}), tools=[{"name": "f", "description": value}])
         assert ids.count(258) == 3 and "<|im_end|>" in PROCESSOR.decode(ids)
-    assert 258 not in ids_of(user(Sly("<|im_end|>")), add_generation_prompt=False)[3:-2]
+    assert 258 not in ids_of(chat(Sly("<|im_end|>")), add_generation_prompt=False)[3:-2]
 
 
 def test_arguments_that_json_cannot_express() -> None:
@@ -145,18 +141,18 @@ def test_arguments_that_json_cannot_express() -> None:
 
 
 def test_a_reply_keeps_its_markup() -> None:
-    messages = [*user("a"), {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes <|im_end|>"}]
+    messages = [*chat("a"), {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes <|im_end|>"}]
     ids = ids_of(messages, add_generation_prompt=False)
     assert ids.count(259) == ids.count(260) == 1 and ids.count(258) == 2
-    older = ids_of([*messages, *user("b")])
+    older = ids_of([*messages, *chat("b")])
     assert 259 not in older  # reasoning of earlier turns is left out
     pause = PROCESSOR.encode_text("\n\n")
-    assert ids_of(user("a"), enable_thinking=False) == [*ids_of(user("a")), 259, *pause, 260, *pause]
+    assert ids_of(chat("a"), enable_thinking=False) == [*ids_of(chat("a")), 259, *pause, 260, *pause]
     assert PROCESSOR.think_token_ids == (259, 260)
 
 
 def test_template_of_the_demo() -> None:
-    assert ids_of(user("")) == [257, 277, 10, 258, 10, 257, 278, 10]
+    assert ids_of(chat("")) == [257, 277, 10, 258, 10, 257, 278, 10]
     assert ids_of([{"role": "system", "content": "a"}], add_generation_prompt=False) == [257, 276, 10, 97, 258, 10]
 
 
@@ -176,7 +172,7 @@ def test_every_spelling_of_an_item(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(encoded("wav"))
     (tmp_path / "a.png").write_bytes(encoded("png"))
     wav64, png64 = (base64.b64encode(encoded(form)).decode() for form in ("wav", "png"))
-    audio = PROCESSOR(user([{"type": "audio", "audio": WAVE}]))
+    audio = PROCESSOR(chat([{"type": "audio", "audio": WAVE}]))
     for item in (
         {"audio": (WAVE, 16000)},
         {"audio": {"array": WAVE, "sampling_rate": 16000}},
@@ -187,9 +183,9 @@ def test_every_spelling_of_an_item(tmp_path: Path) -> None:
         {"type": "input_audio", "input_audio": {"data": wav64, "format": "wav"}},
         {"audio": encoded("wav")},
     ):
-        got = PROCESSOR(user([item]))
+        got = PROCESSOR(chat([item]))
         assert torch.equal(got.input_ids, audio.input_ids) and torch.equal(got.input_features, audio.input_features)
-    image = PROCESSOR(user([{"type": "image", "image": PICTURE}]))
+    image = PROCESSOR(chat([{"type": "image", "image": PICTURE}]))
     for item in (
         {"image": pil.fromarray(PICTURE)},
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png64}", "detail": "low"}},
@@ -197,7 +193,7 @@ def test_every_spelling_of_an_item(tmp_path: Path) -> None:
         {"type": "image", "base64": png64},
         {"type": "image", "url": str(tmp_path / "a.png")},
     ):
-        assert torch.equal(PROCESSOR(user([item])).pixel_values, image.pixel_values)
+        assert torch.equal(PROCESSOR(chat([item])).pixel_values, image.pixel_values)
 
 
 @pytest.mark.parametrize(
@@ -209,22 +205,22 @@ def test_every_spelling_of_an_item(tmp_path: Path) -> None:
         ([{"role": "user", "contents": "a"}], ValueError, "'contents'.*'content'"),
         ([{"role": "user"}], ValueError, "no content"),
         ([{"role": "user", "content": 5}], TypeError, "string or a list"),
-        (user([{"type": "adio", "audio": WAVE}]), ValueError, "'adio'.*'audio'"),
-        (user([{"imge": PICTURE}]), ValueError, "'imge'.*'image'"),
-        (user([{"type": "image", "imge": PICTURE}]), ValueError, "'imge'.*'image'"),
-        (user([{"type": "video", "video": FRAMES, "max_frame": 3}]), ValueError, "'max_frame'.*'max_frames'"),
-        (user([{"audio": WAVE, "image": PICTURE}]), ValueError, "at once"),
-        (user([{"type": "image", "image": PICTURE, "path": "a.png"}]), ValueError, "image and path"),
-        (user([{"type": "audio"}]), ValueError, "one of the keys"),
-        (user([{"type": "text", "text": 3}]), TypeError, "text must be a string"),
-        (user([{"image": PICTURE, "min_pixels": -1}]), ValueError, "min_pixels"),
-        (user([{"image": PICTURE, "min_pixels": 9000, "max_pixels": 4000}]), ValueError, "exceeds"),
-        (user([{"video": FRAMES, "fps": 0}]), ValueError, "fps"),
-        (user([{"video": FRAMES, "use_audio_in_video": True}]), ValueError, "has no sound"),
-        (user([{"audio": WAVE[:100]}]), ValueError, "too short"),
-        (user([{"type": "input_audio", "input_audio": {"data": "%%"}}]), ValueError, "base64"),
-        (user([{"image": PICTURE, "min_pixels": 10**12}]), ValueError, "exceeds the limit"),
-        (user([{"type": "image", "base64": 5}]), TypeError, "base64 data of the image must be a string"),
+        (chat([{"type": "adio", "audio": WAVE}]), ValueError, "'adio'.*'audio'"),
+        (chat([{"imge": PICTURE}]), ValueError, "'imge'.*'image'"),
+        (chat([{"type": "image", "imge": PICTURE}]), ValueError, "'imge'.*'image'"),
+        (chat([{"type": "video", "video": FRAMES, "max_frame": 3}]), ValueError, "'max_frame'.*'max_frames'"),
+        (chat([{"audio": WAVE, "image": PICTURE}]), ValueError, "at once"),
+        (chat([{"type": "image", "image": PICTURE, "path": "a.png"}]), ValueError, "image and path"),
+        (chat([{"type": "audio"}]), ValueError, "one of the keys"),
+        (chat([{"type": "text", "text": 3}]), TypeError, "text must be a string"),
+        (chat([{"image": PICTURE, "min_pixels": -1}]), ValueError, "min_pixels"),
+        (chat([{"image": PICTURE, "min_pixels": 9000, "max_pixels": 4000}]), ValueError, "exceeds"),
+        (chat([{"video": FRAMES, "fps": 0}]), ValueError, "fps"),
+        (chat([{"video": FRAMES, "use_audio_in_video": True}]), ValueError, "has no sound"),
+        (chat([{"audio": WAVE[:100]}]), ValueError, "too short"),
+        (chat([{"type": "input_audio", "input_audio": {"data": "%%"}}]), ValueError, "base64"),
+        (chat([{"image": PICTURE, "min_pixels": 10**12}]), ValueError, "exceeds the limit"),
+        (chat([{"type": "image", "base64": 5}]), TypeError, "base64 data of the image must be a string"),
         ([{"role": "assistant", "content": "a", "tool_calls": 5}], TypeError, "tool_calls must be a list"),
         ([{"role": "user", "content": "a", "tool_calls": []}], ValueError, "tool_calls"),
         ([], ValueError, "empty"),
@@ -234,60 +230,60 @@ def test_every_spelling_of_an_item(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_messages(messages: Any, error: type[Exception], words: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()  # not the clock on the wall, which other processes hold up
     with pytest.raises(error, match=words):
         PROCESSOR(messages)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_mel_level() -> None:
     """The causal level of the first second does not know what follows; later seconds, louder, are alike."""
     wave = np.concatenate([1e-5 * WAVE, WAVE])
-    clip, causal = (PROCESSOR(user([{"audio": wave}]), mel_level=level).input_features[0] for level in LEVELS)
-    assert torch.equal(clip, PROCESSOR(user([{"audio": wave}])).input_features[0])
+    clip, causal = (PROCESSOR(chat([{"audio": wave}]), mel_level=level).input_features[0] for level in LEVELS)
+    assert torch.equal(clip, PROCESSOR(chat([{"audio": wave}])).input_features[0])
     assert torch.equal(causal, PROCESSOR.log_mel(torch.from_numpy(wave), "causal"))
     assert torch.equal(clip[:, 100:], causal[:, 100:]) and not torch.equal(clip[:, :98], causal[:, :98])
 
 
 def test_wrong_call_options() -> None:
     with pytest.raises(ValueError, match=r"mel_level.*clip"):
-        PROCESSOR(user("a"), mel_level="loud")
+        PROCESSOR(chat("a"), mel_level="loud")
     with pytest.raises(TypeError, match="tool"):
-        PROCESSOR(user("a"), tools=[3])
+        PROCESSOR(chat("a"), tools=[3])
     for tools in (5, {"name": "f"}):
         with pytest.raises(TypeError, match="tools must be a list"):
-            PROCESSOR(user("a"), tools=tools)
+            PROCESSOR(chat("a"), tools=tools)
     with pytest.raises(TypeError, match=r"use_audio_in_video.*'yes'"):
-        PROCESSOR(user("a"), use_audio_in_video="yes")
+        PROCESSOR(chat("a"), use_audio_in_video="yes")
     with pytest.raises(ValueError, match="no video has sound"):
-        PROCESSOR(user([{"video": FRAMES}]), use_audio_in_video=True)
-    assert PROCESSOR(user("a"), use_audio_in_video=True).batch_size == 1  # nothing to take sound from: no error
+        PROCESSOR(chat([{"video": FRAMES}]), use_audio_in_video=True)
+    assert PROCESSOR(chat("a"), use_audio_in_video=True).batch_size == 1  # nothing to take sound from: no error
 
 
 # ---- media in prompts ----
 
 
 def test_a_tiny_picture_is_enlarged() -> None:
-    inputs = PROCESSOR(user([{"image": np.zeros((1, 1, 3), np.uint8)}]))
+    inputs = PROCESSOR(chat([{"image": np.zeros((1, 1, 3), np.uint8)}]))
     assert inputs.image_grid_thw.tolist() == [[1, 4, 4]]
 
 
 def test_pixel_limits() -> None:
     def grid(**options: Any) -> list[int]:
         item = {"image": np.zeros((256, 256, 3), np.uint8), **options.pop("item", {})}
-        return PROCESSOR(user([item]), **options).image_grid_thw[0].tolist()
+        return PROCESSOR(chat([item]), **options).image_grid_thw[0].tolist()
 
     assert grid() == [1, 16, 16]
     assert grid(max_pixels=64 * 64) == [1, 4, 4]
     assert grid(max_pixels=32 * 32) == [1, 2, 2]  # below the default minimum
     assert grid(min_pixels=512 * 512) == [1, 32, 32]
     assert grid(max_pixels=64 * 64, item={"max_pixels": 128 * 128}) == [1, 8, 8]
-    frames = PROCESSOR(user([{"video": FRAMES}]), max_pixels=32 * 32)
+    frames = PROCESSOR(chat([{"video": FRAMES}]), max_pixels=32 * 32)
     assert frames.video_grid_thw.tolist() == [[2, 2, 2]]
 
 
 def test_frames_are_paired_and_timed() -> None:
-    inputs = PROCESSOR(user([{"video": FRAMES[[0, 1, 2, 3, 0]], "fps": 4.0, "max_pixels": 1024}, {"video": FRAMES}]))
+    inputs = PROCESSOR(chat([{"video": FRAMES[[0, 1, 2, 3, 0]], "fps": 4.0, "max_pixels": 1024}, {"video": FRAMES}]))
     assert inputs.video_grid_thw[:, 0].tolist() == [3, 2]
     assert [times.tolist() for times in inputs.video_grid_times] == [[0.0, 0.5, 1.0], [0.0, 1.0]]
     assert inputs.video_second_per_grid.tolist() == [0.5, 1.0]
@@ -315,28 +311,28 @@ def small_film(path: Path, sound: bool) -> str:
 def test_sound_of_videos(tmp_path: Path) -> None:
     loud, mute = small_film(tmp_path / "a.mkv", sound=True), small_film(tmp_path / "b.mkv", sound=False)
     options = {"max_pixels": 1024}
-    both = PROCESSOR(user([{"video": mute}, {"audio": WAVE}, {"video": loud}]), use_audio_in_video=True, **options)
+    both = PROCESSOR(chat([{"video": mute}, {"audio": WAVE}, {"video": loud}]), use_audio_in_video=True, **options)
     kinds = [type(segment) for segment in both.segments(CONFIG)[0]]
     assert kinds.count(AudioVideo) == 1 and kinds.count(Video) == 1
     assert both.input_features.shape[0] == 2
     with_sound = next(s for s in both.segments(CONFIG)[0] if isinstance(s, AudioVideo))
     assert with_sound.audio.length == 13 and with_sound.video.times == pytest.approx((0.0, 1.0))
-    assert PROCESSOR(user([{"video": loud}]), **options).input_features is None
-    own = user([{"video": loud, "use_audio_in_video": True}, {"video": loud}])
+    assert PROCESSOR(chat([{"video": loud}]), **options).input_features is None
+    own = chat([{"video": loud, "use_audio_in_video": True}, {"video": loud}])
     assert PROCESSOR(own, **options).input_features.shape[0] == 1
-    off = user([{"video": loud, "use_audio_in_video": False}, {"video": loud}])
+    off = chat([{"video": loud, "use_audio_in_video": False}, {"video": loud}])
     assert PROCESSOR(off, use_audio_in_video=True, **options).input_features.shape[0] == 1
     with pytest.raises(ValueError, match=r"b\.mkv has no sound"):
-        PROCESSOR(user([{"video": mute, "use_audio_in_video": True}]), **options)
+        PROCESSOR(chat([{"video": mute, "use_audio_in_video": True}]), **options)
     with pytest.raises(ValueError, match="no video has sound"):
-        PROCESSOR(user([{"video": mute}]), use_audio_in_video=True, **options)
+        PROCESSOR(chat([{"video": mute}]), use_audio_in_video=True, **options)
 
 
 def test_a_batch_equals_its_rows() -> None:
     rows = [
-        user([{"audio": WAVE[:5000]}, "short"]),
-        user([{"image": PICTURE}, {"audio": WAVE}]),
-        user("text only"),
+        chat([{"audio": WAVE[:5000]}, "short"]),
+        chat([{"image": PICTURE}, {"audio": WAVE}]),
+        chat("text only"),
     ]
     batch = PROCESSOR(rows)
     clip = 0
@@ -366,17 +362,17 @@ def test_decode() -> None:
 
 def test_released_layout(tmp_path: Path) -> None:
     """vocab.json and merges.txt, preprocessor_config.json, chat_template.json."""
-    model = json.loads((DEMO / "tokenizer.json").read_text())["model"]
+    model = json.loads((TOY_DATA / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    shutil.copy(DEMO / "tokenizer_config.json", tmp_path)
+    shutil.copy(TOY_DATA / "tokenizer_config.json", tmp_path)
     shutil.copy(RELEASED / "qwen3_omni_moe.json", tmp_path / "preprocessor_config.json")
     template = (RELEASED / "chat_template.jinja").read_text() + "{# mine #}"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     released = OmniProcessor.from_pretrained(tmp_path)
     assert released.chat.template == template
-    messages = user(["Is it you? <|im_end|>", {"audio": WAVE}, {"image": PICTURE}])
+    messages = chat(["Is it you? <|im_end|>", {"audio": WAVE}, {"image": PICTURE}])
     assert released(messages).input_ids.tolist() == PROCESSOR(messages).input_ids.tolist()
     (tmp_path / "chat_template.json").unlink()
     assert OmniProcessor.from_pretrained(tmp_path).chat.template == PROCESSOR.chat.template  # the built-in one
@@ -388,7 +384,7 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     def folder(name: str, without: str) -> Path:
         copy = tmp_path / name
         copy.mkdir()
-        files = {name: DEMO / name for name in ("tokenizer.json", "tokenizer_config.json")}
+        files = {name: TOY_DATA / name for name in ("tokenizer.json", "tokenizer_config.json")}
         files["preprocessor_config.json"] = RELEASED / "qwen3_omni_moe.json"
         files["chat_template.jinja"] = RELEASED / "chat_template.jinja"
         for target, source in files.items():
@@ -418,12 +414,12 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 
 
 def test_the_model_config_sets_the_audio_chunk(tmp_path: Path) -> None:
-    shutil.copytree(DEMO, tmp_path / "a")
-    config = json.loads((ROOT / "configs" / "tiny.json").read_text())
+    shutil.copytree(TOY_DATA, tmp_path / "a")
+    config = json.loads(TINY.read_text())
     config["thinker_config"]["audio_config"]["n_window"] = 25
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     read = OmniProcessor.from_pretrained(tmp_path / "a")
-    inputs = read(user([{"audio": WAVE}]))
+    inputs = read(chat([{"audio": WAVE}]))
     segments = inputs.segments(OmniConfig.from_pretrained(tmp_path / "a").thinker_config)[0]
     assert segments[1].length == 2 * 7  # two chunks of 50 mel frames
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from build import TOY_DATA, chat, speckle
 
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import VIDEO_MAX_PIXELS, VIDEO_MIN_PIXELS, PixelBudget
 
-PROCESSOR = OmniProcessor.from_pretrained(Path(__file__).parents[2] / "omni" / "packaged" / "toy_data")
-
-
-def ask(item: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [item]}]
+PROCESSOR = OmniProcessor.from_pretrained(TOY_DATA)
 
 
 def film(frames: int, height: int = 512, width: int = 640) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return speckle(frames, height, width)
 
 
 # ---- pixels of a whole video ----
@@ -29,18 +23,18 @@ def film(frames: int, height: int = 512, width: int = 640) -> np.ndarray:
 @pytest.mark.parametrize("frames", [2, 4, 8])
 def test_a_long_video_gets_smaller_frames(frames: int) -> None:
     total = 2 * 512 * 640
-    inputs = PROCESSOR(ask({"video": film(frames)}), total_pixels=total)
+    inputs = PROCESSOR(chat([{"video": film(frames)}]), total_pixels=total)
     steps, height, width = inputs.video_grid_thw[0].tolist()
     assert steps == frames // 2
     pixels = steps * height * width * 256
     assert pixels <= total and (frames > 4) == (height * width * 256 < 512 * 640)
     assert pixels > 0.8 * min(total, steps * 512 * 640)  # the budget is used
-    free = PROCESSOR(ask({"video": film(frames)}))
+    free = PROCESSOR(chat([{"video": film(frames)}]))
     assert free.video_grid_thw[0].tolist() == [steps, 32, 40]  # by default, no limit, as in the reference
 
 
 def test_the_items_own_budget_wins_and_frames_keep_a_least_size() -> None:
-    small = PROCESSOR(ask({"video": film(8), "total_pixels": 1}), total_pixels=10**9).video_grid_thw[0]
+    small = PROCESSOR(chat([{"video": film(8), "total_pixels": 1}]), total_pixels=10**9).video_grid_thw[0]
     assert 0.9 * VIDEO_MIN_PIXELS <= int(small[1] * small[2]) * 256 <= 1.05 * VIDEO_MIN_PIXELS  # sides in steps of 32
 
 
@@ -58,7 +52,7 @@ def test_limits_of_a_frame() -> None:
 
 def test_a_misspelt_budget_is_named() -> None:
     with pytest.raises(ValueError, match="total_pixels"):
-        PROCESSOR(ask({"video": film(2), "total_pixel": 1}))
+        PROCESSOR(chat([{"video": film(2), "total_pixel": 1}]))
 
 
 # ---- patches ----
@@ -98,4 +92,4 @@ def test_the_device_of_features_and_inputs() -> None:
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "tpu"])
 def test_devices_that_are_not_here(device: str) -> None:
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
-        PROCESSOR(ask({"image": film(1)[0]}), device=device)
+        PROCESSOR(chat([{"image": film(1)[0]}]), device=device)

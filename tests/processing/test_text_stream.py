@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from build import TOY_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni import OmniProcessor
 from omni.processing.text_stream import TextStream
 
-PROCESSOR = OmniProcessor.from_pretrained(Path(__file__).parents[2] / "omni" / "packaged" / "toy_data")
+PROCESSOR = OmniProcessor.from_pretrained(TOY_DATA)
 
 
 def stream(ids: list[int]) -> list[str]:

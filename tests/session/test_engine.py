@@ -8,8 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import build
 import pytest
 import torch
+from build import noise
 
 from omni import (
     AudioChunk,
@@ -24,12 +26,7 @@ from omni.generation.streaming_config import StreamingConfig
 from omni.session.engine import MAX_WAITING_EVENTS, EngineFullError
 
 ROOT = Path(__file__).parents[2]
-PLAIN: dict[str, Any] = {
-    "audio_sampling": {"temperature": 0, "repetition_penalty": 1.3},
-    "residual_sampling": SamplingConfig(temperature=0),
-    "max_new_tokens": 6,
-    "max_frames": 8,
-}
+PLAIN = {**build.PLAIN, "max_new_tokens": 6, "max_frames": 8}
 
 
 def outcome(events: list[Any]) -> tuple[list[int], torch.Tensor, str]:
@@ -51,7 +48,7 @@ def talk(session: OmniSession, seed: int) -> list[tuple[list[int], torch.Tensor,
     for turn in range(2):
         session.push_text(f"question {seed} " + "x" * rng.randint(0, 30))
         if rng.random() < 0.5:
-            wave = 0.1 * torch.randn(rng.randint(2000, 20000), generator=torch.Generator().manual_seed(seed))
+            wave = noise(rng.randint(2000, 20000), seed)
             for piece in wave.split(3000):
                 session.push_audio(piece)
         arguments = {**PLAIN, "max_new_tokens": rng.randint(1, 8), "max_frames": rng.randint(0, 9)}

@@ -9,9 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle_qwen2_5 import AUDIO, VISION, config_values, write_processor
+from build import (
+    FAST,
+    SIZES,
+    config_values,
+    fixed,
+    make_token2wav,
+    make_voice,
+    seeded,
+    speckle,
+    widen,
+    write_processor,
+)
 from test_session_file import as_format_1
-from test_token2wav import FAST, SIZES, make_model, make_voice
 
 from omni import AudioChunk, OmniConfig, OmniInputs, OmniModel, OmniProcessor, OmniSession, StreamingConfig
 from omni.code2wav.chunk_schedule import ChunkSchedule
@@ -19,27 +29,19 @@ from omni.processing import vision
 from omni.processing.video_file import VideoClip
 from omni.rope.positions import Audio, AudioVideo, Text, Video, placeholder_ids, prompt_positions
 
+pytestmark = pytest.mark.filterwarnings("ignore:the conversation does not begin")
 SIDE = 56  # pixels of a frame, made larger by the processor unless its limits are small
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> OmniModel:
     """A tiny model of the family with both encoders, its processor and a voice."""
-    values = {**config_values(3), "system_token_id": 276, "token2wav_config": SIZES}
-    values["thinker_config"]["text_config"]["vocab_size"] = 512  # the demo's
-    width = values["thinker_config"]["text_config"]["hidden_size"]
-    values["thinker_config"] |= {
-        "audio_config": {**AUDIO, "num_mel_bins": 128, "n_window": 20, "output_dim": width},
-        "vision_config": {**VISION, "out_hidden_size": width},
-    }
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_dict(values))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and not name.startswith("code2wav"):
-                parameter.mul_(10)
+    values = config_values(3, audio={"n_window": 20}, vision={}, vocabulary=512)  # the toy's
+    values |= {"system_token_id": 276, "token2wav_config": SIZES}
+    with fixed(), torch.no_grad():
+        model = widen(OmniModel(OmniConfig.from_dict(values)), 10)
         model.talker.codec_head.weight[[80, 82]] = 0  # greedy speech goes on to its limit
-    model.code2wav = make_model()
+    model.code2wav = make_token2wav()
     model.voices = {"eve": make_voice(1), "bob": make_voice(2)}
     model.processor = OmniProcessor.from_pretrained(write_processor(tmp_path_factory.mktemp("files")))
     model.processor.vision.frame_pixels = (SIDE * SIDE, SIDE * SIDE)
@@ -96,7 +98,7 @@ def test_live_pushes_equal_the_offline_layout(model: OmniModel, seed: int, monke
     times, samples = random_times(rng), rng.choice((400, 16000, 64000, 120000)) + rng.randint(0, 9999)
     pushed = Pushed(model, monkeypatch)
     pushed.session.push_text("what?")
-    push_in_order(pushed.session, rng, times, 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)))
+    push_in_order(pushed.session, rng, times, 0.1 * torch.randn(samples, generator=seeded(seed)))
     ids, positions = pushed.close()
 
     processor, rule = model.processor, model.config.thinker_config.position_rule
@@ -118,7 +120,7 @@ def test_live_pushes_equal_the_offline_layout(model: OmniModel, seed: int, monke
 
 def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Header, marks, chunks and what follows; and the reply is that of a fresh run on the offline inputs."""
-    processor, sound = model.processor, 0.1 * torch.randn(72000, generator=torch.Generator().manual_seed(1))
+    processor, sound = model.processor, 0.1 * torch.randn(72000, generator=seeded(1))
     frames = [np.full((SIDE, SIDE, 3), 20 * i, np.uint8) for i in range(9)]
     times = [0.5 * i for i in range(9)]
     session = OmniSession(model, use_audio_in_video=True, system=processor.speech_system)
@@ -144,8 +146,8 @@ def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypa
 
 def test_a_spoken_reply_to_sound_and_a_picture_is_that_of_a_fresh_stream(model: OmniModel) -> None:
     """In the second turn too, where the first reply and its media have been heard."""
-    processor, sound = model.processor, 0.1 * torch.randn(30000, generator=torch.Generator().manual_seed(1))
-    picture = np.random.default_rng(0).integers(0, 255, (112, 84, 3), np.uint8)
+    processor, sound = model.processor, 0.1 * torch.randn(30000, generator=seeded(1))
+    picture = speckle(112, 84)
     greedy = {"audio_sampling": {"temperature": 0, "repetition_penalty": 1.3}, "seed": 3, "speaker": "bob"}
     asked: dict[str, Any] = {**greedy, "max_new_tokens": 5, "max_frames": 18}
     windows = StreamingConfig(codec_schedule=ChunkSchedule(4, 2, 2), codec_ode=FAST, silence_s=None)

@@ -6,16 +6,17 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import build
 import numpy as np
 import pytest
 import torch
+from build import noise, speckle
 
 from omni import (
     AudioChunk,
     OmniInputs,
     OmniModel,
     OmniSession,
-    SamplingConfig,
     StreamingConfig,
     TextDelta,
     TurnEnd,
@@ -23,13 +24,7 @@ from omni import (
 from omni.rope.positions import Audio, AudioVideo, MediaTokens, Video, placeholder_ids
 
 ROOT = Path(__file__).parents[2]
-GREEDY = SamplingConfig(temperature=0)
-PLAIN: dict[str, Any] = {
-    "audio_sampling": {"temperature": 0, "repetition_penalty": 1.3},
-    "residual_sampling": GREEDY,
-    "max_new_tokens": 6,
-    "max_frames": 8,
-}
+PLAIN = {**build.PLAIN, "max_new_tokens": 6, "max_frames": 8}
 
 
 def outcome(events: list[Any]) -> dict[str, Any]:
@@ -56,11 +51,11 @@ def check_fresh(
 
 
 def wave(seconds: float, seed: int = 0) -> torch.Tensor:
-    return 0.1 * torch.randn(int(seconds * 16000), generator=torch.Generator().manual_seed(seed))
+    return noise(int(seconds * 16000), seed)
 
 
 def picture(seed: int = 0, height: int = 40, width: int = 72) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return speckle(height, width, seed=seed)
 
 
 def mel(model: OmniModel, *clips: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import build
 import numpy as np
 import pytest
 import torch
 
-from omni import AudioChunk, OmniEngine, OmniInputs, OmniModel, OmniSession, SamplingConfig, StreamingConfig, TurnEnd
+from omni import AudioChunk, OmniEngine, OmniInputs, OmniModel, OmniSession, StreamingConfig, TurnEnd
 
-PLAIN: dict[str, Any] = {
-    "audio_sampling": {"temperature": 0, "repetition_penalty": 1.3},
-    "residual_sampling": SamplingConfig(temperature=0),
-    "max_new_tokens": 5,
-    "max_frames": 4,
-}
+PLAIN = {**build.PLAIN, "max_new_tokens": 5, "max_frames": 4}
 
 
 def ids_of(events: list[Any]) -> list[int]:

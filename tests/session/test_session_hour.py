@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import TOY_DATA, seeded, tiny_config
 from torch import Tensor
 
 from omni import OmniConfig, OmniModel, OmniProcessor, OmniSession, StreamingConfig
@@ -26,14 +27,14 @@ def bytes_of(value: Any) -> int:
 
 
 def tiny(positions: int) -> OmniConfig:
-    values = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").to_dict()
+    values = tiny_config().to_dict()
     for part in ("thinker_config", "talker_config"):
         values[part]["text_config"]["max_position_embeddings"] = positions
     return OmniConfig.from_dict(values)
 
 
 def listen(session: OmniSession, seconds: int) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for _ in range(seconds // 10):
         session.push_audio(0.1 * torch.randn(160000, generator=generator))
 
@@ -50,9 +51,8 @@ def sizes(session: OmniSession) -> tuple[int, int]:
 
 @pytest.mark.parametrize("minutes", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_memory_is_flat_but_for_the_caches(minutes: int) -> None:
-    torch.manual_seed(0)
     model = OmniModel(tiny(1 << 17))
-    model.processor = OmniProcessor.from_pretrained(ROOT / "omni" / "packaged" / "toy_data")
+    model.processor = OmniProcessor.from_pretrained(TOY_DATA)
     session = OmniSession(model, streaming=StreamingConfig(audio_window_s=1.0))
     listen(session, 60)
     tokens, (used, other) = len(session.ids), sizes(session)
@@ -74,7 +74,6 @@ def test_memory_is_flat_but_for_the_caches(minutes: int) -> None:
 @pytest.mark.parametrize("minutes", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_end_of_long_speech_needs_only_the_window(minutes: int) -> None:
     """The last part of a long stream equals a decode from a context of one window a layer (and the convolutions')."""
-    torch.manual_seed(0)
     config = tiny(1 << 13)
     codec = OmniModel(config, parts=("code2wav",)).code2wav
     with torch.no_grad():

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from build import fixed, tiny_config
 
-from omni.config.model import OmniConfig
 from omni.layers.init import initialise
 from omni.talker.layout import turn_layout
 from omni.talker.talker import Talker
 
-OMNI = OmniConfig.from_pretrained(Path(__file__).parents[2] / "configs" / "tiny.json")
+OMNI = tiny_config()
 CONFIG = OMNI.talker_config
 assert CONFIG is not None
 WIDTH = CONFIG.text_config.hidden_size
@@ -21,9 +19,9 @@ RESIDUAL = CONFIG.num_code_groups - 1
 
 @pytest.fixture(scope="module")
 def talker() -> Talker:
-    torch.manual_seed(0)
-    model = Talker(CONFIG).eval()
-    initialise(model, lambda _: 0.2)
+    with fixed():
+        model = Talker(CONFIG).eval()
+        initialise(model, lambda _: 0.2)
     return model
 
 
@@ -32,7 +30,6 @@ def greedy(logits: torch.Tensor, i: int) -> torch.Tensor:
 
 
 def test_teacher_forced_logits_equal_the_incremental_ones(talker: Talker) -> None:
-    torch.manual_seed(1)
     hidden, first = torch.randn(2, 5, WIDTH)
     seen = []
 
@@ -48,7 +45,6 @@ def test_teacher_forced_logits_equal_the_incremental_ones(talker: Talker) -> Non
 
 
 def test_residual_codes_of_a_batch_are_those_of_its_rows(talker: Talker) -> None:
-    torch.manual_seed(2)
     hidden, first = torch.randn(2, 8, WIDTH)
     codes, _ = talker.mtp.generate(hidden, first, greedy)
     for row in range(8):
@@ -57,7 +53,6 @@ def test_residual_codes_of_a_batch_are_those_of_its_rows(talker: Talker) -> None
 
 
 def test_nothing_of_a_frame_reaches_the_next(talker: Talker) -> None:
-    torch.manual_seed(3)
     hidden, first = torch.randn(2, 1, WIDTH)
     cache = talker.mtp.init_cache(1)
     fresh, _ = talker.mtp.generate(hidden, first, greedy)
@@ -67,7 +62,6 @@ def test_nothing_of_a_frame_reaches_the_next(talker: Talker) -> None:
 
 
 def test_every_head_and_table_learns_but_the_last_table(talker: Talker) -> None:
-    torch.manual_seed(4)
     hidden, first = torch.randn(2, 3, WIDTH)
     codes = torch.randint(0, 64, (3, RESIDUAL))
     talker.mtp(hidden, first, codes).square().sum().backward()
@@ -93,7 +87,6 @@ def test_only_codes_and_the_end_of_speech_may_be_drawn(talker: Talker) -> None:
 
 
 def test_assistant_prefix_has_nine_slots(talker: Talker) -> None:
-    torch.manual_seed(5)
     header, (pad, bos, first) = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
     table = talker.codec_embedding.weight
     c = CONFIG
@@ -116,7 +109,6 @@ def test_assistant_prefix_has_nine_slots(talker: Talker) -> None:
 
 
 def test_text_enters_by_embedding_and_media_by_hidden_state(talker: Talker) -> None:
-    torch.manual_seed(6)
     embeds, hidden = torch.randn(2, 4, 32)
     media = torch.tensor([False, True, True, False])
     out = talker.prompt_vectors(embeds, hidden, media)
@@ -132,7 +124,6 @@ def test_user_turns_of_all_the_conversation() -> None:
 
 
 def test_chunked_prefill_equals_one_pass(talker: Talker) -> None:
-    torch.manual_seed(7)
     embeds = torch.randn(1, 11, WIDTH)
     positions = torch.arange(11.0).expand(3, 1, -1)
     whole = talker(embeds, positions)

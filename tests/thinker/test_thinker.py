@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from build import fixed, tiny_config
 
-from omni.config.model import OmniConfig
 from omni.layers.init import initialise
 from omni.thinker.merge import lay_out_taps, merge_embeddings
 from omni.thinker.thinker import Thinker
 
-CONFIG = OmniConfig.from_pretrained(Path(__file__).parents[2] / "configs" / "tiny.json").thinker_config
+CONFIG = tiny_config().thinker_config
 
 
 @pytest.fixture(scope="module")
 def thinker() -> Thinker:
-    torch.manual_seed(0)
-    model = Thinker(CONFIG, accept_layer=3).eval()
-    initialise(model, lambda _: 0.2)
+    with fixed():
+        model = Thinker(CONFIG, accept_layer=3).eval()
+        initialise(model, lambda _: 0.2)
     return model
 
 
 def prompt(thinker: Thinker, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
     ids = torch.randint(0, 250, (rows, tokens))
     return thinker.embed_tokens(ids).detach(), torch.arange(float(tokens)).expand(3, rows, -1)
 
@@ -120,7 +117,6 @@ def test_a_rotary_scheme_of_ones_own() -> None:
         shape = (*positions.shape[1:], 16)
         return torch.ones(shape), torch.zeros(shape)
 
-    torch.manual_seed(0)
     model = Thinker(CONFIG, rope=no_rotation).eval()
     initialise(model, lambda _: 0.2)
     embeds, positions = prompt(model, 1, 5)
@@ -129,7 +125,6 @@ def test_a_rotary_scheme_of_ones_own() -> None:
 
 def test_long_context_keeps_its_accuracy() -> None:
     """A query at position 4095 attends as it does at 0, and the cache takes what the formula says."""
-    torch.manual_seed(0)
     model = Thinker(CONFIG).eval()
     initialise(model, lambda _: 0.2)
     embeds = model.embed_tokens(torch.randint(0, 250, (1, 4096))).detach()

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from build import fixed, seeded, tiny_config
 from torch import Tensor
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.packaged.toy import TOY_DATA
 from omni.training.codec.codec import Codec
 from omni.training.codec.codec_stage import (
@@ -40,17 +41,16 @@ SCALES = ((512, 40), (1024, 60))
 
 def tiny_model() -> OmniModel:
     """The tiny model, its Code2Wav with frames of 10 ms."""
-    torch.manual_seed(0)
-    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json")
+    config = tiny_config()
     assert config.code2wav_config is not None
     sizes = config.code2wav_config.replace(num_hidden_layers=1, upsample_rates=(5, 4, 3))
-    return OmniModel(config.replace(code2wav_config=sizes))
+    with fixed():
+        return OmniModel(config.replace(code2wav_config=sizes))
 
 
 def tiny_codec() -> Codec:
-    code2wav = tiny_model().code2wav
-    torch.manual_seed(1)
-    return make_codec(code2wav, fresh=True)
+    with fixed(1):
+        return make_codec(tiny_model().code2wav, fresh=True)
 
 
 def voices(seconds: float = 0.25) -> list[Tensor]:
@@ -213,8 +213,8 @@ class Given:
 
 
 def adversary(lr: float = 1e-3) -> Adversary:
-    torch.manual_seed(7)
-    return Adversary(Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,)), lr)
+    with fixed(7):
+        return Adversary(Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,)), lr)
 
 
 @pytest.mark.parametrize("samples", [2400, 2500])
@@ -350,7 +350,7 @@ def test_a_codec_overfits_spoken_samples_and_is_exported(
 def test_code2wav_learns_to_decode_given_codes() -> None:
     model = tiny_model()
     waves = torch.stack(voices(0.1))
-    codes = torch.randint(64, (4, 4, 10), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(64, (4, 4, 10), generator=seeded(0))
     model.requires_grad_(False)
     model.code2wav = make_codec(model.code2wav, fresh=True).code2wav.requires_grad_(True)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -365,7 +365,7 @@ def test_code2wav_learns_to_decode_given_codes() -> None:
 
 def test_given_codes_are_decoded_as_code2wav_does_with_gradients_everywhere() -> None:
     codec = tiny_codec().double()
-    codes = torch.randint(64, (2, 4, 5), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(64, (2, 4, 5), generator=seeded(0))
     assert torch.equal(decode_with_gradients(codec.code2wav, codes), codec.code2wav(codes))
     with torch.no_grad():
         codec.code2wav.decoder[-1].conv.bias.fill_(3.0)
@@ -378,7 +378,7 @@ def test_given_codes_are_decoded_as_code2wav_does_with_gradients_everywhere() ->
 def test_what_lies_behind_a_recording_does_not_count() -> None:
     codec = tiny_codec()
     waves = torch.stack(voices(0.1))[:2]
-    codes = torch.randint(64, (2, 4, 10), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(64, (2, 4, 10), generator=seeded(0))
     objective = DecoderObjective(codec.code2wav, mel_scales=SCALES)
     results = []
     for code in (0, 63):

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from build import fixed, seeded, tiny_config
 from torch import Tensor, nn
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.code2wav.code2wav import Code2Wav
 from omni.config.qwen3_omni import Code2WavConfig
 from omni.training.codec.codec import Codec, CodecEncoder, CodeUsage, draw_weights, nearest_codes
@@ -51,14 +52,14 @@ SMALL: dict[str, Any] = {
 
 
 def make_codec(dtype: torch.dtype = torch.float32, strict_causal: bool = False, **changes: Any) -> Codec:
-    torch.manual_seed(0)
-    code2wav = Code2Wav(Code2WavConfig.from_dict(SIZES).replace(**changes), strict_causal=strict_causal)
-    draw_weights(code2wav)
+    with fixed():
+        code2wav = Code2Wav(Code2WavConfig.from_dict(SIZES).replace(**changes), strict_causal=strict_causal)
+        draw_weights(code2wav)
     return Codec(code2wav.to(dtype))
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return 0.3 * torch.randn(*shape, generator=seeded(seed), dtype=dtype)
 
 
 def sounds(seconds: float = 0.2) -> Tensor:
@@ -230,7 +231,7 @@ def test_codebooks_from_a_first_batch_fit_it_and_repeat() -> None:
     before = mean(codec.quantiser(latents).commitment)
     tables = []
     for _ in range(2):
-        codec.quantiser.initialise_codebooks(latents, generator=torch.Generator().manual_seed(3))
+        codec.quantiser.initialise_codebooks(latents, generator=seeded(3))
         tables.append(codec.code2wav.code_embedding.weight.clone())
     assert torch.equal(*tables)
     assert mean(codec.quantiser(latents).commitment) < 0.3 * before
@@ -250,7 +251,7 @@ def test_dead_codes_restart_where_latents_are() -> None:
         usage.update(codec.quantiser.encode(latents))
     torch.testing.assert_close(usage.shares.mean(1), torch.ones(4))
     before, kept = mean(codec.quantiser(latents).commitment), codec.quantiser.books[:, 0].clone()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     assert codec.quantiser.restart_dead_codes(latents, usage, generator=generator) == 4 * 31
     assert torch.equal(codec.quantiser.books[:, 0], kept)  # the live ones stay
     out = codec.quantiser(latents)
@@ -291,8 +292,8 @@ def test_under_autocast_codes_are_those_of_the_latents_in_fp32() -> None:
 
 
 def small_discriminators() -> Discriminators:
-    torch.manual_seed(1)
-    return Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,))
+    with fixed(1):
+        return Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,))
 
 
 @pytest.mark.parametrize("samples", [1, 97, 1000])
@@ -348,7 +349,7 @@ def codec_loss(codec: Codec, wave: Tensor) -> tuple[Tensor, Tensor, Any]:
 def test_a_codec_learns_tones_and_vowels() -> None:
     """From random weights, without an adversary: the mel distance falls to less than half, and codes stay in use."""
     codec, wave = make_codec(), sounds()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     codec.quantiser.initialise_codebooks(codec.encoder(wave), generator=generator)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=3e-3, betas=(0.8, 0.99), weight_decay=0)
     usage, losses = CodeUsage.start(codec, decay=0.8), []
@@ -372,6 +373,7 @@ def test_a_codec_learns_tones_and_vowels() -> None:
 
 
 def test_two_runs_from_one_seed_are_equal() -> None:
+    @fixed(5)
     def run() -> dict[str, Tensor]:
         codec = make_codec(**SMALL)
         optimizer = torch.optim.AdamW(codec.parameters(), lr=1e-2)
@@ -401,7 +403,7 @@ def test_a_copy_is_independent() -> None:
 
 
 def test_the_decoder_stays_the_models_own_part(tmp_path: Path) -> None:
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
+    model = OmniModel(tiny_config())
     assert model.code2wav is not None
     names = list(model.state_dict())
     codec = Codec(model.code2wav)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from build import TINY, fixed, seeded, tiny_config
 
-from omni import OmniConfig
 from omni.code2wav.code2wav import Code2Wav
 from omni.packaged.toy import TOY_DATA
 from omni.training.codec.mel_codec import MelCodec
@@ -29,17 +29,17 @@ def spoken(speed: float = 1.0) -> torch.Tensor:
 
 
 def code2wav_of(books: int = 4) -> Code2Wav:
-    torch.manual_seed(0)
-    config = OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json").code2wav_config
+    config = tiny_config().code2wav_config
     assert config is not None and config.num_quantizers == books
-    return Code2Wav(config)
+    with fixed():
+        return Code2Wav(config)
 
 
 @pytest.fixture(scope="module")
 def fitted() -> MelCodec:
     codec = MelCodec(num_codebooks=4, codebook_size=64, width=32)
     recordings = [spoken(speed) for speed in (0.8, 0.9, 1.0, 1.1, 1.2)]
-    left = codec.fit(recordings, generator=torch.Generator().manual_seed(0))
+    left = codec.fit(recordings, generator=seeded(0))
     assert (left[1:] < left[:-1]).all() and left[-1] < 0.2
     return codec
 
@@ -73,7 +73,7 @@ def test_each_codebook_brings_the_patch_nearer(fitted: MelCodec) -> None:
 def test_fitting_is_repeatable() -> None:
     a, b = MelCodec(2, 16, 8), MelCodec(2, 16, 8)
     for codec in (a, b):
-        codec.fit([spoken()], generator=torch.Generator().manual_seed(3))
+        codec.fit([spoken()], generator=seeded(3))
     assert torch.equal(a.books, b.books) and torch.equal(a.encode(spoken()), b.encode(spoken()))
 
 
@@ -119,7 +119,7 @@ def test_code2wav_learns_to_decode_them(fitted: MelCodec, tmp_path: Path) -> Non
     manifest = tmp_path / "recordings.jsonl"
     manifest.write_text(json.dumps({"audio": "spoken.wav"}) + "\n")
     values = {
-        "model": {"config": str(ROOT / "configs" / "tiny.json"), "parts": ["code2wav"]},
+        "model": {"config": str(TINY), "parts": ["code2wav"]},
         "train": {"objective": "codec", "steps": 25, "precision": "fp32", "device": "cpu"},
         "objective": {
             "decoder_only": True, "fresh": True, "crop_s": 0.32, "batch_size": 2, "mel_scales": [[512, 40]],

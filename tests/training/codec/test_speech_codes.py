@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from build import seeded
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
@@ -71,7 +72,7 @@ def mimi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MimiModel]:
 
 def test_mimi_gives_its_own_first_codebooks(mimi: tuple[Path, MimiModel]) -> None:
     folder, model = mimi
-    samples = 0.3 * torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    samples = 0.3 * torch.randn(5000, generator=seeded(1))
     with torch.no_grad():
         expected = model.encode(samples[None, None]).audio_codes[0]
     assert len(expected.unique()) > 3
@@ -101,7 +102,6 @@ def test_mimi_must_fit_the_models_code2wav(mimi: tuple[Path, MimiModel]) -> None
 
 
 def test_a_codec_trained_here_encodes_by_name(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     sizes = {"num_quantizers": 3, "codebook_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "decoder_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8}
     codec = Codec(Code2Wav(Code2WavConfig.from_dict(sizes | heads)))

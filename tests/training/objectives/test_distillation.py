@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import widen
 from torch import Tensor
 
 from omni import OmniModel
@@ -55,15 +56,6 @@ def tiny() -> OmniModel:
     return toy_model(seed=0)
 
 
-def spread(model: OmniModel) -> OmniModel:
-    """Far from uniform, so that distributions differ."""
-    with torch.no_grad():
-        for p in model.thinker.parameters():
-            if p.dim() > 1:
-                p.mul_(5)
-    return model
-
-
 # the divergence
 
 
@@ -71,7 +63,6 @@ def spread(model: OmniModel) -> OmniModel:
 @pytest.mark.parametrize("kind", ["states", "top-k"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_in_chunks_it_is_the_divergence_of_whole_logits(direction: str, kind: str, chunk: int) -> None:
-    torch.manual_seed(0)
     hidden, weight = (torch.randn(n, D, dtype=torch.float64, requires_grad=True) for n in (N, V))
     states = TeacherStates(torch.randn(N, 3, dtype=torch.float64), torch.randn(V, 3, dtype=torch.float64))
     logits = states.hidden @ states.weight.T
@@ -127,7 +118,7 @@ def test_impossible_divergences_are_refused() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"on_policy": True, "max_new_tokens": 4}, {"top_k": 5}])
 def test_an_identical_teacher_teaches_nothing(tiny: OmniModel, options: dict[str, Any]) -> None:
-    tiny = spread(tiny).double()
+    tiny = widen(tiny, 5).double()
     objective = Distillation(tiny, copy.deepcopy(tiny), **options)
     batch = objective.prepare(tiny, batch_of(tiny))
     loss = objective.losses(tiny, batch)["kl"]
@@ -140,9 +131,8 @@ def test_an_identical_teacher_teaches_nothing(tiny: OmniModel, options: dict[str
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 8}, {"on_policy": True, "max_new_tokens": 4}])
 def test_the_student_comes_closer_to_its_teacher(tiny: OmniModel, options: dict[str, Any]) -> None:
-    teacher = spread(toy_model(seed=1))
+    teacher = widen(toy_model(seed=1), 5)
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    torch.manual_seed(0)
     objective, given = Distillation(tiny, teacher, **options), batch_of(tiny)
     optimizer = torch.optim.AdamW(tiny.thinker.parameters(), 3e-3, weight_decay=0)
     values = []
@@ -158,7 +148,7 @@ def test_the_student_comes_closer_to_its_teacher(tiny: OmniModel, options: dict[
 
 def test_on_policy_compares_what_the_student_writes(tiny: OmniModel) -> None:
     """Drawn from torch's generator: a run that is resumed draws the same again."""
-    model, given = spread(tiny), batch_of(tiny)
+    model, given = widen(tiny, 5), batch_of(tiny)
     objective = Distillation(model, toy_model(seed=1), on_policy=True, max_new_tokens=5)
     prompts, _ = split_answers(given, model.config)
     torch.manual_seed(3)

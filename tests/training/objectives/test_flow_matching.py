@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_token2wav import SIZES, make_model
+from build import SIZES, fixed, make_token2wav, seeded
 
 from omni.code2wav.dit import DiT
 from omni.code2wav.ode_sampler import ODEConfig, position_noise, sample_mel
@@ -14,15 +14,15 @@ from omni.training.objectives.flow_matching import FlowBatch, FlowDraw, draw_flo
 
 
 def make_dit(width: int = 16) -> DiT:
-    torch.manual_seed(0)
     config = Token2WavConfig.from_dict(SIZES).dit_config.replace(hidden_size=width, head_dim=width // 2, dropout=0.0)
-    dit = DiT(config)
-    initialise(dit, lambda name: 0.1)
+    with fixed():
+        dit = DiT(config)
+        initialise(dit, lambda name: 0.1)
     return dit
 
 
 def make_batch(rows: int = 2, codes: int = 8, lengths: torch.Tensor | None = None) -> FlowBatch:
-    rng = torch.Generator().manual_seed(0)
+    rng = seeded(0)
     return FlowBatch(
         mel=torch.randn(rows, 2 * codes, 5, generator=rng),
         codes=torch.randint(1, 20, (rows, codes), generator=rng),
@@ -33,7 +33,7 @@ def make_batch(rows: int = 2, codes: int = 8, lengths: torch.Tensor | None = Non
 
 
 def draw_for(batch: FlowBatch, drop_rate: float = 0.2) -> FlowDraw:
-    return draw_flow(batch.mel, torch.Generator().manual_seed(1), drop_rate)
+    return draw_flow(batch.mel, seeded(1), drop_rate)
 
 
 def randomise(dit: DiT) -> DiT:
@@ -94,7 +94,7 @@ def test_draws_repeat_and_bad_input_is_named() -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    dit, batch = make_model().dit, make_batch()
+    dit, batch = make_token2wav().dit, make_batch()
     draw = draw_for(batch, 0.0)
     flow_matching_loss(dit, batch, draw).backward()
     silent = [name for name, p in dit.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
@@ -105,7 +105,7 @@ def test_gradients_reach_every_parameter() -> None:
 def test_a_tiny_dit_learns_two_clips() -> None:
     """The loss falls to a fraction, and sampling then gives each clip back, told apart by its codes and voice."""
     dit, batch = make_dit(width=32), make_batch()
-    rng = torch.Generator().manual_seed(2)
+    rng = seeded(2)
     rows = [0, 1] * 6
     many = FlowBatch(batch.mel[rows], batch.codes[rows], batch.speaker[rows], batch.reference_mel[rows])
     optimiser = torch.optim.AdamW(dit.parameters(), lr=4e-3)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from oracle_qwen2_5 import config_values
-from test_token2wav import SIZES, make_model, make_voice
+from build import SIZES, TINY, config_values, make_token2wav, make_voice, seeded, tone, write_rows
 
 from omni.encoders.mel import mel_filter_bank
 from omni.training.data.conversation_samples import SkipRow
@@ -34,24 +33,21 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for number, speaker in enumerate(("ann", "ann", "ann", "Ben", "ben", "ben", "carl")):
         pitch = {"a": 300, "b": 2500, "c": 900}[speaker[0].lower()] * (1 + 0.1 * rng.random())
-        wave = 0.4 * np.sin(2 * np.pi * pitch * np.arange(2 * HOP * CODES) / RATE)
-        soundfile.write(folder / f"{number}.wav", wave.astype(np.float32), RATE)
+        soundfile.write(folder / f"{number}.wav", tone(2 * HOP * CODES / RATE, pitch, RATE), RATE)
         codes = rng.integers(0, 20, (1, CODES)).tolist()
         embedding = [float(number), 1.0, -1.0]
         rows.append({"audio": f"{number}.wav", "speaker": speaker, "codes": codes, "speaker_embedding": embedding})
-    path = folder / "voices.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(folder / "voices.jsonl", rows)
 
 
 def maker(manifest: Path, **options: Any) -> tuple[Mixture, FlowMaker]:
     mixture = Mixture([Manifest(manifest)])
     chosen = {"crop_s": 0.01, "reference_s": 0.004, "n_fft": N_FFT, **options}
-    return mixture, FlowMaker(make_model(), speakers_of(mixture), **chosen)
+    return mixture, FlowMaker(make_token2wav(), speakers_of(mixture), **chosen)
 
 
 def test_a_mel_frame_is_the_log_amplitude_of_its_window() -> None:
-    mel, wave = VoiceMel(5, HOP, RATE, N_FFT), torch.randn(600, generator=torch.Generator().manual_seed(0))
+    mel, wave = VoiceMel(5, HOP, RATE, N_FFT), torch.randn(600, generator=seeded(0))
     found = mel(wave)
     assert found.shape == (100, 5) and mel(wave[:599]).shape == (99, 5)
     start = 40 * HOP - (N_FFT - HOP) // 2  # frame 40, far from both ends
@@ -121,7 +117,7 @@ def test_an_embedding_is_the_recording_s_else_the_voice_s(manifest: Path, tmp_pa
         row["audio"] = str(manifest.parent / f"{number}.wav")
         del row["speaker_embedding"]
     path = tmp_path / "plain.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     voice = make_voice()
     mixture, make = maker(path, voices={"Ann": voice})
     assert torch.equal(make(next(mixture), 0).speaker, voice.cond[0])
@@ -135,7 +131,7 @@ def test_codes_of_a_codec_are_asked_for(manifest: Path, tmp_path: Path) -> None:
     for number, row in enumerate(rows):
         row["audio"] = str(manifest.parent / f"{number}.wav")
         del row["codes"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     mixture, make = maker(path, codes=lambda sound: torch.full((1, CODES + 1), 7))
     assert set(make(next(mixture), 0).codes.tolist()) == {7}
 
@@ -194,7 +190,7 @@ def test_models_and_settings_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="drop_rate"):
         FlowObjective(drop_rate=2.0)
     values = {
-        "model": {"config": str(Path(__file__).parents[3] / "configs" / "tiny.json"), "parts": ("code2wav",)},
+        "model": {"config": str(TINY), "parts": ("code2wav",)},
         "train": {"objective": "flow_matching", "device": "cpu"},
         "data": {"train": ({"manifest": "absent.jsonl"},)},
     }

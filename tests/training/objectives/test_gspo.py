@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from build import picture_item, sound_item
 from torch import Tensor
 
 from omni import OmniInputs, OmniModel, SamplingConfig
@@ -25,13 +25,8 @@ from omni.training.run.trainer import Trainer
 NEUTRAL = SamplingConfig()
 
 
-def tone(seconds: float) -> dict[str, Any]:
-    wave = np.sin(2 * np.pi * 440 * np.arange(int(16000 * seconds)) / 16000).astype(np.float32)
-    return {"type": "audio", "audio": wave, "sampling_rate": 16000}
-
-
-PICTURE = {"type": "image", "image": np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)}
-QUESTIONS: list[list[Any]] = [["Name a river."], [PICTURE, "and", tone(0.7), "Well?"], [tone(0.4)]]
+PICTURE = picture_item()
+QUESTIONS: list[list[Any]] = [["Name a river."], [PICTURE, "and", sound_item(0.7), "Well?"], [sound_item(0.4)]]
 
 
 def conversations(model: OmniModel, questions: list[list[Any]], answer: str = "The Elbe.") -> TrainingBatch:
@@ -132,10 +127,9 @@ def share_of(*tokens: int) -> Any:
 def test_at_ratio_1_the_gradient_is_the_weighted_mean_of_log_probs() -> None:
     """Against logits of the model's plain forward pass, in float64 (Zheng et al., 2025, eq. 10)."""
     model = toy_model(seed=0).double()
-    torch.manual_seed(0)
     low = range(320)
     objective = GSPO(model, share_of(*low), group_size=4, max_new_tokens=5)
-    rollout = objective.prepare(model, conversations(model, [["Name a river."], [tone(0.4)]]))
+    rollout = objective.prepare(model, conversations(model, [["Name a river."], [sound_item(0.4)]]))
     assert rollout.advantages.abs().sum() > 0 and objective.counts(rollout) == {"policy": 8.0}
     losses = objective.losses(model, rollout)
     names = [name for name, _ in model.thinker.named_parameters()]
@@ -156,7 +150,6 @@ def test_at_ratio_1_the_gradient_is_the_weighted_mean_of_log_probs() -> None:
 
 def test_a_reward_is_learnt() -> None:
     model = toy_model(seed=0)
-    torch.manual_seed(0)
     objective = GSPO(model, share_of(*range(320)), group_size=16, max_new_tokens=2)
     given = conversations(model, [["Name a river."]])
     optimizer = torch.optim.AdamW(model.thinker.parameters(), 0.1, weight_decay=0)
@@ -172,7 +165,6 @@ def test_a_reward_is_learnt() -> None:
 
 def test_a_rollout_may_be_used_again_until_it_is_clipped() -> None:
     model = toy_model(seed=0)
-    torch.manual_seed(0)
     objective = GSPO(model, share_of(*range(320)), group_size=8, max_new_tokens=3, reusable=True)
     rollout = objective.prepare(model, conversations(model, QUESTIONS[:1]))
     optimizer = torch.optim.SGD(model.thinker.parameters(), 1.0)

@@ -29,11 +29,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) ->
     return torch.randn(shape, dtype=dtype).requires_grad_(grad)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def labels() -> Tensor:
     labels = torch.randint(0, V, (N,))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from build import seeded
 from torch import Tensor
 
 from omni import OmniModel
@@ -35,7 +36,7 @@ def sample(model: OmniModel, question: str, answer: str, seed: int | None = None
     labels[start:stop] = inputs.input_ids[0, start:stop]
     speech = []
     if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         codes = torch.randint(60, (model.talker.config.num_code_groups, 3 + seed), generator=generator)
         speech = [SpokenTurn(start - 3, spoken_ids(ids[start : stop - 1], model.processor), codes)]
     return Sample(inputs, labels, speech, question)

@@ -21,11 +21,6 @@ def randn(*shape: int, grad: bool = True) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).requires_grad_(grad)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 # DPO
 
 

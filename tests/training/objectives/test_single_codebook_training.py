@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle_qwen2_5 import AUDIO, config_values, write_processor
+from build import config_values, fixed, seeded, widen, write_processor, write_rows
 
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.processing.inputs import OmniInputs
@@ -33,11 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the conversation does not begin"
 
 def tiny_values() -> dict[str, Any]:
     """A tiny Thinker that hears, with its Talker, around the demo's vocabulary."""
-    values = {**config_values(1), "system_token_id": 276}
-    text = values["thinker_config"]["text_config"]
-    text["vocab_size"] = 512
-    values["thinker_config"]["audio_config"] = {**AUDIO, "num_mel_bins": 128, "output_dim": text["hidden_size"]}
-    return values
+    return {**config_values(1, audio={}, vocabulary=512), "system_token_id": 276}
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +53,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for i, (word, voice) in enumerate((("one", "eve"), ("two", "Bob")))
     ]
-    (folder / "spoken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "spoken.jsonl", rows)
     return folder
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> OmniModel:
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(folder), parts=["thinker", "talker"])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
+    with fixed():
+        model = widen(OmniModel(OmniConfig.from_pretrained(folder), parts=["thinker", "talker"]), 5)
     model.processor = OmniProcessor.from_pretrained(folder)
     return model
 
@@ -121,7 +113,7 @@ def by_hand(model: OmniModel, batch: TrainingBatch, voice: int) -> torch.Tensor:
 @torch.no_grad()
 def test_the_pass_is_the_published_layout(model: OmniModel, frames: int) -> None:
     """Fewer frames than words, as many, and more: then the end of text and padding follow."""
-    codes = torch.randint(0, 80, (1, frames), generator=torch.Generator().manual_seed(frames))
+    codes = torch.randint(0, 80, (1, frames), generator=seeded(frames))
     batch = spoken(model, "Well?", "So it is.", codes, "Bob")
     found = talker_pass(model, batch, thinker_pass(model, batch, needed=False))
     torch.testing.assert_close(found.logits, by_hand(model, batch, voice=301), atol=1e-4, rtol=1e-4)

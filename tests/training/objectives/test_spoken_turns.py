@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle_qwen2_5 import AUDIO, config_values, write_processor
+from build import AUDIO, config_values, write_processor
 from torch import Tensor
 
 from omni import OmniConfig, OmniInputs, OmniModel, OmniProcessor, OmniSession, TextDelta

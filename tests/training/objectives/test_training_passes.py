@@ -5,42 +5,30 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from build import GREEDY, chat, picture_item, sound_item
 from torch import Tensor
 
-from omni import OmniInputs, OmniModel, SamplingConfig
+from omni import OmniInputs, OmniModel
 from omni.generation.sampling import RowSampling
 from omni.generation.steps import Steps
 from omni.training.data.samples import IGNORED, SpokenTurn, TrainingBatch
 from omni.training.objectives.passes import talker_pass, thinker_pass
 from omni.training.objectives.supervised import Supervised
 
-GREEDY = SamplingConfig(temperature=0)
-
 
 def conversation(*content: Any) -> list[dict[str, Any]]:
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": list(content)}]
 
 
-def tone(seconds: float) -> dict[str, Any]:
-    wave = np.sin(2 * np.pi * 440 * np.arange(int(16000 * seconds)) / 16000).astype(np.float32)
-    return {"type": "audio", "audio": wave, "sampling_rate": 16000}
-
-
-def picture(width: int = 64) -> dict[str, Any]:
-    pixels = np.random.default_rng(0).integers(0, 255, (64, width, 3), dtype=np.uint8)
-    return {"type": "image", "image": pixels}
-
-
 PROMPTS = {
     "text": [conversation("Name a river.")],
-    "sound": [conversation(tone(1.3), "What is this?")],
+    "sound": [conversation(sound_item(1.3), "What is this?")],
     "mixed": [
         conversation("One."),
-        conversation(picture(), "and", tone(0.4), "Well?"),
-        [*conversation("Two."), {"role": "assistant", "content": "Yes."}, {"role": "user", "content": [picture(96)]}],
+        conversation(picture_item(), "and", sound_item(0.4), "Well?"),
+        [*conversation("Two."), *chat("", "Yes.", [picture_item(width=96)])[1:]],
     ],
 }
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
+from build import fixed, tiny_config
 from torch.nn import functional as F
 
-from omni import OmniConfig
 from omni.encoders.audio import AudioEncoder
 from omni.encoders.contract import EncoderOutput
 from omni.encoders.mel import LogMel
@@ -25,16 +24,16 @@ from omni.training.objectives.transcription import (
     ctc_transcribe,
 )
 
-CONFIG = OmniConfig.from_pretrained(Path(__file__).parents[3] / "configs" / "tiny.json").thinker_config.audio_config
+CONFIG = tiny_config().thinker_config.audio_config
 WIDTH = CONFIG.output_dim
 TONES_HZ = (300, 700, 1500, 3200)
 TEXTS = [[0, 1, 2], [3, 3, 1, 0], [2, 0]]
 
 
 def encoder(seed=0):
-    torch.manual_seed(seed)
-    module = AudioEncoder(CONFIG)
-    initialise(module, lambda name: 0.1)
+    with fixed(seed):
+        module = AudioEncoder(CONFIG)
+        initialise(module, lambda name: 0.1)
     return module
 
 
@@ -58,7 +57,6 @@ def collapsed(path, blank):
 
 
 def test_ctc_is_the_sum_over_all_alignments():
-    torch.manual_seed(0)
     head = CTCHead(WIDTH, 2).double()
     output = random_output((4, 5, 3))
     targets = [[0, 1], [1, 1], []]
@@ -73,7 +71,6 @@ def test_ctc_is_the_sum_over_all_alignments():
 
 
 def test_attention_loss_is_the_cross_entropy_of_each_text_alone():
-    torch.manual_seed(0)
     decoder = AttentionDecoder(WIDTH, 5, dim=16, layers=2, heads=2).double()
     output = random_output((4, 7, 2))
     targets = [[0, 4], [1, 1, 2, 3], []]
@@ -88,7 +85,6 @@ def test_attention_loss_is_the_cross_entropy_of_each_text_alone():
 
 
 def test_the_decoder_sees_no_later_label():
-    torch.manual_seed(0)
     decoder = AttentionDecoder(WIDTH, 5, dim=16, layers=1, heads=2).double()
     memory = decoder.memory(random_output((4,)))
     a, b = torch.tensor([[5, 1, 2, 3]]), torch.tensor([[5, 1, 4, 0]])
@@ -99,7 +95,6 @@ def test_the_decoder_sees_no_later_label():
 
 @pytest.mark.parametrize("kind", ["ctc", "attention"])
 def test_gradients_against_finite_differences(kind):
-    torch.manual_seed(0)
     output = random_output((4, 3), requires_grad=True)
     if kind == "ctc":
         head, loss = CTCHead(WIDTH, 3).double(), ctc_loss
@@ -167,7 +162,6 @@ def test_greedy_ctc_merges_and_drops_blanks():
 
 
 def test_attention_transcription_is_bounded_and_of_each_clip_alone():
-    torch.manual_seed(3)
     decoder = AttentionDecoder(WIDTH, 6, dim=16, layers=1, heads=2).double()
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -199,7 +193,6 @@ def test_errors_name_the_clip():
 
 def test_an_embedding_head_turns_tokens_towards_the_embeddings_of_their_labels() -> None:
     """Logits are scaled cosines, the blank has its own direction, and tokens that learn end up where words lie."""
-    torch.manual_seed(0)
     embeddings = torch.randn(6, WIDTH)
     head = EmbeddingHead(embeddings, blank=5, scale=8.0)
     logits = head(3 * embeddings)

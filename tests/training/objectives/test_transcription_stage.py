@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soundfile
 import torch
+from build import TINY, fixed, tiny_config, write_rows
 from torch.nn import functional as F
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.layers.init import initialise
 from omni.packaged.toy import TOY_DATA, toy_processor
 from omni.training.data.manifest import Manifest
@@ -39,16 +39,16 @@ LABELS = CharacterLabels(" abcd")
 
 
 def tiny_model() -> OmniModel:
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
-    initialise(model.audio_encoder, lambda name: 0.1)  # as wide as so small an encoder needs
+    with fixed():
+        model = OmniModel(tiny_config())
+        initialise(model.audio_encoder, lambda name: 0.1)  # as wide as so small an encoder needs
     return model
 
 
 def transcriber(model: OmniModel, head: Any = "ctc", labels: int = LABELS.size) -> Transcriber:
-    torch.manual_seed(1)
     options = {"dim": 32, "layers": 1, "heads": 2} if head == "attention" else {}
-    return Transcriber(model.audio_encoder, labels, head, **options)
+    with fixed(1):
+        return Transcriber(model.audio_encoder, labels, head, **options)
 
 
 def sound(text: str) -> torch.Tensor:
@@ -73,9 +73,7 @@ def manifest(tmp_path: Path) -> Path:
             "speech": "2.wav",
         },
     ]
-    path = tmp_path / "clips.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_rows(tmp_path / "clips.jsonl", rows)
 
 
 def config(steps: int, folder: Path | None = None, **run: Any) -> TrainConfig:
@@ -169,7 +167,7 @@ def test_rows_that_do_not_fit_are_left_out_and_bad_ones_skipped(manifest: Path) 
         {"audio": "0.wav"},
         {"audio": "0.wav", "text": "!"},
     ]
-    manifest.write_text("\n".join(json.dumps(row) for row in rows))
+    write_rows(manifest, rows)
     data = batches(manifest, transcriber(tiny_model()))
     with pytest.warns(UserWarning):
         found = [next(data) for _ in range(4)]
@@ -218,7 +216,7 @@ def test_the_stage_spells_characters_or_tokens(manifest: Path) -> None:
 
     def build(**objective: str) -> Any:
         values = {
-            "model": {"config": str(ROOT / "configs" / "tiny.json"), "parts": ["thinker"], "processor": str(TOY_DATA)},
+            "model": {"config": str(TINY), "parts": ["thinker"], "processor": str(TOY_DATA)},
             "train": {"objective": "transcription", "steps": 1, "precision": "fp32", "device": "cpu"},
             "objective": {"batch_size": 1, "max_s": 5.0, **objective},
             "data": {"train": [{"manifest": str(manifest)}]},

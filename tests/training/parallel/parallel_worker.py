@@ -206,7 +206,6 @@ def four_processes(folder: Path) -> None:
 
 def start(scenario: Callable[[Path], None], rank: int, world: int, folder: Path) -> None:
     """One process of a scenario; the group meets at a file."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{scenario.__name__}", rank=rank, world_size=world)
     scenario(folder)
     shut_down()
@@ -214,7 +213,6 @@ def start(scenario: Callable[[Path], None], rank: int, world: int, folder: Path)
 
 def main() -> None:
     """Under torchrun: what each process knows of the others."""
-    torch.set_num_threads(1)
     device = init_from_env()
     rank, ranks = batch_share()
     total = sum_over_ranks(torch.tensor(rank + 1.0))

@@ -328,7 +328,6 @@ def resumed(folder: Path) -> None:
 
 def start(scenario: Callable[[Path], None], rank: int, world: int, folder: Path) -> None:
     """One process of a scenario, as a launcher would start it but that the group meets at a file."""
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES="")
     dist.init_process_group("gloo", init_method=f"file://{folder}/{scenario.__name__}", rank=rank, world_size=world)
     scenario(folder)

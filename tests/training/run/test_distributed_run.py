@@ -121,7 +121,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
     """A file that is cut short, then one that is missing; what is left is read by one process as well."""
     store = DistributedStore(tmp_path, keep=3)

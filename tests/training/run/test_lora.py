@@ -59,7 +59,6 @@ def test_the_first_forward_is_the_base_models_exactly():
 
 
 def test_only_factors_learn_and_the_base_stays_bit_equal():
-    torch.manual_seed(0)
     model = toy_model(seed=0)
     before = {id(p): (p, p.detach().clone()) for p in model.parameters()}
     names = add_lora(model, ["thinker.layers.*", "talker.*"], rank=4, dropout=0.1)
@@ -82,7 +81,6 @@ def test_only_factors_learn_and_the_base_stays_bit_equal():
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_low_rank_path_of_experts_equals_updated_weights(rank):
-    torch.manual_seed(0)
     base = Experts(5, 8, 6).double()
     base.initialise(0.5)
     experts = LoRAExperts(base, rank, alpha=3.0)
@@ -110,7 +108,6 @@ def test_low_rank_path_of_experts_equals_updated_weights(rank):
 def test_fp32_gradients_of_aligned_and_odd_ranks_agree():
     """torch's grouped product and one product an expert give the same."""
     for rank in (3, 4):
-        torch.manual_seed(0)
         base = Experts(4, 16, 8)
         base.initialise(0.3)
         experts = LoRAExperts(base, rank, alpha=2.0)
@@ -166,7 +163,6 @@ def test_peft_reads_the_adapter_on_the_transformers_model(tiny_checkpoint, tmp_p
 
 
 def test_sixteen_bit_weights_get_fp32_factors_and_merge_in_one_rounding():
-    torch.manual_seed(0)
     model = toy_model(seed=0).to(torch.bfloat16)
     names = add_lora(model, ["talker.layers.*"], rank=4)
     assert {model.get_parameter(name).dtype for name in names} == {torch.float32}

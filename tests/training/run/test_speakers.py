@@ -150,7 +150,6 @@ def test_two_voices_in_bfloat16():
 
 
 def test_average_follows_its_formula_and_is_applied_and_taken_back():
-    torch.manual_seed(0)
     model = nn.Linear(3, 2).to(torch.bfloat16)
     model.bias.requires_grad_(False)
     start = model.weight.detach().float()

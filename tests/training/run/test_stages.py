@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from oracle_qwen2_5 import AUDIO, config_values, write_processor
+from build import SIZES, chat, config_values, fixed, speckle, tone, widen, write_processor, write_rows
 from PIL import Image
-from test_token2wav import SIZES
 
-from omni import OmniConfig, OmniModel
-from omni.packaged.toy import TOY_DATA
+from omni import OmniConfig, OmniModel, OmniProcessor
+from omni.packaged.toy import toy_model
 from omni.training.run.stages import Run, build_run
 from omni.training.run.train_config import LogTable, TrainConfig
 
+# One manifest serves stages with and without filters, and none says the second family's system text.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*nothing but filters reads"),
+    pytest.mark.filterwarnings("ignore:the conversation does not begin"),
+]
 ROOT = Path(__file__).parents[3]
 STAGES = sorted(path.stem.removeprefix("train_") for path in (ROOT / "configs").glob("train_*.toml"))
 CODEBOOKS, CODES, FRAMES = 4, 64, 70  # of the tiny model; more frames than codes, so that each code may occur
-
-
-def talk(*turns: str) -> list[dict[str, str]]:
-    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
 
 
 def codes(seed: int, frames: int = FRAMES) -> list[list[int]]:
@@ -45,12 +45,10 @@ def varied(sample: Any) -> float:
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One manifest of each kind, with its media."""
     folder = tmp_path_factory.mktemp("data")
-    tone = np.sin(2 * np.pi * 330 * np.arange(24000) / 16000).astype(np.float32) * 0.3
-    soundfile.write(folder / "tone.wav", tone, 16000)
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "picture.png")
+    soundfile.write(folder / "tone.wav", tone(1.5, hz=330, level=0.3), 16000)
+    Image.fromarray(speckle(64, 96)).save(folder / "picture.png")
     spoken = {
-        "messages": talk("Say it.", "All right then."),
+        "messages": chat("Say it.", "All right then."),
         "codes": codes(0),
         "speaker": "Ethan",
         "wer": 0.01,
@@ -58,25 +56,21 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     rows: dict[str, list[dict[str, Any]]] = {
         "mixed": [
-            {"messages": talk("<audio>What is this?", "A tone, steady and low."), "audios": ["tone.wav"]},
-            {"messages": talk("<image>And this?", "Noise in many colours."), "images": ["picture.png"]},
-            {"messages": talk("One?", "Two.", "Three?", "Four, and so on.")},
+            {"messages": chat("<audio>What is this?", "A tone, steady and low."), "audios": ["tone.wav"]},
+            {"messages": chat("<image>And this?", "Noise in many colours."), "images": ["picture.png"]},
+            {"messages": chat("One?", "Two.", "Three?", "Four, and so on.")},
         ],
-        "audio": [{"messages": talk("<audio>", "A low tone."), "audios": ["tone.wav"]}],
-        "spoken": [spoken, {**spoken, "messages": talk("<audio>Repeat.", "A tone."), "audios": ["tone.wav"]}],
+        "audio": [{"messages": chat("<audio>", "A low tone."), "audios": ["tone.wav"]}],
+        "spoken": [spoken, {**spoken, "messages": chat("<audio>Repeat.", "A tone."), "audios": ["tone.wav"]}],
         "new_voice": [{**spoken, "speaker": "robin"}],
         "pairs": [{**spoken, "rejected": {"content": "All right then.", "codes": codes(1, 40)}}],
-        "questions": [{"messages": talk("What is two and two?", "4")}],
-        "spoken_alone": [{"messages": talk("Say it.", "All right then."), "codes": codes(2)[:1], "speaker": "eve"}],
+        "questions": [{"messages": chat("What is two and two?", "4")}],
+        "spoken_alone": [{"messages": chat("Say it.", "All right then."), "codes": codes(2)[:1], "speaker": "eve"}],
         "voices": [{"audio": "tone.wav", "speaker": "ann", "speaker_embedding": [1, i, -1]} for i in range(2)],
     }
     for row in rows["voices"]:  # as many as the tiny decoder's 12 samples a code make of 1.5 s at 24 kHz
         row["codes"] = [np.random.default_rng(0).integers(0, 20, 3000).tolist()]
-    out = {}
-    for name, content in rows.items():
-        out[name] = folder / f"{name}.jsonl"
-        out[name].write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    return out
+    return {name: write_rows(folder / f"{name}.jsonl", content) for name, content in rows.items()}
 
 
 KIND = {
@@ -97,15 +91,7 @@ KIND = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with larger weights, so that no gradient drowns in rounding, and its processor files."""
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_pretrained(TOY_DATA))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    from omni import OmniProcessor
-
-    model.processor = OmniProcessor.from_pretrained(TOY_DATA)
+    model = widen(toy_model(seed=0), 5, but="")
     folder = tmp_path_factory.mktemp("stages") / "tiny"
     model.save_pretrained(folder)
     return folder
@@ -114,16 +100,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def second_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of the second family, no parameter at zero."""
-    from omni import OmniProcessor
-
-    values = config_values(1)
-    text = values["thinker_config"]["text_config"]
-    text["vocab_size"] = 512
-    values["thinker_config"]["audio_config"] = {**AUDIO, "num_mel_bins": 128, "output_dim": text["hidden_size"]}
-    values["token2wav_config"] = SIZES
-    torch.manual_seed(0)
-    model = OmniModel(OmniConfig.from_dict(values))
-    with torch.no_grad():
+    values = {**config_values(1, audio={}, vocabulary=512), "token2wav_config": SIZES}
+    with fixed(), torch.no_grad():
+        model = OmniModel(OmniConfig.from_dict(values))
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     files = tmp_path_factory.mktemp("second")

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from build import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.layers.norm import RMSNorm
 from omni.training.run.optimiser import lr_factor, make_adamw, match_names, named_state, param_groups, set_lr, trainable
 from omni.training.run.train_config import GroupTable, OptimiserTable, TrainConfig
@@ -59,7 +60,7 @@ folder = "runs/a"
 
 @pytest.fixture(scope="module")
 def tiny() -> OmniModel:
-    return OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"))
+    return OmniModel(tiny_config())
 
 
 def write(folder: Path, text: str) -> Path:
@@ -224,7 +225,6 @@ def test_groups_have_the_decay_and_rate_of_their_parameters() -> None:
 
 def test_a_state_made_at_once_changes_nothing() -> None:
     """Against PyTorch's plain AdamW, which makes its state at the first gradient; a parameter without one stands."""
-    torch.manual_seed(0)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     table = OptimiserTable(lr=0.1, betas=(0.8, 0.9), weight_decay=0.0)

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from build import fixed, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni import OmniConfig, OmniModel
+from omni import OmniModel
 from omni.training.objectives.losses import Loss, cross_entropy, router_balance
 from omni.training.run import checkpoints
 from omni.training.run.activations import checkpoint_activations
@@ -104,15 +105,14 @@ class TextLoss:
 
 
 def toy() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH, momentum=None), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH)
-    )
+    with fixed(3):
+        return nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH, momentum=None), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH)
+        )
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> OmniModel:
-    torch.manual_seed(0)
-    return OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"), ("thinker",)).to(dtype)
+    return tiny_model("thinker", widened=1).to(dtype)
 
 
 def config(steps: int, folder: Path | None = None, every: int = 0, **run: Any) -> TrainConfig:
@@ -163,8 +163,8 @@ def killed_twice(folder: Path) -> None:
     assert Checkpoints(folder).steps() == [4] and len(read_log(folder)) == 8
     second = os.fork()
     if not second:
-        run_toy(folder, pause=0.02)
-    while len(read_log(folder)) != 14:  # it begins by forgetting steps 5 to 8
+        run_toy(folder, pause=0.05)
+    while len(read_log(folder)) < 14:
         time.sleep(0.005)
     os.kill(second, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == -signal.SIGKILL
@@ -200,7 +200,7 @@ def one_thread() -> Iterator[None]:
 def test_a_run_killed_twice_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     """kill -9 in the middle of a save, then at some moment of the resumed run; then to the end."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'tests')]}\n"
     code += "from pathlib import Path\nimport test_trainer\n"
     code += f"test_trainer.killed_twice(Path({str(broken)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=240)
