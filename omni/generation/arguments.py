@@ -94,7 +94,7 @@ def _check_text_ids(model: ModelParts, speakers: dict[str, int]) -> None:
         if not 0 <= value < vocabulary:
             raise ValueError(f"{name} {value} lies outside the vocabulary of {vocabulary}; set it in config.json")
     for name, value in speakers.items():
-        if max(model.talker.prefix_ids([], 0, 0, value)) >= vocabulary:
+        if max(model.require("talker").prefix_ids([], 0, 0, value)) >= vocabulary:
             raise ValueError(
                 f"the voice {name!r} begins with the text token {value}, outside the vocabulary of {vocabulary}; it "
                 "belongs to another model"
@@ -184,7 +184,7 @@ def speaker_id(model: ModelParts, name: str | None) -> int:
 
 def _voice(model: ModelParts, name: str) -> Voice | None:
     """What the codec decoder needs of a voice. Raises ValueError if it is not there."""
-    if not getattr(model.code2wav, "needs_voice", False):
+    if model.code2wav is None or not model.code2wav.needs_voice:
         return None
     if not model.voices:
         raise ValueError(

@@ -95,7 +95,7 @@ def join_codes(model: ModelParts, turn: Turn) -> Tensor:
     """All codes of a turn, int64 [K, n]."""
     if turn.codes:
         return torch.stack(turn.codes, dim=1)
-    return torch.zeros(model.talker.config.num_code_groups, 0, dtype=torch.int64, device=model.device)
+    return torch.zeros(model.require("talker").config.num_code_groups, 0, dtype=torch.int64, device=model.device)
 
 
 def _new_turn(model: ModelParts, prompt: Prompt, row: int, args: TurnArguments, streaming: StreamingConfig) -> Turn:
@@ -104,7 +104,7 @@ def _new_turn(model: ModelParts, prompt: Prompt, row: int, args: TurnArguments, 
     decode = processor.decode if processor is not None else None
     head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
     room = c.thinker_config.text_config.max_position_embeddings - len(ids)
-    heard = args.speakers is not None and model.talker.hears_all  # then the assistant's head is part of the prompt
+    heard = args.speakers is not None and model.require("talker").hears_all  # then the prompt has the assistant's head
     return new_turn(
         model,
         args,
@@ -153,7 +153,7 @@ def _read_heard_part(
     """
     model = rows.model
     embeds, segments = heard_part(model, prompt, hidden, row)
-    positions, turn.speech_start = prompt_positions(segments, model.talker.config.position_rule)
+    positions, turn.speech_start = prompt_positions(segments, model.require("talker").config.position_rule)
     if len(embeds):
         turn.speech_highest = float(positions.max())
         rows.read_speech(row if to_row is None else to_row, embeds, positions.to(embeds.device))
@@ -167,7 +167,7 @@ def limit_frames(model: ModelParts, turn: Turn, heard_tokens: int) -> None:
 
 def check_talker_room(model: ModelParts, heard_tokens: int) -> int:
     """Frames that the Talker has positions for after the tokens that it has heard. Raises ValueError if none."""
-    talker = model.talker
+    talker = model.require("talker")
     room: int = talker.config.text_config.max_position_embeddings - heard_tokens - talker.prefix_length
     if room < 1:
         part = "prompt" if talker.hears_all else "user's part"
@@ -204,8 +204,9 @@ def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Ten
     """Speech for given texts; see `OmniModel.speak`."""
     if not model.config.has_talker:
         raise ValueError("this variant has no talker: it answers in text only and cannot speak")
-    for part in ("thinker", "talker", "code2wav"):
-        model.require(part)
+    model.require("thinker")
+    talker = model.require("talker")
+    model.require("code2wav")
     processor = model.processor
     if processor is None:
         raise ValueError(
@@ -221,7 +222,7 @@ def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Ten
         known: dict[str, Any] = {"header": header, "spoken": ids, "reader": reader, "prompt_tokens": 0, "text_limit": 0}
         turn = new_turn(model, args, row, OFFLINE, **known)
         turn.text_reason = "stop"
-        if model.talker.reads_replies:
+        if talker.reads_replies:
             _read_given_reply(rows, row, turn, ids, processor)
         else:
             limit_frames(model, turn, 0)
@@ -246,6 +247,6 @@ def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int], processo
     prompt = encode_prompt(model, processor([*messages, {"role": "user", "content": ""}]))
     hidden = rows.read_text(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
     _read_heard_part(rows, prompt, hidden, 0, turn, row)
-    embeds = model.thinker.embed_tokens(torch.tensor(ids, device=model.device))
+    embeds = model.require("thinker").embed_tokens(torch.tensor(ids, device=model.device))
     positions = (prompt.next_position + torch.arange(len(ids), device=model.device)).expand(3, -1)
-    turn.spoken = list(model.talker.text_vectors(embeds, rows.read_text(row, ids, embeds, positions)))
+    turn.spoken = list(model.require("talker").text_vectors(embeds, rows.read_text(row, ids, embeds, positions)))

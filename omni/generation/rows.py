@@ -163,7 +163,7 @@ class Rows:
 
     def _prefix(self, turn: Turn, speaker: int) -> Tensor:
         """The Talker's inputs between its prompt and the first frame [n, Di]."""
-        c, talker, first = self.model.config, self.model.talker, turn.spoken[0]
+        c, talker, first = self.model.config, self.model.require("talker"), turn.spoken[0]
         ids = talker.prefix_ids(turn.header, c.tts_pad_token_id, c.tts_bos_token_id, speaker)
         if isinstance(first, Tensor):
             text = self.project_text(ids)
@@ -192,7 +192,7 @@ class Rows:
         draws = [t is not None and t.wants_frame for t in self.turns]
         if not any(reads) and not any(draws):
             return
-        ends, (_, pad) = self.model.talker.config.codec_stop_ids, self._endings
+        ends, (_, pad) = self.model.require("talker").config.codec_stop_ids, self._endings
         sounds = [draw and t is not None and t.codec is IN_RUNNER for draw, t in zip(draws, self.turns)]
         texts = [pad if t is None else t for t in following]
         frame = self.runner.frame(texts, reads, draws, sounds, self.sampling[1:])
@@ -215,7 +215,7 @@ class Rows:
     def read_batch(self, prompt: Prompt) -> Tensor:
         """Read the prompts of all rows, which are empty -> hidden states [B, T, D]."""
         state = self.text
-        out = self.model.thinker(
+        out = self.model.require("thinker")(
             prompt.embeds, prompt.positions, state.decoder, taps=prompt.taps, lengths=prompt.lengths, logits="last"
         )
         state.decoder.next_position.copy_(prompt.next_position)
@@ -234,7 +234,7 @@ class Rows:
         next_position: float | None = None,
     ) -> Tensor:
         """Read a piece of one row's prompt: embeds [T, D], positions [3, T], taps [n, T, D] -> hidden [T, D]."""
-        state, thinker = self.text, self.model.thinker
+        state, thinker = self.text, self.model.require("thinker")
         state.decoder.cache.reserve(len(ids))
         view = state.decoder.rows(row, row + 1)
         out = thinker(
@@ -253,7 +253,7 @@ class Rows:
         state = self.speech
         state.decoder.cache.reserve(len(embeds))
         view = state.decoder.rows(row, row + 1)
-        out = self.model.talker(embeds[None], positions[:, None], view)
+        out = self.model.require("talker")(embeds[None], positions[:, None], view)
         state.decoder.cache.adopt(row, view.cache)
         state.logits[row], state.hidden[row] = out.logits[0, -1], out.hidden[0, -1]
 

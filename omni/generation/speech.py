@@ -15,7 +15,7 @@ def heard_part(model: ModelParts, prompt: Prompt, hidden: Tensor, row: int) -> t
 
     hidden [T, Dt]: the Thinker's hidden states of the row.
     """
-    ids, talker = prompt.row_ids(row), model.talker
+    ids, talker = prompt.row_ids(row), model.require("talker")
     spans = talker.heard_spans(ids, model.config.im_start_token_id, model.config.user_token_id)
     tokens = torch.tensor([i for start, stop in spans for i in range(start, stop)], dtype=torch.int64)
     tokens = tokens.to(prompt.ids.device)

@@ -122,7 +122,7 @@ def _speech(model: OmniModel, ids: list[int], reply: list[int], codes: Tensor, s
     head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
     reader, stops = ReplyReader(think, opened=head.opened, decode=decode), stop_ids(model)
     places = [i for i, token in enumerate(reply) if token not in stops and reader.feed(token) == ANSWER]
-    heard = model.talker.hears_all  # then the assistant's head is part of the prompt
+    heard = model.require("talker").hears_all  # then the assistant's head is part of the prompt
     spoken = [*([] if heard else head.prefill), *(reply[i] for i in places)]
     header = [] if heard else assistant_header(model, head.header)
     return Speech(codes, spoken, places, header, speaker_id(model, speaker))
@@ -133,24 +133,25 @@ def teacher_forced(
     model: OmniModel, prompt: Prompt, row: int, reply: list[int], speech: Speech | None
 ) -> TeacherForced:
     """Logits of the turn in one row: those that chose each of the reply's ids and each of the codes."""
-    device, length = model.device, prompt.lengths[row]
-    written = model.thinker.embed_tokens(torch.tensor(reply, device=device))
+    device, length, thinker = model.device, prompt.lengths[row], model.require("thinker")
+    written = thinker.embed_tokens(torch.tensor(reply, device=device))
     embeds = torch.cat((prompt.embeds[row, :length], written))
     following = prompt.next_position[row] + torch.arange(len(reply), device=device)
     positions = torch.cat((prompt.positions[:, row, :length], following.expand(3, -1)), dim=1)
     taps = None if prompt.taps is None else prompt.taps[:, row, :length]
     if taps is not None:
         taps = torch.cat((taps, taps.new_zeros(len(taps), len(reply), taps.shape[2])), dim=1)[:, None]
-    out = model.thinker(embeds[None], positions[:, None], taps=taps)
+    out = thinker(embeds[None], positions[:, None], taps=taps)
     text = out.logits[0, length - 1 : -1]
     if speech is None:
         return TeacherForced(text, [])
     codes = speech.codes.to(device).T  # [n, K]
     x, places = _talker_inputs(model, prompt, row, out.hidden[0], written, speech)
-    heard = model.talker(x[None], places[:, None])
+    talker = model.require("talker")
+    heard = talker(x[None], places[:, None])
     hidden, logits = heard.hidden[0, -len(codes) :], [heard.logits[0, -len(codes) :]]
     if codes.shape[1] > 1:
-        logits += model.talker.mtp(hidden, model.talker.codec_embedding(codes[:, 0]), codes[:, 1:]).unbind(1)
+        logits += talker.mtp(hidden, talker.codec_embedding(codes[:, 0]), codes[:, 1:]).unbind(1)
     return TeacherForced(text, logits)
 
 
@@ -161,11 +162,10 @@ def _talker_inputs(
 
     hidden [prompt + T, Dt] of the whole turn, written [T, Dt]: embeddings of the reply.
     """
-    c, talker, codes = model.config, model.talker, speech.codes.to(model.device).T
+    c, talker, codes = model.config, model.require("talker"), speech.codes.to(model.device).T
 
     def embed(ids: list[int]) -> Tensor:
-        vectors: Tensor = talker.text_vectors(model.thinker.embed_tokens(torch.tensor(ids, device=codes.device)))
-        return vectors
+        return talker.text_vectors(model.require("thinker").embed_tokens(torch.tensor(ids, device=codes.device)))
 
     if talker.reads_replies:
         places = torch.tensor(speech.places, device=codes.device)

@@ -54,7 +54,7 @@ class Talker(TalkerDecoder):
         self.mtp = MTP(config.code_predictor_config)
 
     def text_vectors(self, embeds: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """As in `TalkerDecoder`; text is heard by its embeddings alone."""
+        """As in `TalkerContract`; text is heard by its embeddings alone."""
         return self.text_projection(embeds)
 
     def media_vectors(self, hidden: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Talker(TalkerDecoder):
         return [*header, tts_pad, tts_bos]
 
     def assistant_prefix(self, text: Tensor, first: Tensor, speaker: int) -> Tensor:
-        """As in `TalkerDecoder`; the nine slots are those of `omni.talker.conditioning`, `speaker` is a codec id."""
+        """As in `TalkerContract`; the nine slots are those of `omni.talker.conditioning`, `speaker` is a codec id."""
         control = torch.tensor(control_ids(self, speaker), device=text.device)
         return add_control(prefix_slots(text, first), self.codec_embedding(control))
 
@@ -72,7 +72,3 @@ class Talker(TalkerDecoder):
         """bool [V]: codec ids that are never drawn: the last 1024 ids except the end of speech."""
         mask = torch.arange(self.config.text_config.vocab_size, device=self.codec_embedding.weight.device)
         return (mask >= self.config.num_codes) & (mask != self.config.codec_eos_token_id)
-
-    def embed_frames(self, codes: Tensor) -> Tensor:
-        """codes int64 [N, K] -> the sum of each frame's K code embeddings [N, D]."""
-        return self.codec_embedding(codes[:, 0]) + self.mtp.embed_residual(codes[:, 1:]).sum(1)

@@ -92,7 +92,7 @@ class SpokenTurns(ABC):
         self, model: OmniModel, prompt: Prompt, row: int, turn: SpokenTurn
     ) -> tuple[list[int], Tensor, Tensor, int]:
         """(ids of the row, heard, positions, speaker) of a turn, after checking it."""
-        t = model.talker.config
+        t = model.require("talker").config
         if turn.codes.shape[0] != t.num_code_groups or turn.codes.shape[1] < 1 or not turn.ids:
             raise ValueError(
                 f"a spoken turn needs text and codes [{t.num_code_groups} codebooks, frames], got {len(turn.ids)} ids "
@@ -122,7 +122,7 @@ class ProjectedTurns(SpokenTurns):
         return user_spans(ids[:header], config.im_start_token_id, config.user_token_id)
 
     def dummy(self, model: OmniModel, ids: Sequence[int]) -> SpokenTurn:
-        codes = torch.zeros(model.talker.config.num_code_groups, 1, dtype=torch.int64)
+        codes = torch.zeros(model.require("talker").config.num_code_groups, 1, dtype=torch.int64)
         return SpokenTurn(header=0, ids=[model.config.tts_pad_token_id], codes=codes)
 
     def lay_out(self, model: OmniModel, prompt: Prompt, row: int, turn: SpokenTurn) -> TurnLayout:
@@ -139,13 +139,14 @@ class ProjectedTurns(SpokenTurns):
     def inputs(
         self, model: OmniModel, thought: ThoughtOf, turns: list[TurnLayout], *, detach: bool
     ) -> tuple[Tensor, Tensor]:
-        talker, prompt, device = model.talker, thought.prompt, thought.hidden.device
+        talker: Any = model.talker  # of the family's class
+        prompt, device = thought.prompt, thought.hidden.device
         users = [turn.heard.to(device) for turn in turns]
         media = [prompt.media[turn.row, user] for turn, user in zip(turns, users)]
         text_ids = torch.tensor([i for turn in turns for i in turn.text_ids], device=device)
         read = [prompt.embeds[turn.row, user[~heard]] for turn, user, heard in zip(turns, users, media)]
         heard = [thought.hidden[user[m] + thought.starts[turn.row]] for turn, user, m in zip(turns, users, media)]
-        text, seen = torch.cat((*read, model.thinker.embed_tokens(text_ids))), torch.cat(heard)
+        text, seen = torch.cat((*read, model.require("thinker").embed_tokens(text_ids))), torch.cat(heard)
         if detach:
             text = text.detach()
         vectors, seen_vectors = talker.text_projection(text), talker.hidden_projection(seen)
@@ -195,8 +196,8 @@ class ReadTurns(SpokenTurns):
     def inputs(
         self, model: OmniModel, thought: ThoughtOf, turns: list[TurnLayout], *, detach: bool
     ) -> tuple[Tensor, Tensor]:
-        talker, prompt, device = model.talker, thought.prompt, thought.hidden.device
-        plain = model.thinker.embed_tokens(torch.tensor([turn.text_ids for turn in turns], device=device))
+        talker, prompt, device = model.require("talker"), thought.prompt, thought.hidden.device
+        plain = model.require("thinker").embed_tokens(torch.tensor([turn.text_ids for turn in turns], device=device))
         embeds = prompt.embeds.masked_fill(prompt.media[..., None], 0)  # media are heard by their hidden states alone
         if detach:
             plain, embeds = plain.detach(), embeds.detach()
