@@ -188,13 +188,13 @@ class ModelParts(nn.Module):
 
     def _count_audio_tokens(self) -> None:
         """Have a processor that writes as many placeholders for a sound as the audio encoder gives embeddings."""
-        encoder, processor = self._modules.get("audio_encoder"), vars(self).get("processor")
-        if isinstance(encoder, AudioEncoderContract) and isinstance(processor, OmniProcessor):
-            count = encoder.num_tokens
-            if any(count(frames) != processor.audio_tokens(frames) for frames in _CLIPS):
-                own = copy.copy(processor)  # another model may share the one that was given
-                own.audio_tokens = count
-                vars(self)["processor"] = own
+        if "audio_encoder" not in self._modules or self.audio_encoder is None or self.processor is None:
+            return
+        count, written = self.audio_encoder.num_tokens, self.processor.audio_tokens
+        if any(count(frames) != written(frames) for frames in _CLIPS):
+            own = copy.copy(self.processor)  # another model may share the one that was given
+            own.audio_tokens = count
+            vars(self)["processor"] = own
 
     @overload
     def require(self, part: Literal["audio_encoder"]) -> AudioEncoderContract: ...
