@@ -280,16 +280,21 @@ def _lacking(module: nn.Module, contract: type[nn.Module]) -> list[str]:
     return [name for name in needed if not _has_own(module, contract, name)]
 
 
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module has a member that is more than what torch gives every module (a `forward` that only raises)."""
+    bare = vars(nn.Module).get(name)
+    return hasattr(module, name) and (bare is None or inspect.getattr_static(module, name, None) is not bare)
+
+
 def _has_own(module: nn.Module, contract: type[nn.Module], name: str) -> bool:
-    """Whether a member is the module's own: not the contract's, nor what torch gives every module."""
-    found = inspect.getattr_static(type(module), name, None)
-    inherited = (vars(contract).get(name), vars(nn.Module).get(name))
-    return hasattr(module, name) and (found is None or all(found is not other for other in inherited))
+    """Whether a member of a contract is there and is not the contract's."""
+    inherited = vars(contract).get(name, module)  # no member is the module itself
+    return _has(module, name) and inspect.getattr_static(module, name, None) is not inherited
 
 
 def _give_defaults(module: nn.Module, contract: type[nn.Module]) -> None:
     """Let a module whose class does not derive from its contract have the contract's defaults for what it lacks."""
     own = type(module)
-    defaults = {n: v for n, v in vars(contract).items() if n[0] != "_" and not _has_own(module, contract, n)}
+    defaults = {name: value for name, value in vars(contract).items() if name[0] != "_" and not _has(module, name)}
     if defaults and not isinstance(module, contract):
         module.__class__ = type(own.__name__, (own,), {"__module__": own.__module__, **defaults})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omni import AudioChunk, OmniConfig, OmniEngine, OmniModel, OmniProcessor, OmniSession, StreamingConfig, TextDelta
+from omni import AudioChunk, OmniConfig, OmniEngine, OmniModel, OmniSession, StreamingConfig, TextDelta
 from omni.encoders.contract import EncoderOutput
-from omni.packaged.toy import TOY_DATA
-from omni.parts import CONTRACTS, check_part
+from omni.layers import attention_backends, experts_backends, moe
+from omni.parts import CONTRACTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "swapping.md").read_text()
@@ -28,7 +29,7 @@ PLAIN: dict[str, Any] = {
 
 
 def run(folder: Path, *numbers: int) -> dict[str, Any]:
-    """The names that some blocks define, after the first one; attention and experts tables are left as they were."""
+    """The names that some blocks define, after the first one."""
     names: dict[str, Any] = {"__name__": "swapping"}
     for number in (0, *numbers):
         code = BLOCKS[number].replace(RELEASED, str(folder))
@@ -69,17 +70,13 @@ class BareTones(nn.Module):
 
 
 def bare(folder: Path, part: str) -> OmniModel:
-    model = OmniModel.from_pretrained(folder)
-    made = {"audio_encoder": lambda: BareEncoder(32), "code2wav": BareTones}[part]()
-    return OmniModel_with(model, part, made)
-
-
-def OmniModel_with(model: OmniModel, part: str, module: nn.Module) -> OmniModel:
-    """A model of the same weights with a part given to the constructor."""
-    parts = {name: module if name == part else getattr(model, name) for name in CONTRACTS}
-    made = OmniModel(model.config, **parts)
-    made.processor = model.processor
-    return made
+    """A part without a contract, given to the constructor beside loaded ones."""
+    loaded = OmniModel.from_pretrained(folder)
+    parts = {name: getattr(loaded, name) for name in CONTRACTS}
+    parts[part] = {"audio_encoder": partial(BareEncoder, 32), "code2wav": BareTones}[part]()
+    model = OmniModel(loaded.config, **parts)
+    model.processor = loaded.processor
+    return model
 
 
 SWAPS = (*CONTRACTS, "bare audio_encoder", "bare code2wav")
@@ -169,47 +166,47 @@ def test_a_video_is_heard_by_a_swapped_encoder(tiny_checkpoint: Path) -> None:
     assert session.ids.count(275) == model.audio_encoder.num_tokens(200)
 
 
-def test_the_other_blocks_run(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from omni.layers import attention_backends, experts_backends, moe
-
-    for table in (moe.ROUTERS, attention_backends.ATTENTION, experts_backends.EXPERTS):
-        monkeypatch.setattr(attention_backends, "_forced", None)
-        for name in list(table):
-            monkeypatch.setitem(table, name, table[name])  # put back at the end
-    before = {name: dict(table) for name, table in tables().items()}
-    try:
-        names = run(tiny_checkpoint, 6, 7)
-        assert names["answer"].replies[0]
-        for part in ("audio_encoder", "vision_encoder"):
-            check_part(getattr(names["model"], part))
-        x, ids = torch.randn(5, 32, dtype=torch.float64), torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7], [1, 6]])
-        weights = torch.rand(5, 2, dtype=torch.float64)
-        gate_up, down = torch.randn(8, 48, 32, dtype=torch.float64), torch.randn(8, 32, 24, dtype=torch.float64)
-        torch.testing.assert_close(
-            names["all_experts"](x, ids, weights, gate_up, down),
-            experts_backends.loop_experts(x, ids, weights, gate_up, down),
-        )
-        q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
-        torch.testing.assert_close(
-            names["in_double"](q, k, k, causal=True), attention_backends.plain_attention(q, k, k, causal=True)
-        )
-        routed = names["routed"]
-        routed.processor = OmniProcessor.from_pretrained(TOY_DATA)
-        assert routed.thinker.layers[0].mlp.gate.select is names["topk_sigmoid"]
-        assert routed.talker.layers[0].mlp.gate.select is not names["topk_sigmoid"]
-        assert routed.generate(routed.processor([{"role": "user", "content": "a"}]), **PLAIN).replies[0]
-    finally:
-        for name, table in tables().items():
-            table.clear()
-            table.update(before[name])
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that forget at the end what a test has entered."""
+    for module, table in ((moe, "ROUTERS"), (attention_backends, "ATTENTION"), (experts_backends, "EXPERTS")):
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
+    monkeypatch.setattr(moe, "EXPERTS", experts_backends.EXPERTS)
 
 
-def tables() -> dict[str, dict[str, Any]]:
-    from omni.layers.attention_backends import ATTENTION
-    from omni.layers.experts_backends import EXPERTS
-    from omni.layers.moe import ROUTERS
+def test_the_kernels_on_the_page_compute_what_the_others_do(tiny_checkpoint: Path, tables: None) -> None:
+    names = run(tiny_checkpoint, 7)
+    assert names["answer"].replies[0]
+    ids, weights = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7], [1, 6]]), torch.rand(5, 2, dtype=torch.float64)
+    x, gate_up, down = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 32), (8, 48, 32), (8, 32, 24)))
+    inputs = [t.requires_grad_() for t in (x, weights, gate_up, down)]
+    q, k = torch.randn(1, 4, 6, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
+    for mine, plain, leaves in (
+        (names["all_experts"], experts_backends.loop_experts, inputs),
+        (names["in_double"], attention_backends.plain_attention, [q, k]),
+    ):
+        arguments = (x, ids, weights, gate_up, down) if leaves is inputs else (q, k, k, None, True)
+        outs = [kernel(*arguments) for kernel in (mine, plain)]
+        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outs]
+        for got, expected in zip((outs[0], *grads[0]), (outs[1], *grads[1])):
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
-    return {"routers": ROUTERS, "attention": ATTENTION, "experts": EXPERTS}
+
+def test_a_model_with_another_router_answers_and_is_saved(tiny_checkpoint: Path, tables: None, tmp_path: Path) -> None:
+    names = run(tiny_checkpoint, 6)
+    routed, inputs = names["routed"], names["model"].processor([{"role": "user", "content": "Name a river."}])
+    assert routed.thinker.layers[0].mlp.gate.select is names["topk_sigmoid"]
+    assert routed.talker.layers[0].mlp.gate.select is moe.topk_softmax
+    routed.load_state_dict(names["model"].state_dict())
+    other = names["model"].forward(inputs).logits
+    assert not torch.equal(routed.forward(inputs).logits, other), "the router has no effect"
+    routed.save_pretrained(tmp_path / "routed")
+    again = OmniModel.from_pretrained(tmp_path / "routed")
+    assert again.config.thinker_config.text_config.router == "topk_sigmoid"
+    assert again.generate(inputs, **PLAIN).replies == routed.generate(inputs, **PLAIN).replies
+    del moe.ROUTERS["topk_sigmoid"]
+    with pytest.raises(ValueError, match="router 'topk_sigmoid' is not one of topk_softmax; add it to"):
+        OmniModel.from_pretrained(tmp_path / "routed")
 
 
 def test_the_page_names_what_there_is() -> None:

@@ -35,9 +35,9 @@ def plan_devices(
 ) -> dict[str, str | int | torch.device]:
     """A device for every module, from a strategy's name, one device, or a mapping from module names.
 
-    The model may be on the meta device. Modules that say `keep_together` stay in one piece: layers with a residual path,
-    and parts whose steps do not pass through every module's `forward`. A device may be "disk", for
-    weights that are read when used. Raises ValueError for unknown devices or modules left without one.
+    The model may be on the meta device. Modules that say `keep_together` stay in one piece: layers with a residual
+    path, and parts whose steps do not pass through every module's `forward`. A device may be "disk", for weights that
+    are read when used. Raises ValueError for unknown devices or modules left without one.
     """
     if isinstance(device_map, str) and device_map in _STRATEGIES:
         from accelerate import infer_auto_device_map

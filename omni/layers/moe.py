@@ -33,13 +33,13 @@ def topk_softmax(logits: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tenso
     return ids, weights
 
 
-# (logits [N, E], k, whether the weights are to sum to one) -> (ids int64 [N, k], weights fp32 [N, k]); the ids of a token
-# differ, and the weights carry the gradient. The first entry is the one of both released families.
+# (logits [N, E], k, whether the weights are to sum to one) -> (ids int64 [N, k], weights fp32 [N, k]). A token's ids
+# differ, and the weights carry the gradient. The first entry is the released models'.
 ROUTERS: dict[str, Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]] = {"topk_softmax": topk_softmax}
 
 
 class Router(nn.Module):
-    """Linear scores D -> E without bias, then the entry of `ROUTERS` that the config's `router` names (None: the first).
+    """Linear scores D -> E without bias, then an entry of `ROUTERS`: the one that `config.router` names, or the first.
 
     Raises ValueError for a name that the table does not have.
     """

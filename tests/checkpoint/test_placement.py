@@ -29,7 +29,8 @@ VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2
 DIT = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "emb_dim": 6, "num_embeds": 20,
     "block_size": 4, "mel_dim": 5, "enc_emb_dim": 3, "enc_dim": 4, "enc_channels": [4, 4, 4, 8],
-    "enc_kernel_sizes": [3, 3, 3, 1], "enc_dilations": [1, 2, 3, 1], "enc_attention_channels": 3, "enc_se_channels": 3, "max_position_embeddings": 120,
+    "enc_kernel_sizes": [3, 3, 3, 1], "enc_dilations": [1, 2, 3, 1], "enc_attention_channels": 3, "enc_se_channels": 3,
+    "max_position_embeddings": 120,
 }  # fmt: skip
 BIGVGAN = {"mel_dim": 5, "upsample_initial_channel": 8, "upsample_rates": [3, 2], "upsample_kernel_sizes": [7, 4]}
 
