@@ -49,9 +49,10 @@ class CodecDecoder(nn.Module):
     sample_rate: samples a second. hop_length: samples a frame. num_codebooks: codes a frame. lookahead: samples of the
     future that a sample depends on.
     needs_voice: it draws the sound of a recorded voice, and `init_state` takes (batch_size, voice, seed=, schedule=,
-    ode=) as that of `Token2Wav`. static_step: a started step has a fixed shape, reads nothing back from the device and
-    leaves the tensors of its state where they are, so that a whole speech frame can be captured; it then takes a third
-    argument, active bool [B] (rows that are False stand still), and its state has `write_row`.
+    ode=) as that of `Token2Wav`, with the turn's `codec_schedule` and `codec_ode`.
+    static_step: a started step has a fixed shape, reads nothing back from the device and leaves the tensors of its
+    state where they are, so that a whole speech frame can be captured. It then takes a third argument, active bool [B]
+    (rows that are False stand still), its state has `write_row`, and nothing is left for `finish`.
     """
 
     keep_together = True  # on one device: `step` does not pass through the hooks of `forward`

@@ -102,11 +102,9 @@ class Runner:
 
     def project_text(self, ids: Sequence[int]) -> Tensor:
         """Token ids -> their vectors on the Talker's text side [n, Di], from their embeddings alone."""
-        embeds = self.model.require("thinker").embed_tokens(
-            torch.tensor(list(ids), dtype=torch.int64, device=self.model.device)
-        )
-        vectors: Tensor = self.model.require("talker").text_vectors(embeds)
-        return vectors
+        table = self.model.require("thinker").embed_tokens
+        embeds = table(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
+        return self.model.require("talker").text_vectors(embeds)
 
     def text_vectors(self, said: Sequence[int] | Sequence[Tensor]) -> Tensor:
         """Ids, or vectors [Di], in one tensor of vectors [n, Di]."""
@@ -116,8 +114,7 @@ class Runner:
     def reply_vectors(self, rows: int) -> Tensor:
         """The vectors of the reply tokens that the first b rows have read last [b, Di]."""
         embeds = self.model.require("thinker").embed_tokens(self._ids[:rows])
-        vectors: Tensor = self.model.require("talker").text_vectors(embeds, self.text.hidden[:rows])
-        return vectors
+        return self.model.require("talker").text_vectors(embeds, self.text.hidden[:rows])
 
     def adopt_sound(self, row: int, state: CodecState) -> None:
         """Take over the codec state of one row, after its first chunk."""

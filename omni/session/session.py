@@ -201,11 +201,9 @@ class OmniSession:
         video.frames.clear()
 
     def _see(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
-        device = self.model.device
+        device, encoder = self.model.device, self.model.require("vision_encoder")
         with self._conversation.rows.stage("encoders"):
-            out = self.model.require("vision_encoder")(
-                pixels.to(device, self.model.dtype), torch.tensor([grid], device=device)
-            )
+            out = encoder(pixels.to(device, self.model.dtype), torch.tensor([grid], device=device))
         return out.embeds, torch.stack(list(out.taps)) if out.taps else None
 
     def _listen(self) -> None:
