@@ -47,7 +47,8 @@ class OmniModel(ModelParts):
     need.
 
     `OmniModel(config)` draws random weights (reproducible under `torch.manual_seed`). A keyword replaces a part by
-    a module of your own with the same contract: `audio_encoder=Mine(...)`, `code2wav=Mine(...)` and so on.
+    a module of your own with the same contract: `audio_encoder=Mine(...)`, `code2wav=Mine(...)` and so on
+    (`omni.parts.CONTRACTS`, docs/swapping.md).
     """
 
     load_report: LoadReport | None = None

@@ -6,21 +6,36 @@ is above this file; here it is a protocol.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
+from omni.code2wav.contract import CodecDecoder
 from omni.code2wav.voices import Voice
 from omni.config.model import OmniConfig
 from omni.config.reading import USUAL_STD
+from omni.encoders.contract import AudioEncoderContract, VisionEncoderContract
 from omni.layers.decoder_state import DecoderState
 from omni.layers.init import initialise
 from omni.processing.processor import OmniProcessor
+from omni.talker.contract import TalkerContract
+from omni.thinker.contract import ThinkerContract
 
 PARTS = ("thinker", "talker", "code2wav")
 CHILDREN = ("audio_encoder", "vision_encoder", *PARTS)  # the encoders come and go with the Thinker
+CONTRACTS: dict[str, type[nn.Module]] = {
+    "audio_encoder": AudioEncoderContract,
+    "vision_encoder": VisionEncoderContract,
+    "thinker": ThinkerContract,
+    "talker": TalkerContract,
+    "code2wav": CodecDecoder,
+}
+_CLIPS = (*range(1, 401), 3000, 30000)  # mel frames: by the tokens of these two ways of counting are told apart
+_SENSES = {"audio_encoder": "listen", "vision_encoder": "see"}
 
 
 class StepRunner(Protocol):
@@ -39,8 +54,12 @@ class StepRunner(Protocol):
     def draw(self) -> Callable[..., Tensor]: ...
     @property
     def codec(self) -> Callable[..., Tensor]: ...
-    def thinker(self, thinker: Any, ids: Tensor, state: DecoderState, span: int | None) -> tuple[Tensor, Tensor]: ...
-    def talker(self, talker: Any, embeds: Tensor, state: DecoderState, span: int | None) -> tuple[Tensor, Tensor]: ...
+    def thinker(
+        self, thinker: ThinkerContract, ids: Tensor, state: DecoderState, span: int | None
+    ) -> tuple[Tensor, Tensor]: ...
+    def talker(
+        self, talker: TalkerContract, embeds: Tensor, state: DecoderState, span: int | None
+    ) -> tuple[Tensor, Tensor]: ...
     def begin_turn(self) -> None: ...
 
 
@@ -55,14 +74,16 @@ class ModelParts(nn.Module):
 
     Attributes beside the parts: `config`; `processor`; `generation_config`, the values of generation_config.json;
     `voices`, the recordings by name that some codec decoders need; `steps` and `graphs`, how decoding is run.
+
+    A part may be replaced at any time; it is checked, and one that does not derive from its contract is given the
+    contract's defaults. The processor counts the tokens of a sound as the audio encoder does, if need be in a copy.
     """
 
-    # Each part is any module that keeps its contract, or None; a type would only name the released one.
-    audio_encoder: Any
-    vision_encoder: Any
-    thinker: Any
-    talker: Any
-    code2wav: Any
+    audio_encoder: AudioEncoderContract | None
+    vision_encoder: VisionEncoderContract | None
+    thinker: ThinkerContract | None
+    talker: TalkerContract | None
+    code2wav: CodecDecoder | None
     steps: StepRunner
     graphs: RunnerPool | None = None  # captured steps, if any
 
@@ -127,12 +148,45 @@ class ModelParts(nn.Module):
         """The floating type of the model's first parameter."""
         return next(self.parameters()).dtype
 
-    def require(self, part: str) -> None:
-        """Raise ValueError, with the remedy, if a part of the model is not there."""
-        if getattr(self, part) is not None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CONTRACTS and value is not None:
+            check_part(value, name)
+            _give_defaults(value, CONTRACTS[name])
+        super().__setattr__(name, value)
+        if name in ("audio_encoder", "processor"):
+            self._count_audio_tokens()
+
+    def _count_audio_tokens(self) -> None:
+        """Have a processor that writes as many placeholders for a sound as the audio encoder gives embeddings."""
+        if "audio_encoder" not in self._modules or self.audio_encoder is None or self.processor is None:
             return
+        count, written = self.audio_encoder.num_tokens, self.processor.audio_tokens
+        if any(count(frames) != written(frames) for frames in _CLIPS):
+            own = copy.copy(self.processor)  # another model may share the one that was given
+            own.audio_tokens = count
+            vars(self)["processor"] = own
+
+    @overload
+    def require(self, part: Literal["audio_encoder"]) -> AudioEncoderContract: ...
+    @overload
+    def require(self, part: Literal["vision_encoder"]) -> VisionEncoderContract: ...
+    @overload
+    def require(self, part: Literal["thinker"]) -> ThinkerContract: ...
+    @overload
+    def require(self, part: Literal["talker"]) -> TalkerContract: ...
+    @overload
+    def require(self, part: Literal["code2wav"]) -> CodecDecoder: ...
+    @overload
+    def require(self, part: str) -> nn.Module: ...
+    def require(self, part: str) -> nn.Module:
+        """A part of the model. Raises ValueError, with the remedy, if it is not there."""
+        found: nn.Module | None = getattr(self, part)
+        if found is not None:
+            return found
         if self.config.thinker_config is None and part not in self.config.parts:
             raise ValueError(f"this model has no {part}: its config describes {' and '.join(self.config.parts)} alone")
+        if part in _SENSES:
+            raise ValueError(f"this model has no {part.replace('_', ' ')}; it cannot {_SENSES[part]}")
         if part in ("talker", "code2wav") and not self.config.has_talker:
             raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
         raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
@@ -145,3 +199,70 @@ def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
     if unknown or not chosen:
         raise ValueError(f"parts must name some of {', '.join(PARTS)}, got {list(chosen)}")
     return chosen
+
+
+def check_part(module: Any, part: str | None = None) -> None:
+    """Raise ValueError with all that a module lacks to be a part of a model, TypeError for what is no module.
+
+    part: a keyword of `OmniModel` such as "audio_encoder" (its contract is `CONTRACTS[part]`); None: the part whose
+    contract the class derives from, or the only one whose contract it keeps.
+    """
+    if not isinstance(module, nn.Module):
+        what = f"the class {module.__name__}, which is still to be called" if inspect.isclass(module) else repr(module)
+        raise TypeError(f"{part or 'a part'} must be a torch.nn.Module, got {what}")
+    part = part or _part_of(module)
+    if part not in CONTRACTS:
+        raise ValueError(f"part must be one of {', '.join(CONTRACTS)}, got {part!r}")
+    contract = CONTRACTS[part]
+    if lacking := _lacking(module, contract):
+        raise ValueError(
+            f"{type(module).__name__} cannot be the {part}, it lacks {', '.join(lacking)}; write what is missing as "
+            f"{contract.__module__}.{contract.__name__} describes it"
+        )
+
+
+def _part_of(module: nn.Module) -> str:
+    """The part that a module is made for. Raises ValueError where that cannot be told."""
+    made_for = [part for part, contract in CONTRACTS.items() if isinstance(module, contract)]
+    kept = [part for part, contract in CONTRACTS.items() if len(_required(contract)) > 1]
+    found = made_for or [part for part in kept if not _lacking(module, CONTRACTS[part])]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(module).__name__} derives from no contract and keeps none, so it cannot be told what it is to be; "
+            f"name the part: {', '.join(CONTRACTS)}"
+        )
+    return found[0]
+
+
+def _required(contract: type[nn.Module]) -> list[str]:
+    """The members that a contract has no default for."""
+    values = [name for name in inspect.get_annotations(contract) if not hasattr(contract, name)]
+    methods = [name for name, value in vars(contract).items() if getattr(value, "__isabstractmethod__", False)]
+    return values + methods
+
+
+def _lacking(module: nn.Module, contract: type[nn.Module]) -> list[str]:
+    """The members of a contract that a module has to have and has not."""
+    as_one = getattr(contract, "as_one", ())
+    needed = _required(contract) + [name for name in as_one if any(_has_own(module, contract, n) for n in as_one)]
+    return [name for name in needed if not _has_own(module, contract, name)]
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module has a member that is more than what torch gives every module (a `forward` that only raises)."""
+    bare = vars(nn.Module).get(name)
+    return hasattr(module, name) and (bare is None or inspect.getattr_static(module, name, None) is not bare)
+
+
+def _has_own(module: nn.Module, contract: type[nn.Module], name: str) -> bool:
+    """Whether a member of a contract is there and is not the contract's."""
+    inherited = vars(contract).get(name, module)  # no member is the module itself
+    return _has(module, name) and inspect.getattr_static(module, name, None) is not inherited
+
+
+def _give_defaults(module: nn.Module, contract: type[nn.Module]) -> None:
+    """Let a module whose class does not derive from its contract have the contract's defaults for what it lacks."""
+    own = type(module)
+    defaults = {name: value for name, value in vars(contract).items() if name[0] != "_" and not _has(module, name)}
+    if defaults and not isinstance(module, contract):
+        module.__class__ = type(own.__name__, (own,), {"__module__": own.__module__, **defaults})

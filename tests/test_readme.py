@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 
+from omni import OmniSession
 from omni.packaged.toy import TOY_DATA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +46,11 @@ def test_every_block_runs(
     assert names["logits"].shape[:2] == names["audio"].input_ids.shape
     assert sum(len(samples) for samples in names["sound"]) > 0 and names["heard"].token_ids and names["reply"]
     assert (tmp_path / "my-checkpoint" / "model.safetensors").is_file()
+    session = OmniSession(names["mine"])  # its encoder gives `forward` and `num_tokens` alone
+    for piece in np.array_split(0.1 * np.sin(np.arange(16000.0)), 7):
+        session.push_audio(piece)
+    *_, end = session.respond(max_new_tokens=2, max_frames=2)
+    assert session.ids.count(275) == 5 and end.usage["frames"] > 0
 
 
 def test_commands_and_files_it_names_exist() -> None:

@@ -134,15 +134,16 @@ def random_model(config: OmniConfig, device: torch.device, dtype: torch.dtype, s
     finally:
         torch.set_default_dtype(default)
     _widen(model)
-    if getattr(model.code2wav, "needs_voice", False):
-        speakers = model.talker.config.speaker_id or {}
+    if model.code2wav is not None and model.code2wav.needs_voice:
+        speakers = model.require("talker").config.speaker_id or {}
         model.voices = {name: random_voice(model, token) for name, token in speakers.items()}
     return model
 
 
 def random_voice(model: OmniModel, token: int) -> Voice:
     """Two seconds of noise as somebody's voice; token: begins a reply in it."""
-    sizes = model.code2wav.config.dit_config
+    codec: Any = model.code2wav
+    sizes = codec.config.dit_config
     return Voice(torch.randn(1, sizes.enc_emb_dim), torch.randn(1, 200, sizes.mel_dim), token)
 
 
@@ -160,8 +161,9 @@ def _widen(model: OmniModel) -> None:
             parameter.normal_(std=(1.0 if "embedding" in name else 0.6) / fan_in**0.5)
         elif name.startswith(("thinker.", "talker.")):
             parameter.mul_(max(1.0, 56 / parameter.shape[-1] ** 0.5))  # from 0.02 to about 1.1 / sqrt(fan-in)
-    model.thinker.lm_head.weight[model.config.im_end_token_id] = 0
-    model.talker.codec_head.weight[sorted(model.talker.config.codec_stop_ids)] = 0
+    model.require("thinker").lm_head.weight[model.config.im_end_token_id] = 0
+    talker = model.require("talker")
+    talker.codec_head.weight[sorted(talker.config.codec_stop_ids)] = 0
 
 
 def write_checkpoint(config: OmniConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

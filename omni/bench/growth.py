@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def context_growth(bench: Workbench, contexts: tuple[int, ...]) -> list[Growth]:
     config = _shallow(bench.config)
     text = config.thinker.text_config
     contexts = tuple(n for n in contexts if n <= text.max_position_embeddings)
-    thinker = random_model(config, bench.device, bench.dtype).thinker
+    thinker: Any = random_model(config, bench.device, bench.dtype).thinker
     state = thinker.init_state(1, 256)
     ids = torch.full((1,), 30, device=bench.device)
     times: dict[str, list[float | None]] = {"prefill, all so far": [], "one token": []}

@@ -57,7 +57,7 @@ def _residual_table(
     bench: Workbench, ours: OmniModel, peer: Peer, compiled: OmniModel | None, dtype: torch.dtype
 ) -> tuple[Table, str]:
     """Both sides' codes compared, then timed with the released sampling."""
-    mtp, predictor = ours.talker.mtp, peer.model.talker.code_predictor
+    mtp, predictor = ours.require("talker").mtp, peer.model.talker.code_predictor
     steps, width = mtp.config.num_code_groups - 1, mtp.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     hidden, first = torch.randn(2, 1, width, generator=generator).to(bench.device, dtype)
@@ -128,7 +128,7 @@ def thinker_decode(bench: Workbench) -> Row:
         compiled = bench.compiled_twin(ours)
         touched = decoder_step_bytes(wide, 2, 60)
         table = _decode_table(bench, row, ours, peer, compiled, tokens, touched)
-        weights = parameter_bytes(ours.thinker) / 1e9
+        weights = parameter_bytes(ours.require("thinker")) / 1e9
     table.labels["dtype"] = "bfloat16"
     table.title = f"{layers} layers of {wide.hidden_size}, {wide.num_experts} experts, {wide.vocab_size} words"
     name = COMPILED if compiled is not None and table[COMPILED].median < table[EAGER].median else EAGER
@@ -191,7 +191,7 @@ def codec(bench: Workbench) -> Row:
 def _codec_table(
     bench: Workbench, row: Row, ours: OmniModel, compiled: OmniModel | None, peer: Peer, name: str, frames: int
 ) -> None:
-    code2wav = ours.code2wav
+    code2wav: Any = ours.code2wav
     config = code2wav.config
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(config.codebook_size, (1, config.num_quantizers, frames), generator=generator).to(

@@ -62,11 +62,11 @@ def _our_loss(model: OmniModel, part: str, ids: Ids, labels: Ids, device: torch.
 
         def text_loss() -> Tensor:
             thought = thinker_pass(model, batch)
-            found = linear_cross_entropy(thought.final, model.thinker.lm_head.weight, thought.labels)
+            found = linear_cross_entropy(thought.final, model.require("thinker").lm_head.weight, thought.labels)
             return found.total / found.count
 
-        return text_loss, model.thinker
-    talker, packed = model.talker, torch.cat(ids).to(device)
+        return text_loss, model.require("thinker")
+    talker, packed = model.require("talker"), torch.cat(ids).to(device)
     blocks = PackedBlocks([len(row) for row in ids], device, causal=True)
     positions = torch.cat([torch.arange(len(row), dtype=torch.float32) for row in ids]).to(device).expand(3, 1, -1)
     following = torch.cat([torch.cat((row[1:], row.new_full((1,), IGNORED))) for row in labels]).to(device)

@@ -33,7 +33,7 @@ def fill(decoder: Any, state: DecoderState, batch: int, positions: int, steps: i
 
 def thinker_step(model: OmniModel, batch: int = 1, context: int = 1, room: int = 1024) -> Step:
     """One text token a row after `context` positions, which grow by one a call."""
-    thinker = model.thinker
+    thinker: Any = model.thinker
     state = thinker.init_state(batch, context + room)
     fill(thinker, state, batch, context)
     ids = torch.arange(batch, device=model.device) + 30
@@ -42,7 +42,7 @@ def thinker_step(model: OmniModel, batch: int = 1, context: int = 1, room: int =
 
 def talker_step(model: OmniModel, batch: int = 1, context: int = 1, room: int = 1024) -> Step:
     """One code 0 a row after `context` positions, without drawing it."""
-    talker = model.talker
+    talker: Any = model.talker
     state = talker.init_state(batch, context + room)
     fill(talker, state, batch, context)
     embeds = talker.codec_embedding(torch.arange(batch, device=model.device))
@@ -54,7 +54,7 @@ def residual_codes(model: OmniModel, batch: int = 1, hidden: Tensor | None = Non
 
     hidden, first [B, D]: the Talker's hidden state and its embedding of code 0 (None: random).
     """
-    mtp, steps = model.talker.mtp, model.steps
+    mtp, steps = model.require("talker").mtp, model.steps
     weight = mtp.norm.weight
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(2, batch, weight.shape[0], generator=generator).to(weight)
@@ -73,7 +73,7 @@ def residual_codes(model: OmniModel, batch: int = 1, hidden: Tensor | None = Non
 
 def codec_frame(model: OmniModel, batch: int = 1) -> Step:
     """One frame a row to samples, once decoding is steady."""
-    codec = model.code2wav
+    codec: Any = model.code2wav
     generator = torch.Generator().manual_seed(0)
     shape = (batch, codec.config.num_quantizers, 1)
     codes = torch.randint(codec.config.codebook_size, shape, generator=generator).to(model.device)
@@ -103,7 +103,7 @@ def each_layer(decoder: Any, piece: str = "") -> Step:
 
 def audio_encoding(model: OmniModel, seconds: float) -> Step:
     """A clip of that length through the audio encoder (100 mel frames a second)."""
-    encoder = model.audio_encoder
+    encoder: Any = model.audio_encoder
     frames, mels = max(1, round(100 * seconds)), encoder.config.num_mel_bins
     features = torch.randn(1, mels, frames, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     return lambda: encoder(features, [frames])

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 Device = str | int | torch.device
 DeviceMap = Mapping[str, Device]
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-# classes kept in one piece: residual layers, and parts whose steps do not pass through every module's forward
-_WHOLE = ["AudioEncoder", "VisionEncoder", "DecoderLayer", "MTP", "Code2Wav"]
 
 
 def check_device(device: Device) -> torch.device:
@@ -37,18 +35,19 @@ def plan_devices(
 ) -> dict[str, str | int | torch.device]:
     """A device for every module, from a strategy's name, one device, or a mapping from module names.
 
-    The model may be on the meta device. Layers with a residual path stay in one piece. A device may be "disk", for
-    weights that are read when used. Raises ValueError for unknown devices or modules left without one.
+    The model may be on the meta device. Modules that say `keep_together` stay in one piece: layers with a residual
+    path, and parts whose steps do not pass through every module's `forward`. A device may be "disk", for weights that
+    are read when used. Raises ValueError for unknown devices or modules left without one.
     """
     if isinstance(device_map, str) and device_map in _STRATEGIES:
         from accelerate import infer_auto_device_map
         from accelerate.utils import get_balanced_memory
 
-        memory = None
+        memory, whole = None, _kept_together(model)
         if device_map != "sequential":
             low_zero = device_map == "balanced_low_0"
-            memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=_WHOLE, low_zero=low_zero)
-        return dict(infer_auto_device_map(model, memory, no_split_module_classes=_WHOLE, dtype=dtype))
+            memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole, low_zero=low_zero)
+        return dict(infer_auto_device_map(model, memory, no_split_module_classes=whole, dtype=dtype))
     if not isinstance(device_map, Mapping):
         if isinstance(device_map, str) and not device_map.startswith(("cpu", "cuda", "mps", "xpu", "npu", "meta")):
             raise ValueError(f"device_map {device_map!r} is neither a device nor one of {', '.join(_STRATEGIES)}")
@@ -64,6 +63,11 @@ def plan_devices(
             f"device_map places {len(bare)} tensors nowhere ({bare[0]}, ...); name their modules, or '' for the rest"
         )
     return dict(_disjoint(model, "", device_map))
+
+
+def _kept_together(model: nn.Module) -> list[str]:
+    """The names of the classes whose modules say `keep_together`, as accelerate asks for them."""
+    return sorted({type(module).__name__ for module in model.modules() if getattr(module, "keep_together", False)})
 
 
 def _disjoint(module: nn.Module, name: str, device_map: DeviceMap) -> Iterator[tuple[str, Any]]:

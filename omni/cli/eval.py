@@ -163,12 +163,14 @@ def _encoder(args: argparse.Namespace, model: OmniModel) -> Callable[[Any], Tens
     """What turns recordings into codes, by way of the cache if there is one."""
     if args.codec is None:
         return None
+    from omni.code2wav.code2wav import Code2Wav
     from omni.training.codec.speech_codes import cached_codes, load_codec_encoder
     from omni.training.data.sound import read_speech
 
     books = None if model.config.talker_config is None else model.config.talker_config.num_code_groups
+    code2wav = model.code2wav if isinstance(model.code2wav, Code2Wav) else None
     encoder = load_codec_encoder(
-        args.codec, args.codec_path, code2wav=model.code2wav, num_codebooks=books, device=model.device
+        args.codec, args.codec_path, code2wav=code2wav, num_codebooks=books, device=model.device
     )
     if args.codec_cache is not None:
         return lambda source: cached_codes(source, encoder, args.codec_cache)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from omni.code2wav.bigvgan import BigVGANState, frame_reach
+from omni.code2wav.contract import CodecState
 from omni.code2wav.ode_sampler import ODEConfig
 from omni.config.token2wav import Token2WavConfig
 from omni.layers.state import State
@@ -98,7 +99,7 @@ class VoiceEmbedding(State):
 
 
 @dataclass
-class Token2WavState(State):
+class Token2WavState(CodecState):
     """What decoding remembers of the codes so far. Make a fresh one for each turn; all rows are at the same code.
 
     codes int64 [B, n] that windows still to come need, from code `first` on; `done` codes are mel already.

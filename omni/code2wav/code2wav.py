@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from omni.code2wav.contract import CodecDecoder
+from omni.code2wav.contract import SAMPLE_RATE_HZ, CodecDecoder, CodecState
 from omni.code2wav.conv import (
     CausalConv1d,
     CausalConvTranspose1d,
@@ -34,7 +34,7 @@ _FRAMES_AT_ONCE = 256  # bounds the memory of decoding without gradients (20 s o
 
 
 @dataclass
-class Code2WavState(State):
+class Code2WavState(CodecState):
     """What decoding remembers of the frames so far. Make a fresh one for each turn."""
 
     transformer: WindowState
@@ -82,10 +82,15 @@ class Code2Wav(CodecDecoder):
     by that much once the first few frames are over.
     """
 
+    static_step = True
+    sample_rate = SAMPLE_RATE_HZ
+
     def __init__(self, config: Code2WavConfig, *, strict_causal: bool = False) -> None:
         super().__init__()
         self.config = config
         self.strict_causal = strict_causal
+        self.hop_length, self.num_codebooks = config.hop_length, config.num_quantizers
+        self.lookahead = self._lookahead()
         dim, channels = config.hidden_size, config.decoder_dim
         self.code_embedding = nn.Embedding(config.codebook_size * config.num_quantizers, dim)
         self.pre_transformer = WindowTransformer(config)
@@ -100,13 +105,7 @@ class Code2Wav(CodecDecoder):
         layers += [StreamingSnake(channels), CausalConv1d(channels, 1, kernel_size=7)]
         self.decoder = StreamingChain(layers)
 
-    @property
-    def num_codebooks(self) -> int:
-        """Codes a frame."""
-        return self.config.num_quantizers
-
-    @property
-    def lookahead(self) -> int:
+    def _lookahead(self) -> int:
         """Samples of the future that a sample depends on, which are also missing from the first call's output."""
         samples = 0
         for rate in self.config.upsample_rates:  # a block upsamples what is missing and trims `rate` samples more

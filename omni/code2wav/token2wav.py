@@ -9,14 +9,14 @@ Shapes: B rows, T codes, N = repeats * T mel frames, M mel bins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from omni.code2wav.bigvgan import BigVGAN
 from omni.code2wav.chunk_schedule import ChunkSchedule, Token2WavState, VoiceEmbedding, Window
-from omni.code2wav.contract import CodecDecoder
+from omni.code2wav.contract import SAMPLE_RATE_HZ, CodecDecoder
 from omni.code2wav.dit import DiT
 from omni.code2wav.ode_sampler import ODEConfig, position_noise, sample_mel
 from omni.code2wav.voices import Voice
@@ -35,12 +35,17 @@ class Token2Wav(CodecDecoder):
     always_float32 = True  # for the loading of checkpoints
     needs_voice = True
     missing_samples = 0  # the vocoder's first samples come late, but they come
+    sample_rate = SAMPLE_RATE_HZ
+    num_codebooks = 1
 
     def __init__(self, config: Token2WavConfig) -> None:
         super().__init__()
         self.config = config
         self.dit = DiT(config.dit_config)
         self.bigvgan = BigVGAN(config.bigvgan_config)
+        self.hop_length = config.hop_length
+        # of the vocoder; what the mel waits for is the schedule's
+        self.lookahead = (self.bigvgan.reach[1] + 1) * self.bigvgan.hop_length - 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def in_fp32(t: Tensor) -> Tensor:
@@ -48,16 +53,6 @@ class Token2Wav(CodecDecoder):
             return t.to(new.device, torch.float32) if new.is_floating_point() and new.dtype != torch.float32 else new
 
         return super()._apply(in_fp32, recurse)
-
-    @property
-    def num_codebooks(self) -> int:
-        """Codes a frame: one."""
-        return 1
-
-    @property
-    def lookahead(self) -> int:
-        """Samples of the future that the vocoder looks ahead; what the mel waits for is the schedule's."""
-        return (self.bigvgan.reach[1] + 1) * self.bigvgan.hop_length - 1
 
     def whole_schedule(self) -> ChunkSchedule:
         """All codes in one window, which is not an approximation, as far as positions reach (released: 327 s)."""
@@ -172,10 +167,15 @@ class Token2Wav(CodecDecoder):
         voice: AnyVoice,
         *,
         seed: int | Sequence[int] = 0,
-        schedule: ChunkSchedule | None = None,
+        schedule: ChunkSchedule | Literal["whole"] | None = None,
         ode: ODEConfig | None = None,
     ) -> Token2WavState:
-        """The state before the first code. Raises ValueError for a schedule that does not fit the model's blocks."""
+        """The state before the first code. Raises ValueError for a schedule that does not fit the model's blocks.
+
+        schedule: how codes are cut; "whole": `whole_schedule`; None: `ChunkSchedule.usual`.
+        """
+        if schedule == "whole":
+            schedule = self.whole_schedule()
         schedule = schedule or ChunkSchedule.usual(self.config)
         schedule.check(self.config)
         embedded = self.embed_voice(voice, batch_size)

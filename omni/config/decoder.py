@@ -140,7 +140,10 @@ class LanguageConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class MoEConfig(LanguageConfig):
-    """A decoder whose layers may hold experts; layers in `mlp_only_layers` are dense."""
+    """A decoder whose layers may hold experts; layers in `mlp_only_layers` are dense.
+
+    router: how experts are chosen, a name of `omni.layers.moe.ROUTERS` (None: as released). No released file has it.
+    """
 
     num_experts: int = 128
     num_experts_per_tok: int = 8
@@ -151,6 +154,7 @@ class MoEConfig(LanguageConfig):
     mlp_only_layers: tuple[int, ...] | None = ()
     router_aux_loss_coef: float = 0.001
     tie_word_embeddings: bool = False
+    router: str | None = optional()
 
     def is_sparse(self, layer: int) -> bool:
         dense = layer in (self.mlp_only_layers or ())

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from omni.config.encoders import AudioTransformerConfig
 from omni.config.qwen3_omni import AudioEncoderConfig
 from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
-from omni.encoders.contract import EncoderOutput
+from omni.encoders.contract import AudioEncoderContract, EncoderOutput
 from omni.layers.attention_backends import packed_attention
 from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.layers.state import State
@@ -130,7 +130,7 @@ class AudioEncoderState(ClipState):
     filled: int = 0
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(AudioEncoderContract):
     """Log-mel features of several clips -> packed Thinker embeddings."""
 
     def __init__(self, config: AudioEncoderConfig) -> None:

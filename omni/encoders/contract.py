@@ -1,10 +1,22 @@
-"""What every encoder returns."""
+"""What an encoder has to do, and what it gets for nothing: the contracts of the audio and the vision encoder.
+
+An audio encoder of one's own needs `forward` and `num_tokens`. Sessions hear it piece by piece all the same: `step` and
+`finish` here keep the features of a clip and encode it at its end. An encoder that can answer earlier has its own.
+
+Shapes: C clips, M mel bins, F frames, N tokens of all items (packed), D width of the Thinker.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from omni.encoders.checks import check_end, check_open, check_seconds
+from omni.layers.state import State
 
 
 class EncoderOutput(NamedTuple):
@@ -17,3 +29,106 @@ class EncoderOutput(NamedTuple):
     embeds: Tensor
     lengths: list[int]
     taps: list[Tensor]
+
+
+@dataclass
+class WholeClipState(State):
+    """A clip that is kept until its end: the first `frames` columns of features [M, capacity] are filled."""
+
+    features: Tensor
+    frames: int = 0
+    finished: bool = False
+
+    def append(self, features: Tensor) -> None:
+        """Keep the next frames [M, n]; the room at least doubles, so that many small pieces stay cheap."""
+        if not features.shape[1]:
+            return
+        end = self.frames + features.shape[1]
+        if end > self.features.shape[1]:
+            grown = features.new_zeros(features.shape[0], max(end, 2 * self.frames))
+            if self.frames:
+                grown[:, : self.frames] = self.features[:, : self.frames]
+            self.features = grown
+        self.features[:, self.frames : end] = features
+        self.frames = end
+
+
+class AudioEncoderContract(nn.Module):
+    """Log-mel features of several clips -> packed Thinker embeddings.
+
+    A class of one's own gives the first two methods; the others come as one: with a `step` of its own an encoder has
+    `init_state`, `finish` and, where its attention has a window that can be chosen, `window_frames`.
+    """
+
+    keep_together = True  # on one device: `step` does not pass through the hooks of `forward`
+    as_one = ("init_state", "step", "finish")  # an encoder has all of its own, or none
+
+    @abstractmethod
+    def forward(self, features: Tensor, lengths: Tensor) -> EncoderOutput:
+        """features [C, M, F], right-padded; lengths int64 [C] in mel frames -> embeds [N, D] of all clips.
+
+        What lies beyond a clip's length must not be read, and no clip may change another one's result.
+        """
+
+    @abstractmethod
+    def num_tokens(self, length: int) -> int:
+        """Tokens of a clip of `length` mel frames, which are the embeds that `forward` gives for it."""
+
+    def window_frames(self, seconds: float) -> int:
+        """An attention window of so many seconds in mel frames, for `init_state`.
+
+        Raises TypeError for what is not a number, ValueError for a window that this encoder cannot have.
+        """
+        check_seconds(seconds)
+        raise ValueError(
+            f"attention window of {seconds:g} s is not possible: {type(self).__name__} encodes whole clips; leave "
+            "audio_window_s out"
+        )
+
+    def init_state(self, window_frames: int | None = None) -> Any:
+        """The state before the first frame of a clip, a `State` whose fields are tensors and plain values.
+
+        window_frames: of `window_frames`; None is the encoder's usual way.
+        """
+        if window_frames is not None:
+            raise ValueError(f"{type(self).__name__} encodes whole clips and has no window of {window_frames} frames")
+        like = next(self.parameters(), torch.zeros(0))
+        return WholeClipState(like.new_zeros(0, 0))
+
+    @torch.no_grad()
+    def step(self, features: Tensor, state: Any) -> Tensor:
+        """The next frames [M, n] of a clip, n >= 0 -> the embeds that they complete [m, D], often none.
+
+        The embeds of all steps and of `finish`, joined, are `forward` of the whole clip. Updates `state` in place.
+        Raises ValueError for a finished clip.
+        """
+        check_open(state.finished)
+        state.append(features)
+        return features.new_zeros(0, 0)
+
+    @torch.no_grad()
+    def finish(self, state: Any) -> Tensor:
+        """The embeds [m, D] that are left at a clip's end. The state takes no further frames.
+
+        Raises ValueError for a clip without frames; the state is then as it was.
+        """
+        check_end(state.frames, state.finished)
+        state.finished = True
+        clip = state.features[None, :, : state.frames]
+        out: EncoderOutput = self(clip, torch.tensor([state.frames], device=clip.device))
+        return out.embeds
+
+
+class VisionEncoderContract(nn.Module):
+    """Pixel patches of images and videos -> packed Thinker embeddings and DeepStack taps.
+
+    How many tokens an item has is fixed by the config: patches / `spatial_merge_size` squared.
+    """
+
+    keep_together = True  # on one device: weights are read where they are shared
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, grid_thw: Tensor) -> EncoderOutput:
+        """pixels [P, channels * frames * side * side], the patches of all items in the processor's order; grid_thw
+        int64 [items, 3] of (t, h, w) in patches -> embeds [N, D], and as many taps [N, D] as the encoder has (or none).
+        """

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from omni.config.encoders import VisionTransformerConfig
 from omni.config.qwen3_omni import VisionEncoderConfig
 from omni.encoders.checks import Grid, check_patches
-from omni.encoders.contract import EncoderOutput
+from omni.encoders.contract import EncoderOutput, VisionEncoderContract
 from omni.layers.attention_backends import packed_attention
 from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.rope.rotary import AxialRotary, apply_rotary
@@ -136,7 +136,7 @@ def for_each_size(steps: list[tuple[int, int]], numbers: list[int], make: Callab
     return torch.cat([made[steps[i]] for i in numbers])
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(VisionEncoderContract):
     """Pixel patches of images and videos -> packed Thinker embeddings and one tap per DeepStack index."""
 
     def __init__(self, config: VisionEncoderConfig) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig
 from omni.encoders.audio import FRAMES_HZ, AudioLayer, ClipState, sinusoids
 from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
-from omni.encoders.contract import EncoderOutput
+from omni.encoders.contract import AudioEncoderContract, EncoderOutput
 from omni.layers.packing import BlockPasses, PackedBlocks
 
 _POSITIONS_AT_ONCE = 8192  # bounds the memory of convolutions and layers (164 s of audio)
@@ -49,7 +49,7 @@ def average_pairs(x: Tensor, blocks: PackedBlocks) -> Tensor:
     return torch.cat(parts)
 
 
-class WhisperAudioEncoder(nn.Module):
+class WhisperAudioEncoder(AudioEncoderContract):
     """Log-mel features of several clips -> packed Thinker embeddings."""
 
     def __init__(self, config: WhisperAudioEncoderConfig) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from omni.config.qwen2_5_omni import WindowVisionEncoderConfig
 from omni.encoders.checks import Grid, check_patches
-from omni.encoders.contract import EncoderOutput
+from omni.encoders.contract import EncoderOutput, VisionEncoderContract
 from omni.encoders.vision import (
     PatchEmbed,
     PatchMerger,
@@ -65,7 +65,7 @@ class WindowVisionAttention(nn.Module):
         return self.proj(rotate_and_attend(q, k, v, tables, blocks))
 
 
-class WindowVisionEncoder(nn.Module):
+class WindowVisionEncoder(VisionEncoderContract):
     """Pixel patches of images and videos -> packed Thinker embeddings."""
 
     def __init__(self, config: WindowVisionEncoderConfig) -> None:

@@ -312,7 +312,7 @@ class _Evaluation:
 
     def _listen(self, voice: Voice, evidence: Evidence, sample: Sample | None) -> None:
         """How the reference sounds: as recorded, else as its codes are decoded."""
-        codec, talker = self.model.code2wav, self.model.config.talker_config
+        codec, talker = self.model.require("code2wav"), self.model.config.talker_config
         assert talker is not None  # a model with Code2Wav has it
         evidence.sample_rate = int(codec.sample_rate)
         if voice.speech is not None:
@@ -326,7 +326,8 @@ class _Evaluation:
 
     def _decode(self, codes: Tensor) -> Tensor:
         """codes int64 [K, F] -> float32 samples [n] on the CPU."""
-        return self.model.code2wav(codes.to(self.model.device)[None])[0].float().cpu()
+        wave: Tensor = self.model.require("code2wav")(codes.to(self.model.device)[None])
+        return wave[0].float().cpu()
 
     def _skip(self, name: str, reason: str, *, bad: bool = True) -> None:
         """Note a row that is left out. Raises ValueError where too many are bad."""

@@ -182,7 +182,7 @@ def speaker_id(model: ModelParts, name: str | None) -> int:
 
 def _voice(model: ModelParts, name: str) -> Voice | None:
     """What the codec decoder needs of a voice. Raises ValueError if it is not there."""
-    if not getattr(model.code2wav, "needs_voice", False):
+    if model.code2wav is None or not model.code2wav.needs_voice:
         return None
     if not model.voices:
         raise ValueError(

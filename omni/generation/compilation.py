@@ -63,7 +63,7 @@ def _run_once(model: ModelParts, rows: int, kind: Sequence[SamplingConfig]) -> N
         runner.read_token(everyone)
         if speech is not None:
             runner.frame([0] * rows, everyone, everyone, nobody, (codes, residual))
-    if speech is None or model.code2wav is None or getattr(model.code2wav, "needs_voice", False):
+    if speech is None or model.code2wav is None or model.code2wav.needs_voice:
         return  # a codec that draws whole windows is not compiled
     for size in sorted({1, rows}):
         sound = torch.zeros((size, model.code2wav.num_codebooks, 1), dtype=torch.int64, device=model.device)

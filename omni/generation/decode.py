@@ -18,8 +18,8 @@ from omni.layers.cache import KVCache
 from omni.layers.decoder_state import DecoderState
 from omni.layers.state import State
 from omni.parts import StepRunner
-from omni.talker.decoder import TalkerDecoder
-from omni.thinker.thinker import Thinker
+from omni.talker.contract import TalkerContract
+from omni.thinker.contract import ThinkerContract
 
 
 @dataclass
@@ -37,7 +37,7 @@ class TextState(State):
     hidden: Tensor
 
     @classmethod
-    def create(cls, thinker: Thinker, rows: int, capacity: int, *, keep_hidden: bool = False) -> TextState:
+    def create(cls, thinker: ThinkerContract, rows: int, capacity: int, *, keep_hidden: bool = False) -> TextState:
         """Nothing read yet."""
         weight = thinker.lm_head.weight
         logits = weight.new_zeros(rows, weight.shape[0])
@@ -64,7 +64,7 @@ class SpeechState(State):
     frame: Tensor
 
     @classmethod
-    def create(cls, talker: TalkerDecoder, rows: int, capacity: int) -> SpeechState:
+    def create(cls, talker: TalkerContract, rows: int, capacity: int) -> SpeechState:
         """Nothing read yet."""
         weight = talker.codec_head.weight
         logits, hidden = weight.new_zeros(rows, weight.shape[0]), weight.new_zeros(rows, weight.shape[1])
@@ -88,7 +88,7 @@ def draw_token(steps: StepRunner, state: TextState, sampling: RowSampling, activ
 
 
 def read_token(
-    steps: StepRunner, thinker: Thinker, state: TextState, ids: Tensor, active: Tensor, span: int | None
+    steps: StepRunner, thinker: ThinkerContract, state: TextState, ids: Tensor, active: Tensor, span: int | None
 ) -> None:
     """The Thinker reads the tokens int64 [B] that were drawn."""
     logits, hidden = steps.thinker(thinker, ids, state.decoder, span)
@@ -100,7 +100,7 @@ def read_token(
 
 def draw_frame(
     steps: StepRunner,
-    talker: TalkerDecoder,
+    talker: TalkerContract,
     state: SpeechState,
     codes: RowSampling,
     residual: RowSampling,
@@ -128,7 +128,7 @@ def draw_frame(
 
 
 def read_frame(
-    steps: StepRunner, talker: TalkerDecoder, state: SpeechState, text: Tensor, active: Tensor, span: int | None
+    steps: StepRunner, talker: TalkerContract, state: SpeechState, text: Tensor, active: Tensor, span: int | None
 ) -> None:
     """The Talker reads the frame that waits and the text vectors [B, Di] that follow it."""
     logits, hidden = steps.talker(talker, state.frame + text, state.decoder, span)

@@ -94,7 +94,7 @@ def join_codes(model: ModelParts, turn: Turn) -> Tensor:
     """All codes of a turn, int64 [K, n]."""
     if turn.codes:
         return torch.stack(turn.codes, dim=1)
-    return torch.zeros(model.talker.config.num_code_groups, 0, dtype=torch.int64, device=model.device)
+    return torch.zeros(model.require("talker").config.num_code_groups, 0, dtype=torch.int64, device=model.device)
 
 
 class ReplyBeginning(NamedTuple):
@@ -172,7 +172,7 @@ def _prefill_talker(
     tokens, positions, turn.prompt_end = turn.layout.prompt(prompt.row_ids(row), prompt.segments[row])
     at = tokens.to(prompt.ids.device)
     if len(at):
-        vectors = rows.model.talker.prompt_vectors(prompt.embeds[row, at], hidden[at], prompt.media[row, at])
+        vectors = rows.model.require("talker").prompt_vectors(prompt.embeds[row, at], hidden[at], prompt.media[row, at])
         rows.read_speech(row if to_row is None else to_row, vectors, positions.to(vectors.device))
     limit_frames(turn, len(at))
 
@@ -265,6 +265,6 @@ def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int], processo
     prompt = encode_prompt(model, processor([*messages, {"role": "user", "content": ""}]))
     hidden = rows.read_text(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
     _prefill_talker(rows, prompt, hidden, 0, turn, row)
-    embeds = model.thinker.embed_tokens(torch.tensor(ids, device=model.device))
+    embeds = model.require("thinker").embed_tokens(torch.tensor(ids, device=model.device))
     positions = (prompt.next_position + torch.arange(len(ids), device=model.device)).expand(3, -1)
-    turn.spoken = list(model.talker.text_vectors(embeds, rows.read_text(row, ids, embeds, positions)))
+    turn.spoken = list(model.require("talker").text_vectors(embeds, rows.read_text(row, ids, embeds, positions)))

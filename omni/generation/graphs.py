@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omni.code2wav.code2wav import Code2Wav, Code2WavState
+from omni.code2wav.contract import CodecState
 from omni.generation.decode import draw_frame, draw_token, read_frame, read_token
 from omni.generation.runner import Frame, Runner
 from omni.generation.sampling import RowSampling
 from omni.layers.cache import KVCache
-from omni.layers.state import State
 from omni.parts import ModelParts
 
 Outputs = tuple[Tensor, ...]
@@ -73,8 +72,11 @@ class GraphRunner(Runner):
         self._activating = torch.zeros(rows, dtype=torch.bool, pin_memory=device.type == "cuda")
         by_hidden = self.layout is not None and self.layout.text_by_hidden
         self._vectors = torch.zeros_like(self.speech.frame) if by_hidden and self.speech is not None else None
-        self.decodes_sound = isinstance(model.code2wav, Code2Wav) and self.speech is not None
-        self._sound = model.code2wav.init_state(rows) if self.decodes_sound else None
+        codec = model.code2wav
+        self._sound: CodecState | None = None
+        if self.speech is not None and codec is not None and codec.static_step:
+            self._sound = codec.init_state(rows)
+        self.decodes_sound = self._sound is not None
         self._samplings: dict[Any, RowSampling] = {}
         self._latest: dict[Any, RowSampling] = {}
         self._graphs: dict[Any, Replay] = {}
@@ -110,7 +112,7 @@ class GraphRunner(Runner):
 
         def step() -> Outputs:
             state = self.text.rows(0, width)
-            read_token(self.steps, self.model.thinker, state, self._ids[:width], self._active[:width], span)
+            read_token(self.steps, self.model.require("thinker"), state, self._ids[:width], self._active[:width], span)
             return ()
 
         self._replay(("read", width, span), step, active=active)
@@ -129,7 +131,8 @@ class GraphRunner(Runner):
         width = self.width([r or d for r, d in zip(reads, draws)])
         span = self.span(cache)
         codes, residual = self._sampling("codes", samplings[0]), self._sampling("residual", samplings[1])
-        talker, codec, sounding = self.model.talker, self.model.code2wav, any(sounds)
+        thinker, talker, codec = self.model.require("thinker"), self.model.require("talker"), self.model.code2wav
+        sounding = any(sounds)
         ends, vectors = sorted(talker.config.codec_stop_ids), self._vectors
         if vectors is not None:
             vectors.copy_(self.text_vectors(following))
@@ -139,14 +142,14 @@ class GraphRunner(Runner):
             told = FrameInputs(*self._told[:, :width])
             state = speech.rows(0, width)
             if vectors is None:
-                text = talker.text_vectors(self.model.thinker.embed_tokens(told.following))
+                text = talker.text_vectors(thinker.embed_tokens(told.following))
             else:
                 text = vectors[:width]
             read_frame(self.steps, talker, state, text, told.reads.bool(), span)
             drawn = draw_frame(
                 self.steps, talker, state, codes.rows(0, width), residual.rows(0, width), banned, told.draws.bool()
             )
-            if not sounding or self._sound is None:
+            if not sounding or codec is None or self._sound is None:
                 return (drawn,)
             heard = told.sounds.bool() & told.draws.bool()
             for end in ends:
@@ -162,8 +165,8 @@ class GraphRunner(Runner):
             return None
         return Frame(drawn.clone(), drawn[:, 0].tolist(), wave[0].float().cpu() if wave else None)
 
-    def adopt_sound(self, row: int, state: State) -> None:
-        assert self._sound is not None and isinstance(state, Code2WavState)
+    def adopt_sound(self, row: int, state: CodecState) -> None:
+        assert self._sound is not None
         self._sound.write_row(row, state)
 
     def width(self, active: Sequence[bool]) -> int:

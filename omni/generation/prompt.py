@@ -48,14 +48,14 @@ def encode_prompt(model: ModelParts, inputs: OmniInputs, *, touch_absent: bool =
     Raises ValueError for media that the model has no encoder for, ids outside the vocabulary, prompts longer than the
     model's positions, or media that do not fit the placeholders.
     """
-    model.require("thinker")
+    thinker = model.require("thinker")
     config, device = model.config.thinker, model.device
     _check(model, inputs)
     segments = inputs.segments(config, None if model.audio_encoder is None else model.audio_encoder.num_tokens)
     inputs = inputs.to(device)
     ids, lengths, columns = _left_align(inputs)
     valid = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    embeds = model.thinker.embed_tokens(ids) * valid[..., None]
+    embeds = thinker.embed_tokens(ids) * valid[..., None]
     embeds, taps, media = _merge_media(model, inputs, ids, embeds, valid, touch_absent)
     positions = torch.zeros(3, *ids.shape)
     following = []
@@ -131,7 +131,7 @@ def _merge_media(
     if inputs.input_features is not None:
         assert inputs.feature_attention_mask is not None
         features = inputs.input_features.to(model.dtype)
-        out = model.audio_encoder(features, inputs.feature_attention_mask.sum(1))
+        out = model.require("audio_encoder")(features, inputs.feature_attention_mask.sum(1))
         embeds = merge_embeddings(embeds, masks["audio"], out.embeds)
     elif touch_absent:
         embeds = embeds + _no_audio(model)
@@ -143,7 +143,7 @@ def _merge_media(
     given = {kind: (pixels, grid) for kind, (pixels, grid) in seen.items() if pixels is not None and grid is not None}
     if given:
         pixels, grids = (torch.cat(both) for both in zip(*given.values()))
-        out = model.vision_encoder(pixels.to(model.dtype), grids)
+        out = model.require("vision_encoder")(pixels.to(model.dtype), grids)
         items = iter(out.lengths)
         counts = [sum(islice(items, len(grid))) for _, grid in given.values()]
         for kind, own, *own_taps in zip(given, *(x.split(counts) for x in (out.embeds, *out.taps))):

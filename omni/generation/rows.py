@@ -178,8 +178,8 @@ class Rows:
         text = self.runner.text_vectors([turn.text(name) for name in names])
         slots = text[[names.index(name) for name in self.layout.prefix_texts]]
         codes = torch.tensor(self.layout.prefix_codes(speaker), device=text.device)
-        prefix: Tensor = self.model.talker.prefix_vectors(slots, self.model.talker.codec_embedding(codes))
-        return prefix
+        talker = self.model.require("talker")
+        return talker.prefix_vectors(slots, talker.codec_embedding(codes))
 
     def _write_frames(self) -> None:
         """Read the frames that wait for their text, then draw the next frame of every row that can."""
@@ -215,7 +215,7 @@ class Rows:
     def read_batch(self, prompt: Prompt) -> Tensor:
         """Read the prompts of all rows, which are empty -> hidden states [B, T, D]."""
         state = self.text
-        out = self.model.thinker(
+        out = self.model.require("thinker")(
             prompt.embeds, prompt.positions, state.decoder, taps=prompt.taps, lengths=prompt.lengths, logits="last"
         )
         state.decoder.next_position.copy_(prompt.next_position)
@@ -234,7 +234,7 @@ class Rows:
         next_position: float | None = None,
     ) -> Tensor:
         """Read a piece of one row's prompt: embeds [T, D], positions [3, T], taps [n, T, D] -> hidden [T, D]."""
-        state, thinker = self.text, self.model.thinker
+        state, thinker = self.text, self.model.require("thinker")
         state.decoder.cache.reserve(len(ids))
         view = state.decoder.rows(row, row + 1)
         out = thinker(
@@ -253,7 +253,7 @@ class Rows:
         state = self.speech
         state.decoder.cache.reserve(len(embeds))
         view = state.decoder.rows(row, row + 1)
-        out = self.model.talker(embeds[None], positions[:, None], view)
+        out = self.model.require("talker")(embeds[None], positions[:, None], view)
         state.decoder.cache.adopt(row, view.cache)
         state.logits[row], state.hidden[row] = out.logits[0, -1], out.hidden[0, -1]
 

@@ -6,17 +6,17 @@ Shapes: B rows, b of them in a step, V text vocabulary, K codebooks, Di width of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from omni.code2wav.contract import CodecState
 from omni.generation.decode import SpeechState, TextState, draw_frame, draw_token, read_frame, read_token
 from omni.generation.sampling import RowSampling
 from omni.generation.stage_times import StageTimes
 from omni.generation.steps import codec_step
 from omni.layers.cache import KVCache
-from omni.layers.state import State
 from omni.parts import ModelParts
 from omni.talker.layout import turn_layout
 
@@ -41,7 +41,7 @@ class Runner:
         talker = model.talker
         self.layout = None if talker is None else turn_layout(model.config)
         keep_hidden = self.layout is not None and self.layout.text_by_hidden
-        self.text = TextState.create(model.thinker, rows, capacity, keep_hidden=keep_hidden)
+        self.text = TextState.create(model.require("thinker"), rows, capacity, keep_hidden=keep_hidden)
         self.speech = None if talker is None else SpeechState.create(talker, rows, capacity)
         self.banned = None if talker is None else _banned(model)
         self.seen_at_first = None if talker is None else talker.seen_at_first()
@@ -60,7 +60,7 @@ class Runner:
         width, cache = self.width(active), self.text.decoder.cache
         span = self.span(cache)
         state, mask = self.text.rows(0, width), self._mask(active, width)
-        read_token(self.steps, self.model.thinker, state, self._ids[:width], mask, span)
+        read_token(self.steps, self.model.require("thinker"), state, self._ids[:width], mask, span)
         cache.count(active)
 
     def frame(
@@ -77,7 +77,7 @@ class Runner:
         Rows of `sounds` have given their codec state to the runner (`adopt_sound`). None if nothing is drawn.
         """
         assert self.speech is not None and self.banned is not None
-        talker = self.model.talker
+        talker = self.model.require("talker")
         if any(reads):
             with self.times.stage("talker"):
                 width, cache = self.width(reads), self.speech.decoder.cache
@@ -94,18 +94,19 @@ class Runner:
             codes = draw_frame(self.steps, talker, state, first, residual, self.banned, mask)
             return Frame(codes, codes[:, 0].tolist())
 
-    def decode(self, codes: Tensor, state: State) -> Tensor:
+    def decode(self, codes: Tensor, state: Any) -> Tensor:
         """Codes int64 [b, K, n] -> samples [b, m]; updates the codec's state."""
         codec = self.model.code2wav
-        one_more = codes.shape[2] == 1 and getattr(state, "started", False)  # the shape that steps are compiled for
+        started = isinstance(state, CodecState) and state.started
+        one_more = codes.shape[2] == 1 and started  # the shape that steps are compiled for
         wave: Tensor = (self.steps.codec if one_more else codec_step)(codec, codes.contiguous(), state)
         return wave
 
     def project_text(self, ids: Sequence[int]) -> Tensor:
         """Token ids -> their vectors on the Talker's text side [n, Di], from their embeddings alone."""
-        embeds = self.model.thinker.embed_tokens(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
-        vectors: Tensor = self.model.talker.text_vectors(embeds)
-        return vectors
+        table = self.model.require("thinker").embed_tokens
+        embeds = table(torch.tensor(list(ids), dtype=torch.int64, device=self.model.device))
+        return self.model.require("talker").text_vectors(embeds)
 
     def text_vectors(self, texts: Sequence[int] | Sequence[Tensor]) -> Tensor:
         """Ids, or vectors [Di], in one tensor of vectors [n, Di]."""
@@ -115,11 +116,10 @@ class Runner:
 
     def reply_vectors(self, rows: int) -> Tensor:
         """The vectors of the reply tokens that the first b rows have read last [b, Di]."""
-        embeds = self.model.thinker.embed_tokens(self._ids[:rows])
-        vectors: Tensor = self.model.talker.text_vectors(embeds, self.text.hidden[:rows])
-        return vectors
+        embeds = self.model.require("thinker").embed_tokens(self._ids[:rows])
+        return self.model.require("talker").text_vectors(embeds, self.text.hidden[:rows])
 
-    def adopt_sound(self, row: int, state: State) -> None:
+    def adopt_sound(self, row: int, state: CodecState) -> None:
         """Take over the codec state of one row, after its first chunk."""
         assert self.decodes_sound, "this runner leaves codec states to the turns"
 
@@ -140,10 +140,11 @@ class Runner:
 
 def _banned(model: ModelParts) -> Tensor:
     """bool [C]: codec ids that are never drawn: those the Talker suppresses, and those that no codec could decode."""
-    banned: Tensor = model.talker.suppressed()
+    talker = model.require("talker")
+    banned = talker.suppressed()
     codec = model.config.code2wav_config
     if codec is not None:
         ids = torch.arange(len(banned), device=banned.device)
         banned = banned | (ids >= codec.num_codes)
-        banned[list(model.talker.config.codec_stop_ids)] = False
+        banned[list(talker.config.codec_stop_ids)] = False
     return banned

@@ -1,14 +1,6 @@
 """From codes to sound while a turn runs: the chunks that are due, rows of equal length together.
 
-What a codec decoder has to have: `sample_rate`, `frame_rate`, `hop_length`, `num_codebooks`, `lookahead`,
-`init_state(batch_size)` and `step(codes [B, K, n], state) -> [B, m]`, where m may be 0. And if it wants:
-
-    needs_voice      True: `init_state(batch_size, voice, seed=, schedule=, ode=)`, as of `Token2Wav`
-    finish(state)    the samples that are left once all codes have come; without it nothing is left
-    missing_samples  samples that all sound lacks of `hop_length` a frame (without it: `lookahead`)
-
-States that are `State`s are joined to decode rows together; those with `received` only if they have received the same
-number of codes.
+What a codec decoder has to do, and which rows can be decoded together, says `omni.code2wav.contract`.
 """
 
 from __future__ import annotations
@@ -19,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from omni.code2wav.contract import CodecDecoder, CodecState
 from omni.generation.events import AudioChunk, Event
 from omni.generation.sampling import SOUND_STREAM, stream_seed
 from omni.generation.turn import IN_RUNNER, SPEECH_OVER, SPEECH_RUNS, Turn
-from omni.layers.state import State, join_rows, split_rows
+from omni.layers.state import join_rows, split_rows
 
 if TYPE_CHECKING:
     from omni.generation.rows import Rows
@@ -32,14 +25,13 @@ _Due = list[tuple[int, Turn]]
 
 def write_sound(rows: Rows, events: list[Event]) -> None:
     """Decode what is due in all running rows."""
-    codec = rows.model.code2wav
     due: dict[tuple[Any, ...], _Due] = {}
     for row, turn in rows.running():
-        if codec is None:
+        if rows.model.code2wav is None:
             turn.decoded = len(turn.codes)
         frames = turn.chunk_due()
         if frames:
-            s, received = turn.streaming, getattr(turn.codec, "received", 0)
+            s, received = turn.streaming, turn.codec.received if isinstance(turn.codec, CodecState) else 0
             alike = frames, turn.codec is None, received, s.codec_schedule, s.codec_ode
             due.setdefault(alike, []).append((row, turn))
     for (frames, *_), group in due.items():
@@ -50,27 +42,26 @@ def write_sound(rows: Rows, events: list[Event]) -> None:
     for row, turn in rows.running():
         if turn.unfinished and turn.speech == SPEECH_OVER and turn.decoded == len(turn.codes):
             with rows.stage("codec"):
-                rest = codec.finish(turn.codec)[0].float().cpu()
+                rest = rows.model.require("code2wav").finish(turn.codec)[0].float().cpu()
             turn.unfinished = False
             _hand_out(rows, row, turn, rest, events)
 
 
-def init_codec(codec: Any, turn: Turn) -> Any:
+def init_codec(codec: CodecDecoder, turn: Turn) -> Any:
     """The codec's state for one turn."""
-    if not getattr(codec, "needs_voice", False):
+    if not codec.needs_voice:
         return codec.init_state(1)
-    streaming, seed = turn.streaming, stream_seed(turn.seed, SOUND_STREAM)
-    schedule = codec.whole_schedule() if streaming.codec_schedule == "whole" else streaming.codec_schedule
-    return codec.init_state(1, turn.voice, seed=seed, schedule=schedule, ode=streaming.codec_ode)
+    s, seed = turn.streaming, stream_seed(turn.seed, SOUND_STREAM)
+    return codec.init_state(1, turn.voice, seed=seed, schedule=s.codec_schedule, ode=s.codec_ode)
 
 
 def _decode(rows: Rows, group: _Due, frames: int) -> list[Tensor]:
     """The next so many frames of each turn -> its samples [m] on the CPU."""
-    codec, runner = rows.model.code2wav, rows.runner
+    codec, runner = rows.model.require("code2wav"), rows.runner
     waiting = [(row, turn) for row, turn in group if turn.codec is not IN_RUNNER]
     states = [turn.codec if turn.codec is not None else init_codec(codec, turn) for _, turn in waiting]
     codes = [torch.stack(turn.codes[turn.decoded : turn.decoded + frames], dim=1) for _, turn in waiting]
-    if len(states) > 1 and all(isinstance(state, State) for state in states):
+    if len(states) > 1 and all(isinstance(state, CodecState) for state in states):
         joined = join_rows(states)
         waves = list(runner.decode(torch.stack(codes), joined).float().cpu())
         states = split_rows(joined, len(states))
@@ -78,10 +69,10 @@ def _decode(rows: Rows, group: _Due, frames: int) -> list[Tensor]:
         waves = [runner.decode(c[None], state)[0].float().cpu() for c, state in zip(codes, states)]
     decoded = {row: wave for (row, _), wave in zip(waiting, waves)}
     for (row, turn), state in zip(waiting, states):
-        turn.codec, turn.unfinished = state, hasattr(codec, "finish")
+        turn.codec, turn.unfinished = state, True
         if runner.decodes_sound and state.started and turn.decoded + frames == len(turn.codes):
             runner.adopt_sound(row, state)
-            turn.codec = IN_RUNNER
+            turn.codec, turn.unfinished = IN_RUNNER, False  # a step that can be captured holds nothing back
     out = []
     for row, turn in group:
         if row in decoded:
@@ -101,7 +92,7 @@ def _hand_out(rows: Rows, row: int, turn: Turn, wave: Tensor, events: list[Event
     if turn.samples == 0:
         rows.note_times(turn)
         turn.timing["first_audio"] = time.perf_counter() - turn.started
-    rate = int(rows.model.code2wav.sample_rate)
+    rate = int(rows.model.require("code2wav").sample_rate)
     events.append(AudioChunk(row, wave.clone(), rate, turn.samples))
     turn.samples += wave.numel()
     _watch_silence(turn, wave, rate)

@@ -67,6 +67,8 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer around self-attention and any feed-forward module (`SwiGLU` or `MoE`)."""
 
+    keep_together = True  # on one device: what it adds to its input must lie there
+
     def __init__(self, config: DecoderConfig, mlp: nn.Module) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, config.qk_norm)

@@ -33,14 +33,22 @@ def topk_softmax(logits: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tenso
     return ids, weights
 
 
+# (logits [N, E], k, whether the weights are to sum to one) -> (ids int64 [N, k], weights fp32 [N, k]). A token's ids
+# differ, and the weights carry the gradient. The first entry is the released models'.
 ROUTERS: dict[str, Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]] = {"topk_softmax": topk_softmax}
 
 
 class Router(nn.Module):
-    """Linear scores D -> E without bias, then one entry of `ROUTERS`."""
+    """Linear scores D -> E without bias, then an entry of `ROUTERS`: the one that `config.router` names, or the first.
 
-    def __init__(self, config: MoEConfig, kind: str = "topk_softmax") -> None:
+    Raises ValueError for a name that the table does not have.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
         super().__init__()
+        kind = config.router or next(iter(ROUTERS))
+        if kind not in ROUTERS:
+            raise ValueError(f"router {kind!r} is not one of {', '.join(ROUTERS)}; add it to omni.layers.moe.ROUTERS")
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.k = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob

@@ -127,24 +127,25 @@ def teacher_forced(
     model: OmniModel, prompt: Prompt, row: int, reply: list[int], speech: Speech | None
 ) -> TeacherForced:
     """Logits of the turn in one row: those that chose each of the reply's ids and each of the codes."""
-    device, length = model.device, prompt.lengths[row]
-    written = model.thinker.embed_tokens(torch.tensor(reply, device=device))
+    device, length, thinker = model.device, prompt.lengths[row], model.require("thinker")
+    written = thinker.embed_tokens(torch.tensor(reply, device=device))
     embeds = torch.cat((prompt.embeds[row, :length], written))
     following = prompt.next_position[row] + torch.arange(len(reply), device=device)
     positions = torch.cat((prompt.positions[:, row, :length], following.expand(3, -1)), dim=1)
     taps = None if prompt.taps is None else prompt.taps[:, row, :length]
     if taps is not None:
         taps = torch.cat((taps, taps.new_zeros(len(taps), len(reply), taps.shape[2])), dim=1)[:, None]
-    out = model.thinker(embeds[None], positions[:, None], taps=taps)
+    out = thinker(embeds[None], positions[:, None], taps=taps)
     text = out.logits[0, length - 1 : -1]
     if speech is None:
         return TeacherForced(text, [])
     codes = speech.codes.to(device).T  # [n, K]
     x, positions = _talker_inputs(model, prompt, row, out.hidden[0], written, speech)
-    read = model.talker(x[None], positions[:, None])
+    talker = model.require("talker")
+    read = talker(x[None], positions[:, None])
     hidden, logits = read.hidden[0, -len(codes) :], [read.logits[0, -len(codes) :]]
     if codes.shape[1] > 1:
-        logits += model.talker.mtp(hidden, model.talker.codec_embedding(codes[:, 0]), codes[:, 1:]).unbind(1)
+        logits += talker.mtp(hidden, talker.codec_embedding(codes[:, 0]), codes[:, 1:]).unbind(1)
     return TeacherForced(text, logits)
 
 
@@ -155,12 +156,12 @@ def _talker_inputs(
 
     hidden [prompt + T, Dt] of the whole turn, written [T, Dt]: embeddings of the reply.
     """
-    talker, layout, codes = model.talker, turn_layout(model.config), speech.codes.to(model.device).T
+    talker, layout, codes = model.require("talker"), turn_layout(model.config), speech.codes.to(model.device).T
     ids, segments, device = prompt.row_ids(row), prompt.segments[row], codes.device
     turn = layout.lay_out(ids, segments, speech.header, speech.speaker, len(speech.spoken), len(codes) - 1)
 
     def embed(ids: list[int]) -> Tensor:
-        vectors: Tensor = talker.text_vectors(model.thinker.embed_tokens(torch.tensor(ids, device=device)))
+        vectors: Tensor = talker.text_vectors(model.require("thinker").embed_tokens(torch.tensor(ids, device=device)))
         return vectors
 
     if layout.text_by_hidden:

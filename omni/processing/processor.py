@@ -89,7 +89,6 @@ class OmniProcessor:
             chunk_frames=2 * files.n_window,
             end=family.clip_end,
         )
-        # an audio encoder of one's own brings its own count: processor.audio_tokens = encoder.num_tokens
         self.audio_tokens: Callable[[int], int] = family.token_counter(self.log_mel.chunk_frames)
         self.position_rule = files.position_rule
         self.speech_system = family.speech_system

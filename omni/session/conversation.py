@@ -109,14 +109,13 @@ class Conversation:
 
     def _read_text(self, ids: list[int], said: list[bool]) -> None:
         """One pass over text; `said` tells which tokens are the user's."""
-        talker = self.model.talker
-        embeds = self.model.thinker.embed_tokens(torch.tensor(ids, device=self.model.device))
+        embeds = self.model.require("thinker").embed_tokens(torch.tensor(ids, device=self.model.device))
         offsets = torch.arange(len(ids), dtype=torch.float32).expand(3, -1)
         hidden = self._think(ids, offsets, embeds, None)
         self.thinker.start += len(ids)
         if heard := [i for i, by_user in enumerate(said) if self.in_talker_prompt(by_user)]:
             at = torch.tensor(heard, device=embeds.device)
-            self._hear(offsets[:, : len(heard)], talker.text_vectors(embeds[at], hidden[at]))
+            self._hear(offsets[:, : len(heard)], self.model.require("talker").text_vectors(embeds[at], hidden[at]))
             self.talker.start += len(heard)
 
     def in_talker_prompt(self, by_user: bool) -> bool:
@@ -138,7 +137,7 @@ class Conversation:
             part = slice(first, first + self.prefill_tokens)
             hidden = self._think(ids[part], offsets[:, part], embeds[part], None if taps is None else taps[:, part])
             if self.in_talker_prompt(self.in_user):
-                self._hear(offsets[:, part], self.model.talker.media_vectors(hidden))
+                self._hear(offsets[:, part], self.model.require("talker").media_vectors(hidden))
             if self.between is not None:
                 self.between()
         entry = Entry(list(ids), media=True, in_user=self.in_user)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from omni.config.positions import PositionRule
 from omni.encoders.resample import StreamingResampler
+from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.rope.interleave import Interleave, Run
 from omni.rope.positions import Video, segment_positions
@@ -34,15 +35,13 @@ class AudioFrontEnd:
 
     def __init__(
         self,
-        model: Any,
+        model: ModelParts,
         processor: OmniProcessor,
         window_s: float | None,
         stage: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        if model.audio_encoder is None:
-            raise ValueError("this model has no audio encoder; it cannot listen")
+        self.encoder = encoder = model.require("audio_encoder")
         self.model, self.log_mel, self.stage = model, processor.log_mel, stage
-        encoder = model.audio_encoder
         window = None if window_s is None else encoder.window_frames(window_s)
         self.mel_state, self.encoder_state = self.log_mel.init_state(), encoder.init_state(window)
         self.rate_hz = SAMPLE_RATE_HZ
@@ -69,8 +68,8 @@ class AudioFrontEnd:
         mel = self.log_mel.finish(self.mel_state)
         last = self._encode_mel(mel)
         with self.stage("encoders"):
-            end = self.model.audio_encoder.finish(self.encoder_state)
-        return torch.cat((rest, last, end))
+            end = self.encoder.finish(self.encoder_state)
+        return torch.cat([*(embeds for embeds in (rest, last) if len(embeds)), end])
 
     def _finish_rate(self) -> Tensor:
         if self.resampler is None:
@@ -84,7 +83,7 @@ class AudioFrontEnd:
     @torch.no_grad()
     def _encode_mel(self, mel: Tensor) -> Tensor:
         with self.stage("encoders"):
-            return self.model.audio_encoder.step(mel.to(self.model.device, self.model.dtype), self.encoder_state)
+            return self.encoder.step(mel.to(self.model.device, self.model.dtype), self.encoder_state)
 
     def clone(self) -> AudioFrontEnd:
         """An independent copy."""

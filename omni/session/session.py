@@ -151,7 +151,7 @@ class OmniSession:
     @torch.no_grad()
     def push_image(self, image: Any) -> None:
         """Add a picture: a path, address, bytes, array or PIL image."""
-        self._need_vision()
+        self.model.require("vision_encoder")
         pixels, grid = self.processor.vision.image(image, PixelBudget())
         self._listen()
         self._close_media()
@@ -167,7 +167,7 @@ class OmniSession:
     @torch.no_grad()
     def push_video_frame(self, frame: Any, time_s: float) -> None:
         """Add a frame of the open video (or begin one): a picture, and its time in seconds, which must grow."""
-        self._need_vision()
+        self.model.require("vision_encoder")
         picture = self.processor.vision.frame(frame)
         if not isinstance(time_s, Real) or not math.isfinite(time_s):
             raise ValueError(f"time_s must be a number of seconds, got {time_s!r}")
@@ -205,14 +205,10 @@ class OmniSession:
         video.frames.clear()
 
     def _see(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
-        device = self.model.device
+        device, encoder = self.model.device, self.model.require("vision_encoder")
         with self._conversation.rows.stage("encoders"):
-            out = self.model.vision_encoder(pixels.to(device, self.model.dtype), torch.tensor([grid], device=device))
+            out = encoder(pixels.to(device, self.model.dtype), torch.tensor([grid], device=device))
         return out.embeds, torch.stack(list(out.taps)) if out.taps else None
-
-    def _need_vision(self) -> None:
-        if self.model.vision_encoder is None:
-            raise ValueError("this model has no vision encoder; it cannot see")
 
     def _listen(self) -> None:
         """Open the user's turn if none is open."""
@@ -262,7 +258,7 @@ class OmniSession:
         codec = self.model.code2wav
         hop, missing = 1, 0
         if codec is not None:
-            hop, missing = int(codec.hop_length), int(getattr(codec, "missing_samples", codec.lookahead))
+            hop, missing = int(codec.hop_length), int(codec.missing_samples)
         return ReplyEvents(turn, produce, self._finish, self.interrupt, hop, missing)
 
     def _tick(self) -> list[Event]:

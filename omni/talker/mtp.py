@@ -25,6 +25,8 @@ Sampler = Callable[[Tensor, int], Tensor]
 class MTP(nn.Module):
     """A small dense decoder with one head and one embedding table for each residual codebook."""
 
+    keep_together = True  # on one device: `generate` does not pass through the hooks of `forward`
+
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
         self.config = config

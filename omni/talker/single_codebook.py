@@ -67,12 +67,8 @@ class SingleCodebookTalker(TalkerDecoder):
         """bool [V]: codec ids that the repetition penalty counts from the start: those of the prompt (as released)."""
         return self._among([self.config.codec_mask_id, self.config.codec_pad_id, self.config.codec_bos_id])
 
-    def embed_frames(self, codes: Tensor) -> Tensor:
-        """codes int64 [N, 1] -> each frame's embedding [N, Dt]."""
-        return self.codec_embedding(codes[:, 0])
-
     def text_vectors(self, embeds: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """As in `TalkerDecoder`; hidden states are those after the Thinker's final norm."""
+        """As in `TalkerContract`; hidden states are those after the Thinker's final norm."""
         return embeds if hidden is None else embeds + hidden
 
     def media_vectors(self, hidden: Tensor) -> Tensor:

@@ -59,7 +59,3 @@ class Talker(TalkerDecoder):
         """bool [V]: codec ids that are never drawn: the last 1024 ids except the end of speech."""
         mask = torch.arange(self.config.text_config.vocab_size, device=self.codec_embedding.weight.device)
         return (mask >= self.config.num_codes) & (mask != self.config.codec_eos_token_id)
-
-    def embed_frames(self, codes: Tensor) -> Tensor:
-        """codes int64 [N, K] -> the sum of each frame's K code embeddings [N, D]."""
-        return self.codec_embedding(codes[:, 0]) + self.mtp.embed_residual(codes[:, 1:]).sum(1)

@@ -6,7 +6,7 @@ Shapes: B rows, T new tokens, D width, V vocabulary. Rows are left-aligned: padd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,12 @@ from omni.layers.norm import RMSNorm
 from omni.layers.packing import PackedBlocks
 from omni.layers.swiglu import SwiGLU
 from omni.rope.tm_rope import TMRope
+from omni.thinker.contract import ThinkerContract, ThinkerOutput
 
 Rope = Callable[[Tensor], Tables]
 
 
-class ThinkerOutput(NamedTuple):
-    """What one pass of the Thinker yields.
-
-    logits [B, T, V] (or [B, 1, V] where only the last token of each row was asked for); hidden [B, T, D], the hidden
-    states that the Talker reads: the output of decoder layer `accept_hidden_layer` counted from 1, before that
-    layer's DeepStack tap is added (without a Talker: the output of the final norm); router_logits, one [B * T, E] a
-    sparse layer, if asked for; final [B, T, D], the output of the final norm, which the head reads.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-    router_logits: list[Tensor] | None = None
-    final: Tensor | None = None
-
-
-class Thinker(nn.Module):
+class Thinker(ThinkerContract):
     """Token embedding, decoder layers, final norm and text head.
 
     `accept_layer` says which hidden states to return (None: those after the final norm); `rope` maps positions

@@ -198,3 +198,16 @@ def test_files_that_are_not_configs(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="JSON object"):
         OmniConfig.from_pretrained(tmp_path)
+
+
+def test_a_router_is_written_where_one_is_named() -> None:
+    values = load()
+    text = OmniConfig.from_dict(values).thinker_config.text_config
+    assert text.router is None and "router" not in text.to_dict()
+    values["thinker_config"]["text_config"]["router"] = "mine"
+    named = OmniConfig.from_dict(values)
+    assert named.to_dict()["thinker_config"]["text_config"]["router"] == "mine"
+    assert named.talker_config is not None and named.talker_config.text_config.router is None
+    values["thinker_config"]["text_config"]["router"] = 3
+    with pytest.raises(ValueError, match=r"thinker_config\.text_config\.router must be of type str, got 3"):
+        OmniConfig.from_dict(values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from omni.config.decoder import MoEConfig
 from omni.layers.attention_backends import ATTENTION, attention, packed_attention
 from omni.layers.cache import KVCache
 from omni.layers.init import initialise
-from omni.layers.moe import MoE, load_balancing_loss, topk_softmax
+from omni.layers.moe import ROUTERS, MoE, load_balancing_loss, topk_softmax
 from omni.layers.norm import RMSNorm
 
 
@@ -93,6 +95,21 @@ def test_router_renormalises_only_if_asked() -> None:
     ids_raw, raw = topk_softmax(logits, 2, normalise=False)
     assert torch.equal(ids, ids_raw)
     torch.testing.assert_close(raw, logits.softmax(-1).gather(-1, ids))
+
+
+def test_the_config_names_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(logits: torch.Tensor, k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.arange(logits.shape[1] - k, logits.shape[1]).expand(len(logits), -1)
+        return ids, torch.full(ids.shape, 1 / k if normalise else 1.0)
+
+    monkeypatch.setitem(ROUTERS, "last", last)
+    config = moe_config()
+    assert MoE(config).gate.select is topk_softmax and config.router is None
+    gate = MoE(replace(config, router="last")).gate
+    routing = gate(torch.randn(3, config.hidden_size))
+    assert routing.ids[0].tolist() == list(range(config.num_experts))[-config.num_experts_per_tok :]
+    with pytest.raises(ValueError, match="router 'lst' is not one of topk_softmax, last; add it to"):
+        MoE(replace(config, router="lst"))
 
 
 def test_no_token_is_dropped_even_if_all_want_one_expert() -> None:

@@ -185,7 +185,7 @@ class Distillation:
                 )  # seeded from torch's generator, which a checkpoint keeps
             batch = batch_of_replies(prompts, out.replies, model.config, batch.names)
         thought = thinker_pass(self.teacher, batch)
-        weight = self.teacher.thinker.lm_head.weight
+        weight = self.teacher.require("thinker").lm_head.weight
         states = TeacherStates(thought.final[thought.labels != IGNORED], full_weight(weight))
         return DistillationBatch(batch, top_k_of(states, self.top_k, self.temperature) if self.top_k else states)
 
@@ -193,7 +193,7 @@ class Distillation:
         """The losses of one batch, gradients attached."""
         thought = thinker_pass(model, batch.batch)
         own = text_losses(model, thought) if len(self.weights) > 1 else {}
-        hidden, head = thought.final[thought.labels != IGNORED], full_weight(model.thinker.lm_head.weight)
+        hidden, head = thought.final[thought.labels != IGNORED], full_weight(model.require("thinker").lm_head.weight)
         assert self.direction is not None
         own["kl"] = linear_kl(hidden, head, batch.teacher, temperature=self.temperature, direction=self.direction)
         return {name: own[name] for name in self.weights}

@@ -172,7 +172,7 @@ class DPO:
 
 def text_log_probs(model: OmniModel, thought: ThinkerPass) -> Tensor:
     """Log-probability of the labelled tokens of each conversation: [rows], differentiable."""
-    tokens = linear_token_log_probs(thought.final, full_weight(model.thinker.lm_head.weight), thought.labels)
+    tokens = linear_token_log_probs(thought.final, full_weight(model.require("thinker").lm_head.weight), thought.labels)
     lengths = [stop - start for start, stop in zip(thought.starts, thought.starts[1:])]
     return torch.stack([own.sum() for own in tokens.split(lengths)])
 

@@ -153,7 +153,7 @@ def token_log_probs(model: OmniModel, batch: TrainingBatch) -> Tensor:
     """
     thought = thinker_pass(model, batch)
     kept = thought.labels != IGNORED
-    head = full_weight(model.thinker.lm_head.weight)
+    head = full_weight(model.require("thinker").lm_head.weight)
     return linear_token_log_probs(thought.final[kept], head, thought.labels[kept])
 
 

@@ -70,7 +70,7 @@ def thinker_pass(model: OmniModel, batch: TrainingBatch, *, needed: bool = True)
     valid = rows < torch.tensor(prompt.lengths, device=prompt.ids.device)[:, None]
     embeds, blocks = prompt.embeds[valid][None], PackedBlocks(prompt.lengths, prompt.ids.device, causal=True)
     if needed or bool(prompt.media.any()):
-        out = model.thinker(
+        out = model.require("thinker")(
             embeds,
             prompt.positions[:, valid][:, None],
             taps=None if prompt.taps is None else prompt.taps[:, valid][:, None],
@@ -109,7 +109,7 @@ def talker_pass(
     "Crossing the uncanny valley of conversational voice": compute amortisation). Raises ValueError for an unknown
     speaker, codes of another number of codebooks, or a turn longer than the Talker's positions.
     """
-    talker, device = model.talker, thought.hidden.device
+    talker, device = model.require("talker"), thought.hidden.device
     layout = turn_layout(model.config)
     turns = [lay_out(model, layout, thought.prompt, row, turn) for row, turn in batch.speech]
     turns = turns or [silent_turn(model, layout, thought.prompt)]

@@ -51,7 +51,7 @@ class TurnInRow:
 def lay_out(model: OmniModel, layout: TurnLayout, prompt: Prompt, row: int, turn: SpokenTurn) -> TurnInRow:
     """Where everything of a turn stands. Raises ValueError for an unknown speaker, codes of another number of
     codebooks, or a turn longer than the Talker's positions."""
-    t, frames = model.talker.config, turn.codes.shape[1]
+    t, frames = model.require("talker").config, turn.codes.shape[1]
     if turn.codes.shape[0] != t.num_code_groups or frames < 1 or not turn.ids:
         raise ValueError(
             f"a spoken turn needs text and codes [{t.num_code_groups} codebooks, frames], got {len(turn.ids)} ids "
@@ -75,7 +75,7 @@ def silent_turn(model: OmniModel, layout: TurnLayout, prompt: Prompt) -> TurnInR
     header = [c.im_start_token_id, c.assistant_token_id, ids[min(HEADER_LENGTH, len(ids)) - 1]]
     indices = layout.lay_out([], [], header, speaker_id(model, None), spoken=1, frames=1)
     reply_at = range(1) if layout.text_by_hidden else range(0)
-    codes = torch.zeros(model.talker.config.num_code_groups, 1, dtype=torch.int64)
+    codes = torch.zeros(model.require("talker").config.num_code_groups, 1, dtype=torch.int64)
     return TurnInRow(0, indices, [c.tts_pad_token_id], codes, reply_at)
 
 
@@ -86,7 +86,7 @@ def talker_inputs(
 
     Each projection is called equally often whatever the turns hold.
     """
-    talker, prompt, device = model.talker, thought.prompt, thought.hidden.device
+    talker, prompt, device = model.require("talker"), thought.prompt, thought.hidden.device
     tokens = [turn.indices.tokens.to(device) for turn in turns]
     media = [prompt.media[turn.row, own] for turn, own in zip(turns, tokens)]
     media_hidden = [thought.hidden[own[m] + thought.starts[turn.row]] for turn, own, m in zip(turns, tokens, media)]
@@ -127,15 +127,15 @@ def _texts(
         read += [(turn.row, torch.tensor(list(turn.reply_at), device=device)) for turn in turns]
     plain = [_plain_ids(turn, layout) for turn in turns]  # text that enters by embedding alone
     ids = torch.tensor([token for own in plain for token in own], device=device)
-    embeds = torch.cat((*(prompt.embeds[row, at] for row, at in read), model.thinker.embed_tokens(ids)))
+    embeds = torch.cat((*(prompt.embeds[row, at] for row, at in read), model.require("thinker").embed_tokens(ids)))
     if detach:
         embeds = embeds.detach()
     if layout.text_by_hidden:
         hidden = torch.cat([thought.hidden[at + thought.starts[row]] for row, at in read])
-        n, project = len(hidden), model.talker.text_vectors
+        n, project = len(hidden), model.require("talker").text_vectors
         vectors = torch.cat((project(embeds[:n], hidden), project(embeds[n:])))
     else:
-        vectors = model.talker.text_vectors(embeds)
+        vectors = model.require("talker").text_vectors(embeds)
     parts = vectors.split([*(len(at) for _, at in read), *(len(own) for own in plain)])
     prompts, replies, around = parts[: len(turns)], parts[len(turns) : -len(turns)], parts[-len(turns) :]
     return prompts, [

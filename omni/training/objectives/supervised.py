@@ -30,7 +30,8 @@ RESIDUAL_WEIGHT = 0.3  # of the mean residual cross-entropy, as in Qwen3-TTS's r
 
 def text_losses(model: OmniModel, thought: ThinkerPass) -> dict[str, Loss]:
     """The Thinker's losses: "text" over the labelled tokens, and "balance" over all N where the Thinker has experts."""
-    losses = {"text": linear_cross_entropy(thought.final, full_weight(model.thinker.lm_head.weight), thought.labels)}
+    weight = full_weight(model.require("thinker").lm_head.weight)
+    losses = {"text": linear_cross_entropy(thought.final, weight, thought.labels)}
     if thought.router_logits:
         text: Any = model.config.thinker.text_config
         losses["balance"] = router_balance(thought.router_logits, text.num_experts_per_tok)
@@ -98,9 +99,9 @@ class Supervised:
         if self.text:
             self.model.require("thinker")
             self.weights["text"] = 1.0
-            decoder: Any = c.thinker.text_config
-            if any(decoder.is_sparse(i) for i in range(len(self.model.thinker.layers))):
-                self.weights["balance"] = decoder.router_aux_loss_coef
+            read: Any = c.thinker.text_config
+            if any(read.is_sparse(i) for i in range(read.num_hidden_layers)):
+                self.weights["balance"] = read.router_aux_loss_coef
         if self.speech:
             self.model.require("talker")
             assert c.talker_config is not None
@@ -108,7 +109,7 @@ class Supervised:
             self.weights["codebook_0"] = 1.0
             if c.talker_config.num_code_groups > 1:
                 self.weights["residual"] = 1.0
-            if any(text.is_sparse(i) for i in range(len(self.model.talker.layers))):
+            if any(text.is_sparse(i) for i in range(text.num_hidden_layers)):
                 self.weights["talker_balance"] = text.router_aux_loss_coef
         unknown = sorted(set(self.given) - set(self.weights))
         if unknown:

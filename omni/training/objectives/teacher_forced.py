@@ -44,7 +44,7 @@ def score_samples(model: OmniModel, samples: Sequence[Sample], *, text: bool = T
     thought = thinker_pass(model, batch, needed=text)
     speech = _speech_scores(model, batch, thought) if batch.speech else []
     if text:
-        weight = full_weight(model.thinker.lm_head.weight)
+        weight = full_weight(model.require("thinker").lm_head.weight)
         final, labels = thought.final.to(weight.device), thought.labels.to(weight.device)  # with device_map elsewhere
         log_probs = linear_token_log_probs(final, weight, labels)
     scores = []
@@ -63,7 +63,7 @@ def _speech_scores(model: OmniModel, batch: TrainingBatch, thought: ThinkerPass)
     first = token_log_probs(spoken.logits, spoken.codes)
     rest = token_log_probs(spoken.residual_logits.flatten(0, 1), spoken.residual_codes.flatten())
     rest = rest.view(spoken.residual_codes.shape)  # [all frames, K - 1]
-    drawn = spoken.logits.masked_fill(model.talker.suppressed(), -torch.inf).argmax(-1)
+    drawn = spoken.logits.masked_fill(model.require("talker").suppressed(), -torch.inf).argmax(-1)
     with_end = [frames + 1 for frames in spoken.turns]
     parts = zip(
         first.split(with_end),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from omni.config.qwen3_omni import TalkerConfig
 from omni.model import OmniModel
-from omni.talker.talker import Talker
+from omni.talker.contract import TalkerContract
 
 MEAN = "mean"  # in place of a voice to start from
 
@@ -124,14 +124,14 @@ def merge_speakers(model: OmniModel) -> None:
     talker.codec_embedding = plain.train(trained.training)
 
 
-def _talker(model: OmniModel) -> tuple[Talker, TalkerConfig]:
-    model.require("talker")
+def _talker(model: OmniModel) -> tuple[TalkerContract, TalkerConfig]:
+    talker = model.require("talker")
     if not model.config.talker_config.voice_rows:
         raise ValueError(
             "a voice of this model is a recording beside the checkpoint (model.voices), not a row of the Talker's "
             "codec embedding; add a Voice there instead"
         )
-    return model.talker, model.config.talker_config
+    return talker, model.config.talker_config
 
 
 def _voices(config: TalkerConfig) -> dict[str, int]:

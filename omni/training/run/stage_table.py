@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from omni.code2wav.code2wav import Code2Wav
+from omni.code2wav.token2wav import Token2Wav
 from omni.config.keywords import nearest
 from omni.config.names import import_name
 from omni.model import OmniModel
@@ -248,7 +250,9 @@ def _gspo(setup: Setup) -> Stage:
 
 def _codec(setup: Setup) -> Stage:
     """The whole codec on crops of recordings; with `decoder_only`, Code2Wav on the codes of data.codec."""
-    setup.model.require("code2wav")
+    code2wav, table = setup.model.require("code2wav"), setup.config.data
+    if not isinstance(code2wav, Code2Wav):
+        raise ValueError(f"codec trains Code2Wav, and this model's codec decoder is a {type(code2wav).__name__}")
     options = dict(setup.config.objective)
     decoder_only, fresh = options.pop("decoder_only", False), options.pop("fresh", False)
     width, crop_s, batch_size = options.pop("width", None), options.pop("crop_s", 1.0), options.pop("batch_size", 16)
@@ -256,7 +260,6 @@ def _codec(setup: Setup) -> Stage:
     adversary = None
     if any(setup.config.loss.get(name) for name in ("adversarial", "feature")):
         adversary = Adversary(Discriminators(options.pop("judge_width", 32)), options.pop("judge_lr", 1e-4))
-    code2wav, table = setup.model.code2wav, setup.config.data
     known = ["start_adversarial_step", "mel_scales", "floor_db"]
     known += [] if decoder_only else ["initialise", "restart_every", "restart_below", "usage_decay"]
     codec = None if decoder_only else make_codec(code2wav, width=width, fresh=fresh)
@@ -294,9 +297,8 @@ def _codec(setup: Setup) -> Stage:
 
 def _flow_matching(setup: Setup) -> Stage:
     """The diffusion transformer of Token2Wav on recordings; the vocoder stays."""
-    setup.model.require("code2wav")
-    code2wav, table = setup.model.code2wav, setup.config.data
-    if not hasattr(code2wav, "dit"):
+    code2wav, table = setup.model.require("code2wav"), setup.config.data
+    if not isinstance(code2wav, Token2Wav):
         raise ValueError("flow_matching trains a diffusion transformer, and this model's codec decoder has none")
     options, codes = dict(setup.config.objective), codes_of(setup.model, table)
     batch_size = options.pop("batch_size", 16)
@@ -362,7 +364,7 @@ def _embeddings(setup: Setup, kind: str, blank: str | None) -> dict[str, Any]:
     ids = processor.encode_text(blank)
     if len(ids) != 1:
         raise ValueError(f"objective.blank = {blank!r} is {len(ids)} tokens; choose a text of one")
-    embeddings = setup.model.thinker.embed_tokens.weight[: len(processor.tokenizer)]
+    embeddings = setup.model.require("thinker").embed_tokens.weight[: len(processor.tokenizer)]
     return {"embeddings": embeddings, "blank": ids[0]}
 
 

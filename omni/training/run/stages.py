@@ -155,6 +155,6 @@ def choose_parameters(model: OmniModel, config: TrainConfig) -> None:
     else:
         trainable(model, chosen)
         if row_only:  # the rest of the table never learns beside it
-            model.talker.codec_embedding.weight.requires_grad_(False)
+            model.require("talker").codec_embedding.weight.requires_grad_(False)
     for parameter in special:
         parameter.requires_grad_(True)
