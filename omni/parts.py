@@ -131,11 +131,12 @@ class ModelParts(nn.Module):
         """Raise ValueError, with the remedy, if a part of the model is not there."""
         if getattr(self, part) is not None:
             return
-        if self.config.thinker_config is None and part not in self.config.parts:
-            raise ValueError(f"this model has no {part}: its config describes {' and '.join(self.config.parts)} alone")
-        if part in ("talker", "code2wav") and not self.config.has_talker:
-            raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
-        raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
+        parts = self.config.parts
+        if part in parts:
+            raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
+        if "thinker" not in parts:
+            raise ValueError(f"this model has no {part}: its config describes {' and '.join(parts)} alone")
+        raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
 
 
 def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
