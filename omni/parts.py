@@ -183,13 +183,14 @@ class ModelParts(nn.Module):
         found: nn.Module | None = getattr(self, part)
         if found is not None:
             return found
-        if self.config.thinker_config is None and part not in self.config.parts:
-            raise ValueError(f"this model has no {part}: its config describes {' and '.join(self.config.parts)} alone")
         if part in _SENSES:
             raise ValueError(f"this model has no {part.replace('_', ' ')}; it cannot {_SENSES[part]}")
-        if part in ("talker", "code2wav") and not self.config.has_talker:
-            raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
-        raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
+        parts = self.config.parts
+        if part in parts:
+            raise ValueError(f"the {part} was not loaded; add {part!r} to parts=")
+        if "thinker" not in parts:
+            raise ValueError(f"this model has no {part}: its config describes {' and '.join(parts)} alone")
+        raise ValueError(f"this variant has no {part}: it answers in text only; pass return_audio=False")
 
 
 def check_parts(parts: Sequence[str]) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Config:
         kept: dict[str, Any] = {}
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
-        names = {**_ALIASES, **cls._also_read, **{spelling: name for name, spelling in cls._spellings.items()}}
+        names = cls._names()
         for key, value in values.items():
             if not isinstance(key, str):
                 raise ValueError(f"{where or 'config'} has the key {key!r}; keys must be text")
@@ -90,6 +90,22 @@ class Config:
         config = cls(**kept, extra=extra, aliases=aliases)  # type: ignore[call-arg]
         config.validate(where or cls.__name__)
         return config
+
+    @classmethod
+    def _names(cls) -> dict[str, str]:
+        """Fields by the spellings that files use instead of their names."""
+        return {**_ALIASES, **cls._also_read, **{spelling: name for name, spelling in cls._spellings.items()}}
+
+    @classmethod
+    def by_field(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A file's mapping with its keys as fields are named, also in the configs inside it. Nothing is checked."""
+        names, kinds, out = cls._names(), kinds_of(cls), {}  # type: ignore[arg-type]  # a class can be hashed
+        for key, value in values.items():
+            name = names.get(key, key)
+            kind = kinds[name][0] if name in kinds else None
+            inner = isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Config)
+            out[name] = kind.by_field(value) if inner else value
+        return out
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` mapping, unknown keys included; keys that are None and were never set are left out."""

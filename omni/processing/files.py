@@ -128,7 +128,7 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
     nested = "image_processor" in json_files.get("processor_config.json", {})
     if "preprocessor_config.json" not in json_files and not nested:  # trainers often leave it out
         json_files["preprocessor_config.json"] = read_json(family.preprocessor)
-    thinker = config.get("thinker_config")
+    thinker = family.config_class.by_field(config).get("thinker_config")
     model = dict(thinker) if isinstance(thinker, Mapping) else {}
     return ProcessorFiles(folder, json_files, _read_template(folder), model, family)
 

@@ -1,4 +1,4 @@
-"""Folders: saved all or nothing, and found from what the user wrote."""
+"""Folders: saved all or nothing."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,6 @@ from torch import nn
 
 from omni.checkpoint import atomic_folder, save_weights
 from omni.checkpoint.keys import KeyTable
-from omni.config.locate import locate
 from omni.config.qwen3_omni import QWEN3_OMNI
 
 KEYS = KeyTable.of(QWEN3_OMNI)
@@ -94,38 +93,3 @@ def test_saving_through_a_link_and_into_the_working_folder(tmp_path, monkeypatch
     with atomic_folder(".") as folder:
         (folder / "config.json").write_text("[]")
     assert Path("config.json").read_text() == "[]"
-
-
-def test_resolving_folders(tmp_path, monkeypatch):
-    assert locate(tmp_path) == locate(str(tmp_path)) == tmp_path
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
-    for missing in ("./none", "/none/here", "~/none-such", "a/b/c", "", tmp_path / "none", "C:\\models", "a b/c"):
-        with pytest.raises(FileNotFoundError, match="does not exist; pass a checkpoint folder or a Hub id"):
-            locate(missing)
-    (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ValueError, match="is a file; pass the folder"):
-        locate(tmp_path / "model.safetensors")
-
-
-def test_resolving_hub_ids(tmp_path, monkeypatch):
-    asked = {}
-
-    def download(name, **keywords):
-        asked.update(keywords, name=name)
-        if isinstance(answer, Exception):
-            raise answer
-        return str(answer)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    answer = tmp_path
-    assert locate("org/name", revision="v1", token="t", cache_dir="c", local_files_only=True) == tmp_path
-    assert asked["name"] == "org/name" and asked["revision"] == "v1" and asked["local_files_only"]
-    pickles = [pattern for pattern in asked["allow_patterns"] if "bin" in pattern or "pt" in pattern]
-    assert pickles == ["spk_dict.pt"], "the voices, which are read as tensors only"
-    answer = FileNotFoundError("not in the cache")
-    with pytest.raises(FileNotFoundError, match="'org/name' is no folder here and was not found on the Hub"):
-        locate("org/name")
-    answer = RuntimeError("401 no access.\nlong trace")
-    with pytest.raises(OSError, match=r"401 no access; check the name") as error:
-        locate("org/name")
-    assert error.value.__cause__ is answer and "\n" not in str(error.value)
