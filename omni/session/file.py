@@ -24,8 +24,9 @@ from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
 from omni.layers.cache import KVCache
 from omni.layers.state import State
-from omni.session.conversation import Conversation, Entry, Place
+from omni.session.conversation import Conversation, Entry
 from omni.session.live_media import SAMPLE_RATE_HZ, ChunkTurns, Ear, OpenClip, OpenVideo
+from omni.talker.layout import PromptEnd
 
 if TYPE_CHECKING:
     from omni.session.session import OmniSession
@@ -44,10 +45,10 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
     values: dict[str, Any] = {
         "format": FORMAT,
         "ids": conversation.ids,
-        "owed": conversation.owed,
+        "owed": conversation.pending,
         "in_user": conversation.in_user,
-        "thinker": dataclasses.asdict(conversation.thinker),
-        "talker": dataclasses.asdict(conversation.talker),
+        "thinker": conversation.thinker._asdict(),
+        "talker": conversation.talker._asdict(),
         "past": [(e.ids, e.length, e.media, e.in_user, e.begins_turn) for e in conversation.past],
         "text": "".join(session._text),
         "speaker": session.speaker,
@@ -91,8 +92,8 @@ def _fill(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> Non
         0,
         session.streaming.prefill_tokens,
         list(values["ids"]),
-        Place(**values["thinker"]),
-        Place(**values["talker"]),
+        PromptEnd(**values["thinker"]),
+        PromptEnd(**values["talker"]),
         values["in_user"],
         list(values["owed"]),
         past=[Entry(ids, length=n, media=m, in_user=u, begins_turn=b) for ids, n, m, u, b in values["past"]],
