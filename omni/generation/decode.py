@@ -52,7 +52,7 @@ class SpeechState(State):
     """Where the Talker stands.
 
     logits [B, C] and hidden [B, D] of the next frame, codes seen bool [B, C] in this turn, frames drawn [B]; frame
-    [B, Di], the embedding sum of the frame that waits to be read, as wide as the Talker's inputs.
+    [B, Di], the embedding sum of the pending frame, as wide as the Talker's inputs.
     """
 
     decoder: DecoderState
@@ -115,11 +115,10 @@ def draw_frame(
     _mark_seen(state.seen, first, active)
     embedding = talker.codec_embedding(first)
     per_frame = len(talker.mtp.lm_head)
-
-    places = (state.steps * per_frame + torch.arange(per_frame, device=first.device)[:, None]).unbind(0)
+    draws = (state.steps * per_frame + torch.arange(per_frame, device=first.device)[:, None]).unbind(0)
 
     def sample(logits: Tensor, i: int) -> Tensor:
-        return steps.draw(residual, logits, places[i])
+        return steps.draw(residual, logits, draws[i])
 
     rest, total = talker.mtp.generate(state.hidden, embedding, sample, state.mtp, step=steps.residual)
     state.frame.copy_(torch.where(active[:, None], embedding + total, state.frame))
@@ -130,7 +129,7 @@ def draw_frame(
 def read_frame(
     steps: StepRunner, talker: TalkerContract, state: SpeechState, text: Tensor, active: Tensor, span: int | None
 ) -> None:
-    """The Talker reads the frame that waits and the text vectors [B, Di] that follow it."""
+    """The Talker reads the pending frame and the text vectors [B, Di] that follow it."""
     logits, hidden = steps.talker(talker, state.frame + text, state.decoder, span)
     state.logits.copy_(torch.where(active[:, None], logits, state.logits))
     state.hidden.copy_(torch.where(active[:, None], hidden, state.hidden))

@@ -16,11 +16,11 @@ from omni.generation.prompt import Prompt, encode_prompt
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
-from omni.generation.turn import Turn
+from omni.generation.turn import Turn, TurnRequest
 from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
-from omni.talker.layout import TurnLayout, turn_layout
+from omni.talker.layout import PromptEnd, TurnLayout, turn_layout
 
 if TYPE_CHECKING:
     from omni.processing.processor import OmniProcessor
@@ -46,13 +46,14 @@ def generate(model: ModelParts, inputs: OmniInputs, **arguments: Any) -> OmniOut
     rows = start(model, inputs, args, OFFLINE)
     sounds = run_to_end(rows)
     turns = [turn for turn in rows.turns if turn is not None]
+    replies = [turn.text.ids for turn in turns]
     spoken = args.speakers is not None
     codec = model.code2wav
     return OmniOutput(
-        sequences=_sequences(inputs.input_ids, [turn.reply for turn in turns], model.config.im_end_token_id),
-        replies=[turn.reply for turn in turns],
-        text=[turn.answer_text for turn in turns] if model.processor is not None else None,
-        reasoning=[turn.reasoning_text.strip() if turn.reader.reasoned else None for turn in turns],
+        sequences=_sequences(inputs.input_ids, replies, model.config.im_end_token_id),
+        replies=replies,
+        text=[turn.text.answer for turn in turns] if model.processor is not None else None,
+        reasoning=[turn.text.reasoning.strip() if turn.text.reader.reasoned else None for turn in turns],
         codes=[join_codes(model, turn) for turn in turns] if spoken else None,
         audio=sounds if spoken and codec is not None else None,
         sample_rate=None if codec is None else int(codec.sample_rate),
@@ -69,14 +70,15 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
     with rows.stage("encoders"):
         prompt = encode_prompt(model, inputs)
     with rows.stage("thinker_prefill"):
-        hidden = rows.read_batch(prompt)
+        hidden = rows.prefill_batch(prompt)
     for row in range(len(rows.turns)):
-        turn = _new_turn(model, prompt, row, args, streaming)
-        if turn.speaker is not None:
+        ids, prompt_end = prompt.row_ids(row), PromptEnd()
+        beginning = reply_beginning(model, ids, speaks=args.speakers is not None)
+        if args.speakers is not None:
             with rows.stage("talker_prefill"):
-                _prefill_talker(rows, prompt, hidden[row], row, turn)
-        rows.begin(row, turn)
-        turn.started, turn.spent_before = began, {}  # the turn began with the prompt
+                prompt_end = _prefill_talker(rows, prompt, hidden[row], row)
+        request = make_request(model, args, row, streaming, len(ids), beginning.header, prompt_end)
+        rows.begin(row, make_turn(request, beginning.reader, model.processor, beginning.spoken), began, {})
     return rows
 
 
@@ -92,8 +94,8 @@ def run_to_end(rows: Rows) -> list[Tensor]:
 
 def join_codes(model: ModelParts, turn: Turn) -> Tensor:
     """All codes of a turn, int64 [K, n]."""
-    if turn.codes:
-        return torch.stack(turn.codes, dim=1)
+    if turn.speech.codes:
+        return torch.stack(turn.speech.codes, dim=1)
     return torch.zeros(model.require("talker").config.num_code_groups, 0, dtype=torch.int64, device=model.device)
 
 
@@ -118,69 +120,62 @@ def reply_beginning(model: ModelParts, ids: list[int], *, speaks: bool) -> Reply
     return ReplyBeginning(assistant_header(model, head.header) if speaks else [], head.prefill, reader)
 
 
-def _new_turn(model: ModelParts, prompt: Prompt, row: int, args: TurnArguments, streaming: StreamingConfig) -> Turn:
-    ids = prompt.row_ids(row)
-    beginning = reply_beginning(model, ids, speaks=args.speakers is not None)
-    room = model.config.thinker.text_config.max_position_embeddings - len(ids)
-    return new_turn(
-        model,
-        args,
-        row,
-        streaming,
-        header=beginning.header,
-        spoken=beginning.spoken,
-        reader=beginning.reader,
-        prompt_tokens=len(ids),
-        text_limit=min(args.max_new_tokens, max(1, room)),
-    )
-
-
-def new_turn(
+def make_request(
     model: ModelParts,
     args: TurnArguments,
     row: int,
     streaming: StreamingConfig,
-    processor: OmniProcessor | None = None,
-    **known: Any,
-) -> Turn:
-    """A turn with the arguments of `row`; its text is decoded by `processor`, else by the model's."""
-    processor = processor if processor is not None else model.processor
-    return Turn(
+    prompt_tokens: int,
+    header: Sequence[int],
+    prompt_end: PromptEnd,
+) -> TurnRequest:
+    """What `row` of the arguments asks for, after a prompt that has been read; prompt_end: the Talker's.
+
+    There are no more ids than the Thinker, and no more frames than the Talker has positions for. Raises ValueError if
+    the Talker has none.
+    """
+    layout = None if model.talker is None else turn_layout(model.config)
+    frame_limit = args.max_frames
+    if args.speakers is not None and layout is not None:
+        frame_limit = min(frame_limit, check_talker_room(layout, prompt_end.tokens))
+    text_room = model.config.thinker.text_config.max_position_embeddings - prompt_tokens
+    return TurnRequest(
+        prompt_tokens=prompt_tokens,
         stop_ids=args.stop_ids,
-        frame_limit=args.max_frames,
-        speaker=None if args.speakers is None else args.speakers[row],
-        voice=args.voices[row],
-        layout=None if model.talker is None else turn_layout(model.config),
+        text_limit=min(args.max_new_tokens, max(1, text_room)),
+        frame_limit=frame_limit,
         seed=args.seeds[row],
         streaming=streaming,
         text_sampling=args.text[row],
         code_sampling=args.codes[row],
         residual_sampling=args.residual[row],
-        text_stream=None if processor is None else TextStream(processor),
-        **known,
+        layout=layout,
+        speaker=None if args.speakers is None else args.speakers[row],
+        header=tuple(header),
+        prompt_end=prompt_end,
+        voice=args.voices[row],
     )
 
 
-def _prefill_talker(
-    rows: Rows, prompt: Prompt, hidden: Tensor, row: int, turn: Turn, to_row: int | None = None
-) -> None:
+def make_turn(
+    request: TurnRequest, reader: ReplyReader, processor: OmniProcessor | None, spoken: Sequence[Any] = ()
+) -> Turn:
+    """A turn at its beginning; its text is decoded by `processor`, if any."""
+    return Turn(request, reader, None if processor is None else TextStream(processor), spoken)
+
+
+def _prefill_talker(rows: Rows, prompt: Prompt, hidden: Tensor, row: int, to_row: int | None = None) -> PromptEnd:
     """Let the Talker read its prompt; the prefix follows with the first word of the reply.
 
     hidden [T, D] of the prompt's `row`, which is read in `to_row` (None: the same).
     """
-    assert turn.layout is not None
-    tokens, positions, turn.prompt_end = turn.layout.prompt(prompt.row_ids(row), prompt.segments[row])
+    assert rows.layout is not None
+    tokens, positions, end = rows.layout.prompt(prompt.row_ids(row), prompt.segments[row])
     at = tokens.to(prompt.ids.device)
     if len(at):
         vectors = rows.model.require("talker").prompt_vectors(prompt.embeds[row, at], hidden[at], prompt.media[row, at])
-        rows.read_speech(row if to_row is None else to_row, vectors, positions.to(vectors.device))
-    limit_frames(turn, len(at))
-
-
-def limit_frames(turn: Turn, prompt_tokens: int) -> None:
-    """No more frames than the Talker has positions for after its prompt."""
-    assert turn.layout is not None
-    turn.frame_limit = min(turn.frame_limit, check_talker_room(turn.layout, prompt_tokens))
+        rows.prefill_talker(row if to_row is None else to_row, vectors, positions.to(vectors.device))
+    return end
 
 
 def check_talker_room(layout: TurnLayout, prompt_tokens: int) -> int:
@@ -232,18 +227,15 @@ def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Ten
     args = resolve(model, len(texts), max_new_tokens=1, text_sampling=None, return_audio=True, **arguments)
     replies = [_ids_to_speak(processor, text) for text in texts]
     rows = Rows(model, len(texts))
+    assert rows.layout is not None
     for row, ids in enumerate(replies):
         reader = ReplyReader(None)
         reader.state = ANSWER  # the whole text is the answer, and it is complete
-        header = assistant_header(model, None)
-        known: dict[str, Any] = {"header": header, "spoken": ids, "reader": reader, "prompt_tokens": 0, "text_limit": 0}
-        turn = new_turn(model, args, row, OFFLINE, **known)
-        turn.text_reason = "stop"
-        assert turn.layout is not None
-        if turn.layout.text_by_hidden:
-            _read_given_reply(rows, row, turn, ids, processor)
-        else:
-            limit_frames(turn, 0)
+        header, prompt_end, spoken = assistant_header(model, None), PromptEnd(), list[Any](ids)
+        if rows.layout.text_by_hidden:
+            prompt_end, spoken = _read_given_reply(rows, row, ids, processor)
+        turn = make_turn(make_request(model, args, row, OFFLINE, 0, header, prompt_end), reader, processor, spoken)
+        turn.text.reason = "stop"
         rows.begin(row, turn)
     return run_to_end(rows)
 
@@ -258,13 +250,16 @@ def _ids_to_speak(processor: OmniProcessor, text: str) -> list[int]:
     return ids
 
 
-def _read_given_reply(rows: Rows, row: int, turn: Turn, ids: list[int], processor: OmniProcessor) -> None:
-    """Let the Thinker read a text as its own reply to an empty user's turn, and the Talker its prompt."""
+def _read_given_reply(rows: Rows, row: int, ids: list[int], processor: OmniProcessor) -> tuple[PromptEnd, list[Tensor]]:
+    """Let the Thinker read a text as its own reply to an empty user's turn, and the Talker its prompt.
+
+    Returns the end of the Talker's prompt and the vectors of the reply.
+    """
     model, system = rows.model, processor.speech_system
     messages = [] if system is None else [{"role": "system", "content": system}]
     prompt = encode_prompt(model, processor([*messages, {"role": "user", "content": ""}]))
-    hidden = rows.read_text(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
-    _prefill_talker(rows, prompt, hidden, 0, turn, row)
+    hidden = rows.prefill_thinker(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
+    end = _prefill_talker(rows, prompt, hidden, 0, row)
     embeds = model.require("thinker").embed_tokens(torch.tensor(ids, device=model.device))
     positions = (prompt.next_position + torch.arange(len(ids), device=model.device)).expand(3, -1)
-    turn.spoken = list(model.require("talker").text_vectors(embeds, rows.read_text(row, ids, embeds, positions)))
+    return end, list(model.require("talker").text_vectors(embeds, rows.prefill_thinker(row, ids, embeds, positions)))

@@ -1,9 +1,9 @@
 """Decoding on a GPU without launching kernels one by one: every step is captured once as a CUDA graph and replayed.
 
-A whole speech frame is one graph: the Talker reads the waiting frame, codebook 0 and the residual codes are drawn, and
+A whole speech frame is one graph: the Talker reads the pending frame, codebook 0 and the residual codes are drawn, and
 the codec turns them into samples. There is one graph for each number of rows (1, 2, 4, ... up to all), span of the
-cache and kind of sampling; all of them work on the same states. Before a graph runs, its inputs are copied to places
-that it knows; the only wait is for what the host has to see (ids, code 0, samples).
+cache and kind of sampling; all of them work on the same states. Before a graph runs, its inputs are copied into
+tensors that it reads; the only wait is for what the host has to see (ids, code 0, samples).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from omni.code2wav.contract import CodecState
-from omni.generation.decode import draw_frame, draw_token, read_frame, read_token
 from omni.generation.runner import Frame, Runner
 from omni.generation.sampling import RowSampling
 from omni.layers.cache import KVCache
@@ -48,7 +47,7 @@ def cuda_graph(step: Callable[[], Outputs]) -> Replay:
 
 
 class FrameInputs(NamedTuple):
-    """What a frame is told, views of one int64 tensor [4, B]: text ids, rows that read, that draw, that sound.
+    """The inputs of a frame, views of one int64 tensor [4, B]: text ids, rows that read, that draw, that sound.
 
     Where text enters by hidden states too, its vectors come in a tensor of their own instead of ids.
     """
@@ -66,10 +65,11 @@ class GraphRunner(Runner):
         super().__init__(model, rows, max(capacity, _CAPACITY))
         device = model.device
         self.capture = capture
-        self._told = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        self._telling = torch.zeros(4, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self._inputs = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._host_inputs = torch.zeros(4, rows, dtype=torch.int64, pin_memory=pinned)
         self._active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._activating = torch.zeros(rows, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._host_active = torch.zeros(rows, dtype=torch.bool, pin_memory=pinned)
         by_hidden = self.layout is not None and self.layout.text_by_hidden
         self._vectors = torch.zeros_like(self.speech.frame) if by_hidden and self.speech is not None else None
         codec = model.code2wav
@@ -80,7 +80,7 @@ class GraphRunner(Runner):
         self._samplings: dict[Any, RowSampling] = {}
         self._latest: dict[Any, RowSampling] = {}
         self._graphs: dict[Any, Replay] = {}
-        self._places: dict[int, int] = {}  # where each cache was when its graphs were captured
+        self._addresses: dict[int, int] = {}  # of each cache when its graphs were captured
 
     def reset(self) -> None:
         """Forget all rows, for the next user of the memory."""
@@ -98,9 +98,7 @@ class GraphRunner(Runner):
         fixed = self._sampling("text", sampling)
 
         def step() -> Outputs:
-            mask = self._active[:width]
-            self._ids[:width] = draw_token(self.steps, self.text.rows(0, width), fixed.rows(0, width), mask)
-            return (self._ids[:width],)
+            return (self._draw_token(fixed, self._active[:width]),)
 
         (ids,) = self._replay(("draw", width, fixed.kind), step, active=active)
         drawn: list[int] = ids.tolist()
@@ -111,8 +109,7 @@ class GraphRunner(Runner):
         span = self.span(cache)
 
         def step() -> Outputs:
-            state = self.text.rows(0, width)
-            read_token(self.steps, self.model.require("thinker"), state, self._ids[:width], self._active[:width], span)
+            self._read_token(self._active[:width], span)
             return ()
 
         self._replay(("read", width, span), step, active=active)
@@ -126,8 +123,8 @@ class GraphRunner(Runner):
         sounds: Sequence[bool],
         samplings: tuple[RowSampling, RowSampling],
     ) -> Frame | None:
-        assert self.speech is not None and self.banned is not None
-        speech, banned, cache = self.speech, self.banned, self.speech.decoder.cache
+        assert self.speech is not None
+        cache = self.speech.decoder.cache
         width = self.width([r or d for r, d in zip(reads, draws)])
         span = self.span(cache)
         codes, residual = self._sampling("codes", samplings[0]), self._sampling("residual", samplings[1])
@@ -139,27 +136,24 @@ class GraphRunner(Runner):
             following = [0] * len(following)
 
         def step() -> Outputs:
-            told = FrameInputs(*self._told[:, :width])
-            state = speech.rows(0, width)
+            inputs = FrameInputs(*self._inputs[:, :width])
             if vectors is None:
-                text = talker.text_vectors(thinker.embed_tokens(told.following))
+                text = talker.text_vectors(thinker.embed_tokens(inputs.following))
             else:
                 text = vectors[:width]
-            read_frame(self.steps, talker, state, text, told.reads.bool(), span)
-            drawn = draw_frame(
-                self.steps, talker, state, codes.rows(0, width), residual.rows(0, width), banned, told.draws.bool()
-            )
+            self._read_frame(text, inputs.reads.bool(), span)
+            drawn = self._draw_frame((codes, residual), inputs.draws.bool())
             if not sounding or codec is None or self._sound is None:
                 return (drawn,)
-            heard = told.sounds.bool() & told.draws.bool()
+            decodes = inputs.sounds.bool() & inputs.draws.bool()
             for end in ends:
-                heard = heard & (drawn[:, 0] != end)
-            audible = torch.where(heard[:, None], drawn, 0)[:, :, None]
-            return drawn, codec.step(audible, self._sound.rows(0, width), heard)
+                decodes = decodes & (drawn[:, 0] != end)
+            audible = torch.where(decodes[:, None], drawn, 0)[:, :, None]
+            return drawn, codec.step(audible, self._sound.rows(0, width), decodes)
 
         with self.times.stage("frame"):
             key = ("frame", width, span, codes.kind, residual.kind, sounding)
-            drawn, *wave = self._replay(key, step, told=(following, reads, draws, sounds))
+            drawn, *wave = self._replay(key, step, inputs=(following, reads, draws, sounds))
         cache.count(reads)
         if not any(draws):
             return None
@@ -177,43 +171,43 @@ class GraphRunner(Runner):
     def span(self, cache: KVCache) -> int:
         """Make room for one more token of each row; slots that a step looks at: powers of two from 128 on, or all."""
         cache.reserve(1)
-        place = cache.keys.data_ptr()
-        if self._places.setdefault(id(cache), place) != place:  # it has moved, here or while a prompt was read
+        address = cache.keys.data_ptr()
+        if self._addresses.setdefault(id(cache), address) != address:  # it has moved, here or while a prompt was read
             self._graphs.clear()
-            self._places[id(cache)] = place
+            self._addresses[id(cache)] = address
         return min(cache.capacity, max(128, 1 << cache.longest.bit_length()))
 
     def _sampling(self, stream: str, sampling: RowSampling) -> RowSampling:
-        """The sampling's values in the place that graphs of its kind read."""
-        place = stream, sampling.kind
-        if place not in self._samplings:
-            self._samplings[place] = sampling.clone()
-        elif self._latest.get(place) is not sampling:
-            self._samplings[place].copy_from(sampling)
-        self._latest[place] = sampling
-        return self._samplings[place]
+        """The sampling's values in the tensors that graphs of its kind read."""
+        key = stream, sampling.kind
+        if key not in self._samplings:
+            self._samplings[key] = sampling.clone()
+        elif self._latest.get(key) is not sampling:
+            self._samplings[key].copy_from(sampling)
+        self._latest[key] = sampling
+        return self._samplings[key]
 
     def _replay(
         self,
         key: Any,
         step: Callable[[], Outputs],
         active: Sequence[bool] | None = None,
-        told: tuple[Sequence[Any], ...] | None = None,
+        inputs: tuple[Sequence[Any], ...] | None = None,
     ) -> Outputs:
         """Run a captured step with the given inputs; capture it first if it is new.
 
-        While it is captured no row is active, so that nothing but free places of the caches changes.
+        While it is captured no row is active, so that nothing but free slots of the caches changes.
         """
         if key not in self._graphs:
             self._active.zero_()
-            self._told.zero_()
+            self._inputs.zero_()
             self._graphs[key] = self.capture(step)
         if active is not None:
-            self._activating.copy_(torch.tensor(active))
-            self._active.copy_(self._activating, non_blocking=True)
-        if told is not None:
-            self._telling.copy_(torch.tensor(told, dtype=torch.int64))
-            self._told.copy_(self._telling, non_blocking=True)
+            self._host_active.copy_(torch.tensor(active))
+            self._active.copy_(self._host_active, non_blocking=True)
+        if inputs is not None:
+            self._host_inputs.copy_(torch.tensor(inputs, dtype=torch.int64))
+            self._inputs.copy_(self._host_inputs, non_blocking=True)
         return self._graphs[key]()
 
 

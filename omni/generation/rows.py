@@ -1,7 +1,7 @@
 """Conversations side by side: the states of all parts for B rows, and the tick that moves every row one step.
 
 Rows are independent: each has its own positions, lengths, samplings and seeds, and stands still while others move. A
-tick is at most one speech frame a row: the Thinker draws what is needed, the Talker reads the waiting frame and draws
+tick is at most one speech frame a row: the Thinker draws what is needed, the Talker reads the pending frame and draws
 the next one, and the codec decodes the chunks that are due.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from omni.generation.events import Event, TextDelta, TurnEnd
 from omni.generation.prompt import Prompt
-from omni.generation.reply import ANSWER, REASONING
+from omni.generation.reply import REASONING
 from omni.generation.runner import Runner
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
-from omni.generation.sound import write_sound
+from omni.generation.sound import decode_sound
 from omni.generation.turn import GREEDY, IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
 from omni.parts import ModelParts
 from omni.talker.layout import PAD
@@ -47,8 +47,13 @@ class Rows:
         """Seconds spent in each stage so far."""
         return self.runner.times.seconds
 
-    def begin(self, row: int, turn: Turn) -> None:
-        """Start a turn in a row whose prompt has been read."""
+    def begin(
+        self, row: int, turn: Turn, started: float | None = None, seconds_before: dict[str, float] | None = None
+    ) -> None:
+        """Start a turn in a row whose prompt has been read.
+
+        started, seconds_before: when it began and the seconds of each stage then, if that was before this call.
+        """
         assert self.turns[row] is None, "a turn is running in this row"
         self.turns[row] = turn
         self.runner.steps.begin_turn()
@@ -59,7 +64,8 @@ class Rows:
             assert self.runner.seen_at_first is not None
             self.speech.seen[row] = self.runner.seen_at_first
             self._lay_out_texts(turn)
-        turn.spent_before = dict(self.seconds)
+        turn.started = turn.started if started is None else started
+        turn.seconds_before = dict(self.seconds) if seconds_before is None else seconds_before
 
     def release(self, row: int) -> Turn | None:
         """Take the turn out of a row."""
@@ -75,43 +81,45 @@ class Rows:
     def tick(self) -> list[Event]:
         """One step of every running row; what happened, row by row in order of time."""
         events: list[Event] = []
-        self._write_text(events)
+        self._decode_text(events)
         if self.speech is not None:
-            self._start_speech()
-            self._write_frames()
-            write_sound(self, events)
+            self._prefill_prefixes()
+            self._decode_frames()
+            decode_sound(self, events)
         for row, turn in self.running():
             if turn.complete:
-                self._flush_text(row, turn, events)
+                if rest := turn.text.flush():
+                    events.append(TextDelta(row, rest, ()))
                 events.append(self.end(row, turn))
         return events
 
     def end(self, row: int, turn: Turn, reason: str | None = None) -> TurnEnd:
         """The last event of a row, with the times of the whole turn."""
-        if turn.samples == 0:
-            self.note_times(turn)
+        if turn.sound.samples == 0:
+            self.record_times(turn)
         codec = self.model.code2wav
-        if turn.samples and codec is not None:
+        if turn.sound.samples and codec is not None:
             total = time.perf_counter() - turn.started
-            steps = sum(self.seconds.get(name, 0.0) - turn.spent_before.get(name, 0.0) for name in STEP_STAGES)
-            turn.timing["rtf"] = total * codec.sample_rate / turn.samples
-            turn.timing["rtf_step"] = steps / len(turn.codes) * codec.frame_rate
+            steps = sum(self.seconds.get(name, 0.0) - turn.seconds_before.get(name, 0.0) for name in STEP_STAGES)
+            turn.timing["rtf"] = total * codec.sample_rate / turn.sound.samples
+            turn.timing["rtf_step"] = steps / len(turn.speech.codes) * codec.frame_rate
         return turn.end(row, reason)
 
     # text
 
-    def _write_text(self, events: list[Event]) -> None:
+    def _decode_text(self, events: list[Event]) -> None:
         drawn = [0] * len(self.turns)
         while any(active := [t is not None and t.wants_token(n) for t, n in zip(self.turns, drawn)]):
-            first = any(t is not None and a and not t.reply for t, a in zip(self.turns, active))
+            first = any(t is not None and a and not t.text.ids for t, a in zip(self.turns, active))
             with self.stage("thinker_first_token" if first else "thinker"):
                 unread, kinds = [False] * len(active), [""] * len(active)
                 for row, token in enumerate(self.runner.draw_token(self.sampling[0], active)):
                     turn = self.turns[row]
                     if turn is not None and active[row]:
                         drawn[row] += 1
-                        kinds[row], unread[row] = turn.take_token(token)
-                        self._say(row, turn, token, kinds[row], events)
+                        kind, unread[row] = turn.append_token(token)
+                        kinds[row], text = kind, turn.text.decode(token, kind)
+                        events.append(TextDelta(row, text, (token,), kind == REASONING))
                 if any(unread):
                     self._read_tokens(unread, kinds)
 
@@ -121,98 +129,80 @@ class Rows:
         if self.layout is not None and self.layout.text_by_hidden:
             for turn, vector, kind, read in zip(self.turns, self.runner.reply_vectors(len(unread)), kinds, unread):
                 if turn is not None and read:
-                    turn.take_vector(vector.clone(), kind)
-
-    def _say(self, row: int, turn: Turn, token: int, kind: str, events: list[Event]) -> None:
-        """The event of a drawn token; its text is empty while a character is incomplete."""
-        text = ""
-        if turn.text_stream is not None and kind in (ANSWER, REASONING):
-            text = turn.text_stream.push(token)
-        if kind == REASONING:
-            turn.reasoning_text += text
-        else:
-            turn.answer_text += text
-        events.append(TextDelta(row, text, (token,), kind == REASONING))
-
-    def _flush_text(self, row: int, turn: Turn, events: list[Event]) -> None:
-        """The end of a reply that stops inside a character."""
-        rest = turn.text_stream.finish() if turn.text_stream is not None else ""
-        if rest:
-            turn.answer_text += rest
-            events.append(TextDelta(row, rest, ()))
+                    turn.append_vector(vector.clone(), kind)
 
     # speech
 
-    def _start_speech(self) -> None:
+    def _prefill_prefixes(self) -> None:
         """Let the Talker read the prefix once the first word is there."""
         assert self.speech is not None and self.layout is not None
         for row, turn in self.running():
-            if turn.speech != SPEECH_WAITS or not (turn.answered or turn.text_reason):
+            text, speech, request = turn.text, turn.speech, turn.request
+            if speech.state != SPEECH_WAITS or not (text.answered or text.reason):
                 continue
-            if not turn.answered or turn.frame_limit < 1:  # nothing to say
-                turn.stop_speech("stop" if not turn.answered else "max_frames")
+            if not text.answered or request.frame_limit < 1:  # nothing to speak
+                speech.stop("stop" if not text.answered else "max_frames")
                 continue
-            assert turn.speaker is not None
+            assert request.speaker is not None
             with self.stage("talker_first_code"):
-                prefix = self._prefix(turn, turn.speaker)
-                positions = self.layout.prefix_positions(turn.prompt_end).expand(3, -1)
-                self.read_speech(row, prefix, positions.to(prefix.device))
-                self.speech.decoder.next_position[row] = self.layout.frame_position(turn.prompt_end)
-                turn.speech = SPEECH_RUNS
+                prefix = self._prefix(turn, request.speaker)
+                positions = self.layout.prefix_positions(request.prompt_end).expand(3, -1)
+                self.prefill_talker(row, prefix, positions.to(prefix.device))
+                self.speech.decoder.next_position[row] = self.layout.frame_position(request.prompt_end)
+                speech.state = SPEECH_RUNS
 
     def _lay_out_texts(self, turn: Turn) -> None:
         """Give a spoken turn the texts around its reply: ids or, where text enters by hidden states too, vectors."""
-        if turn.speaker is None or turn.layout is None:
+        request, layout = turn.request, turn.request.layout
+        if request.speaker is None or layout is None:
             return
-        opening, closing = turn.layout.opening(turn.header, turn.speaker), turn.layout.closing()
+        opening, closing = layout.opening(request.header, request.speaker), layout.closing()
         texts: list[Any] = [*opening, *closing]
-        if turn.layout.text_by_hidden:
+        if layout.text_by_hidden:
             texts = list(self.runner.project_text(texts))
-        turn.opening, turn.closing = texts[: len(opening)], texts[len(opening) :]
-        self._padding = turn.text(PAD)
+        turn.speech.opening, turn.speech.closing = texts[: len(opening)], texts[len(opening) :]
+        self._padding = turn.speech.text(PAD)
 
     def _prefix(self, turn: Turn, speaker: int) -> Tensor:
         """The Talker's inputs between its prompt and the first frame [P, Di]."""
         assert self.layout is not None
         names = list(dict.fromkeys(self.layout.prefix_texts))  # each text is projected once
-        text = self.runner.text_vectors([turn.text(name) for name in names])
+        text = self.runner.text_vectors([turn.speech.text(name) for name in names])
         slots = text[[names.index(name) for name in self.layout.prefix_texts]]
         codes = torch.tensor(self.layout.prefix_codes(speaker), device=text.device)
         talker = self.model.require("talker")
         return talker.prefix_vectors(slots, talker.codec_embedding(codes))
 
-    def _write_frames(self) -> None:
-        """Read the frames that wait for their text, then draw the next frame of every row that can."""
-        following = [None if t is None or not t.reads_frame else t.next_text() for t in self.turns]
+    def _decode_frames(self) -> None:
+        """Read the pending frames whose text is there, then draw the next frame of every row that can."""
+        following = [None if t is None else t.next_text() for t in self.turns]
         reads = [text is not None for text in following]
         for turn, read in zip(self.turns, reads):
             if turn is not None and read:
-                turn.frame_waits = False
+                turn.speech.pending = False
         draws = [t is not None and t.wants_frame for t in self.turns]
         if not any(reads) and not any(draws):
             return
-        assert self.layout is not None
-        ends = self.layout.stop_codes
-        sounds = [draw and t is not None and t.codec is IN_RUNNER for draw, t in zip(draws, self.turns)]
+        sounds = [draw and t is not None and t.sound.codec is IN_RUNNER for draw, t in zip(draws, self.turns)]
         texts = [self._padding if t is None else t for t in following]
         frame = self.runner.frame(texts, reads, draws, sounds, self.sampling[1:])
         for row, turn in enumerate(self.turns):
             if frame is not None and turn is not None and draws[row]:
-                turn.take_frame(frame.codes[row], frame.first[row], ends)
-                if sounds[row] and frame.wave is not None and frame.first[row] not in ends:
-                    turn.waves.append(frame.wave[row])
+                speaks = turn.speech.append(frame.codes[row], frame.first[row])
+                if speaks and sounds[row] and frame.wave is not None:
+                    turn.sound.waves.append(frame.wave[row])
 
-    def note_times(self, turn: Turn) -> None:
+    def record_times(self, turn: Turn) -> None:
         """What each stage has taken since the turn began; what is in none of them is preprocessing."""
         elapsed = time.perf_counter() - turn.started
         for name, seconds in self.seconds.items():
-            if (spent := seconds - turn.spent_before.get(name, 0.0)) > 0:
+            if (spent := seconds - turn.seconds_before.get(name, 0.0)) > 0:
                 turn.timing[name] = spent
         turn.timing["preprocessing"] = max(0.0, elapsed - sum(turn.timing.values()))
 
-    # reading prompts
+    # prefill
 
-    def read_batch(self, prompt: Prompt) -> Tensor:
+    def prefill_batch(self, prompt: Prompt) -> Tensor:
         """Read the prompts of all rows, which are empty -> hidden states [B, T, D]."""
         state = self.text
         out = self.model.require("thinker")(
@@ -224,7 +214,7 @@ class Rows:
             state.seen[row, prompt.ids[row, : prompt.lengths[row]]] = True
         return out.hidden
 
-    def read_text(
+    def prefill_thinker(
         self,
         row: int,
         ids: Sequence[int],
@@ -247,7 +237,7 @@ class Rows:
             state.decoder.next_position[row] = next_position
         return out.hidden[0]
 
-    def read_speech(self, row: int, embeds: Tensor, positions: Tensor) -> None:
+    def prefill_talker(self, row: int, embeds: Tensor, positions: Tensor) -> None:
         """Read a piece of one row's Talker prompt: embeds [T, D], positions [3, T]."""
         assert self.speech is not None
         state = self.speech
@@ -284,10 +274,11 @@ class Rows:
     def sampling(self) -> tuple[RowSampling, RowSampling, RowSampling]:
         """The draws of text, codebook 0 and residual codes for the turns that run now."""
         if self._samplings is None:
-            seeds = torch.tensor([0 if t is None else t.seed for t in self.turns], device=self.model.device)
+            requests = [None if turn is None else turn.request for turn in self.turns]
+            seeds = torch.tensor([0 if r is None else r.seed for r in requests], device=self.model.device)
             columns = [
-                (t.text_sampling, t.code_sampling, t.residual_sampling) if t is not None else (GREEDY,) * 3
-                for t in self.turns
+                (r.text_sampling, r.code_sampling, r.residual_sampling) if r is not None else (GREEDY,) * 3
+                for r in requests
             ]
             streams = (TEXT_STREAM, CODE_STREAM, RESIDUAL_STREAM)
             text, codes, residual = (RowSampling.of(c, seeds, s) for c, s in zip(zip(*columns), streams))

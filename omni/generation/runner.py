@@ -50,17 +50,14 @@ class Runner:
     def draw_token(self, sampling: RowSampling, active: Sequence[bool]) -> list[int]:
         """The next token of the active rows, one number for each of the first b rows."""
         width = self.width(active)
-        ids = draw_token(self.steps, self.text.rows(0, width), sampling.rows(0, width), self._mask(active, width))
-        self._ids[:width] = ids
-        drawn: list[int] = ids.tolist()
+        drawn: list[int] = self._draw_token(sampling, self._mask(active, width)).tolist()
         return drawn
 
     def read_token(self, active: Sequence[bool]) -> None:
         """The Thinker reads what was drawn."""
         width, cache = self.width(active), self.text.decoder.cache
         span = self.span(cache)
-        state, mask = self.text.rows(0, width), self._mask(active, width)
-        read_token(self.steps, self.model.require("thinker"), state, self._ids[:width], mask, span)
+        self._read_token(self._mask(active, width), span)
         cache.count(active)
 
     def frame(
@@ -71,28 +68,44 @@ class Runner:
         sounds: Sequence[bool],
         samplings: tuple[RowSampling, RowSampling],
     ) -> Frame | None:
-        """Rows of `reads` read the frame that waits and the text `following`; rows of `draws` draw the next one.
+        """Rows of `reads` read the pending frame and the text `following`; rows of `draws` draw the next one.
 
         Text is one id a row or, where text enters by hidden states too, one vector [Di] a row.
         Rows of `sounds` have given their codec state to the runner (`adopt_sound`). None if nothing is drawn.
         """
-        assert self.speech is not None and self.banned is not None
-        talker = self.model.require("talker")
+        assert self.speech is not None
         if any(reads):
             with self.times.stage("talker"):
                 width, cache = self.width(reads), self.speech.decoder.cache
                 span = self.span(cache)
-                state, mask = self.speech.rows(0, width), self._mask(reads, width)
-                read_frame(self.steps, talker, state, self.text_vectors(following[:width]), mask, span)
+                self._read_frame(self.text_vectors(following[:width]), self._mask(reads, width), span)
                 cache.count(reads)
         if not any(draws):
             return None
         with self.times.stage("residual_codes"):
-            width = self.width(draws)
-            state, mask = self.speech.rows(0, width), self._mask(draws, width)
-            first, residual = (s.rows(0, width) for s in samplings)
-            codes = draw_frame(self.steps, talker, state, first, residual, self.banned, mask)
+            codes = self._draw_frame(samplings, self._mask(draws, self.width(draws)))
             return Frame(codes, codes[:, 0].tolist())
+
+    # the steps on the first b rows, as functions of masks bool [b]: also what `GraphRunner` captures
+
+    def _draw_token(self, sampling: RowSampling, active: Tensor) -> Tensor:
+        width = len(active)
+        self._ids[:width] = draw_token(self.steps, self.text.rows(0, width), sampling.rows(0, width), active)
+        return self._ids[:width]
+
+    def _read_token(self, active: Tensor, span: int | None) -> None:
+        width = len(active)
+        read_token(self.steps, self.model.require("thinker"), self.text.rows(0, width), self._ids[:width], active, span)
+
+    def _read_frame(self, text: Tensor, active: Tensor, span: int | None) -> None:
+        assert self.speech is not None
+        read_frame(self.steps, self.model.require("talker"), self.speech.rows(0, len(active)), text, active, span)
+
+    def _draw_frame(self, samplings: tuple[RowSampling, RowSampling], active: Tensor) -> Tensor:
+        assert self.speech is not None and self.banned is not None
+        state = self.speech.rows(0, len(active))
+        first, residual = (sampling.rows(0, len(active)) for sampling in samplings)
+        return draw_frame(self.steps, self.model.require("talker"), state, first, residual, self.banned, active)
 
     def decode(self, codes: Tensor, state: Any) -> Tensor:
         """Codes int64 [b, K, n] -> samples [b, m]; updates the codec's state."""

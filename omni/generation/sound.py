@@ -14,7 +14,7 @@ from torch import Tensor
 from omni.code2wav.contract import CodecDecoder, CodecState
 from omni.generation.events import AudioChunk, Event
 from omni.generation.sampling import SOUND_STREAM, stream_seed
-from omni.generation.turn import IN_RUNNER, SPEECH_OVER, SPEECH_RUNS, Turn
+from omni.generation.turn import IN_RUNNER, SPEECH_OVER, SPEECH_RUNS, Turn, TurnRequest
 from omni.layers.state import join_rows, split_rows
 
 if TYPE_CHECKING:
@@ -23,86 +23,92 @@ if TYPE_CHECKING:
 _Due = list[tuple[int, Turn]]
 
 
-def write_sound(rows: Rows, events: list[Event]) -> None:
+def decode_sound(rows: Rows, events: list[Event]) -> None:
     """Decode what is due in all running rows."""
     due: dict[tuple[Any, ...], _Due] = {}
     for row, turn in rows.running():
         if rows.model.code2wav is None:
-            turn.decoded = len(turn.codes)
-        frames = turn.chunk_due()
+            turn.sound.frames = len(turn.speech.codes)
+        frames = turn.sound.chunk_due(turn.speech)
         if frames:
-            s, received = turn.streaming, turn.codec.received if isinstance(turn.codec, CodecState) else 0
-            alike = frames, turn.codec is None, received, s.codec_schedule, s.codec_ode
+            s, state = turn.request.streaming, turn.sound.codec
+            alike = (
+                frames,
+                state is None,
+                state.received if isinstance(state, CodecState) else 0,
+                s.codec_schedule,
+                s.codec_ode,
+            )
             due.setdefault(alike, []).append((row, turn))
     for (frames, *_), group in due.items():
         with rows.stage("codec"):
             waves = _decode(rows, group, frames)
         for (row, turn), wave in zip(group, waves):
-            _hand_out(rows, row, turn, wave, events)
+            _emit(rows, row, turn, wave, events)
     for row, turn in rows.running():
-        if turn.unfinished and turn.speech == SPEECH_OVER and turn.decoded == len(turn.codes):
+        speech, sound = turn.speech, turn.sound
+        if sound.unfinished and speech.state == SPEECH_OVER and sound.frames == len(speech.codes):
             with rows.stage("codec"):
-                rest = rows.model.require("code2wav").finish(turn.codec)[0].float().cpu()
-            turn.unfinished = False
-            _hand_out(rows, row, turn, rest, events)
+                rest = rows.model.require("code2wav").finish(sound.codec)[0].float().cpu()
+            sound.unfinished = False
+            _emit(rows, row, turn, rest, events)
 
 
-def init_codec(codec: CodecDecoder, turn: Turn) -> Any:
+def init_codec(codec: CodecDecoder, request: TurnRequest) -> Any:
     """The codec's state for one turn."""
     if not codec.needs_voice:
         return codec.init_state(1)
-    s, seed = turn.streaming, stream_seed(turn.seed, SOUND_STREAM)
-    return codec.init_state(1, turn.voice, seed=seed, schedule=s.codec_schedule, ode=s.codec_ode)
+    s, seed = request.streaming, stream_seed(request.seed, SOUND_STREAM)
+    return codec.init_state(1, request.voice, seed=seed, schedule=s.codec_schedule, ode=s.codec_ode)
 
 
 def _decode(rows: Rows, group: _Due, frames: int) -> list[Tensor]:
     """The next so many frames of each turn -> its samples [m] on the CPU."""
     codec, runner = rows.model.require("code2wav"), rows.runner
-    waiting = [(row, turn) for row, turn in group if turn.codec is not IN_RUNNER]
-    states = [turn.codec if turn.codec is not None else init_codec(codec, turn) for _, turn in waiting]
-    codes = [torch.stack(turn.codes[turn.decoded : turn.decoded + frames], dim=1) for _, turn in waiting]
+    own = [(row, turn) for row, turn in group if turn.sound.codec is not IN_RUNNER]
+    states = [t.sound.codec if t.sound.codec is not None else init_codec(codec, t.request) for _, t in own]
+    codes = [torch.stack(t.speech.codes[t.sound.frames : t.sound.frames + frames], dim=1) for _, t in own]
     if len(states) > 1 and all(isinstance(state, CodecState) for state in states):
         joined = join_rows(states)
         waves = list(runner.decode(torch.stack(codes), joined).float().cpu())
         states = split_rows(joined, len(states))
     else:  # a codec of one's own keeps its state to itself
         waves = [runner.decode(c[None], state)[0].float().cpu() for c, state in zip(codes, states)]
-    decoded = {row: wave for (row, _), wave in zip(waiting, waves)}
-    for (row, turn), state in zip(waiting, states):
-        turn.codec, turn.unfinished = state, True
-        if runner.decodes_sound and state.started and turn.decoded + frames == len(turn.codes):
+    decoded = {row: wave for (row, _), wave in zip(own, waves)}
+    for (row, turn), state in zip(own, states):
+        turn.sound.codec, turn.sound.unfinished = state, True
+        if runner.decodes_sound and state.started and turn.sound.frames + frames == len(turn.speech.codes):
             runner.adopt_sound(row, state)
-            turn.codec, turn.unfinished = IN_RUNNER, False  # a step that can be captured holds nothing back
+            turn.sound.codec, turn.sound.unfinished = IN_RUNNER, False  # a captured step holds nothing back
     out = []
     for row, turn in group:
+        sound = turn.sound
         if row in decoded:
             wave = decoded[row]
         else:  # decoded as it was drawn
-            wave, turn.waves = torch.cat(turn.waves[:frames]), turn.waves[frames:]
-        turn.decoded += frames
-        turn.chunks += 1
+            wave, sound.waves = torch.cat(sound.waves[:frames]), sound.waves[frames:]
+        sound.frames += frames
+        sound.chunks += 1
         out.append(wave)
     return out
 
 
-def _hand_out(rows: Rows, row: int, turn: Turn, wave: Tensor, events: list[Event]) -> None:
+def _emit(rows: Rows, row: int, turn: Turn, wave: Tensor, events: list[Event]) -> None:
     """The event of decoded samples; none if there are none yet."""
     if not wave.numel():
         return
-    if turn.samples == 0:
-        rows.note_times(turn)
+    sound, rate = turn.sound, int(rows.model.require("code2wav").sample_rate)
+    if sound.samples == 0:
+        rows.record_times(turn)
         turn.timing["first_audio"] = time.perf_counter() - turn.started
-    rate = int(rows.model.require("code2wav").sample_rate)
-    events.append(AudioChunk(row, wave.clone(), rate, turn.samples))
-    turn.samples += wave.numel()
-    _watch_silence(turn, wave, rate)
+    events.append(AudioChunk(row, wave.clone(), rate, sound.samples))
+    sound.record(wave.numel(), quiet=float(wave.abs().max()) < 1e-3)  # 60 dB below full scale
+    _watch_silence(turn, rate)
 
 
-def _watch_silence(turn: Turn, wave: Tensor, sample_rate: int) -> None:
+def _watch_silence(turn: Turn, sample_rate: int) -> None:
     """End speech that has been silent for too long; what is left of it is dropped."""
-    limit = turn.streaming.silence_s
-    quiet = float(wave.abs().max()) < 1e-3  # 60 dB below full scale
-    turn.quiet = turn.quiet + wave.numel() if quiet else 0
-    if limit is not None and turn.quiet > limit * sample_rate and turn.speech == SPEECH_RUNS:
-        turn.stop_speech("silence")
-        turn.decoded, turn.unfinished = len(turn.codes), False
+    limit, speech, sound = turn.request.streaming.silence_s, turn.speech, turn.sound
+    if limit is not None and sound.quiet > limit * sample_rate and speech.state == SPEECH_RUNS:
+        speech.stop("silence")
+        sound.frames, sound.unfinished = len(speech.codes), False

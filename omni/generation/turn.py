@@ -1,17 +1,22 @@
-"""One turn of one row: what was asked for and how far it has come. Host-side bookkeeping, no tensors of a model."""
+"""One turn of one row: what was asked for, and how far its text, its speech and its sound have come.
+
+Host-side bookkeeping, no tensors of a model.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from omni.generation.events import TurnEnd
-from omni.generation.reply import ANSWER, ReplyReader
+from omni.generation.reply import ANSWER, REASONING, ReplyReader
 from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import StreamingConfig
+from omni.processing.text_stream import TextStream
 from omni.talker.layout import PromptEnd, TurnLayout
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -19,120 +24,131 @@ IN_RUNNER = object()  # a turn's codec state once the runner decodes its frames 
 SPEECH_OFF, SPEECH_WAITS, SPEECH_RUNS, SPEECH_OVER = "off", "waits", "runs", "over"
 
 
-@dataclass
-class Turn:
-    """A row's turn.
+@dataclass(frozen=True)
+class TurnRequest:
+    """What was asked for.
 
-    The first fields are what was asked for: header holds the ids of `<|im_start|>assistant\\n`, spoken starts as the
-    part of the reply that the prompt already holds, speaker is None for a silent turn, prompt_tokens, text_limit and
-    frame_limit count the row; layout is the family's (None without a Talker) and prompt_end where the Talker's prompt
-    ends; voice is what the codec needs of the speaker, if anything. The texts [*opening, *spoken, *closing], by the
-    names that the layout gives them, are token ids or, where text enters by hidden states too, vectors. The rest
-    changes while the turn runs.
+    prompt_tokens: ids that the Thinker has read; stop_ids end the reply; text_limit: reply ids at most, frame_limit:
+    frames at most. layout: the family's (None without a Talker); speaker: None for a silent turn; header: the ids of
+    `<|im_start|>assistant\\n` as the prefix needs them; prompt_end: where the Talker's prompt ends; voice: what the
+    codec needs of the speaker, if anything.
     """
 
-    header: list[int]
-    spoken: list[Any]
-    reader: ReplyReader
-    stop_ids: frozenset[int]
     prompt_tokens: int
+    stop_ids: frozenset[int]
     text_limit: int
     frame_limit: int
-    speaker: int | None
     seed: int
     streaming: StreamingConfig
-    layout: TurnLayout | None = None
-    prompt_end: PromptEnd = PromptEnd()
     text_sampling: SamplingConfig = GREEDY
     code_sampling: SamplingConfig = GREEDY
     residual_sampling: SamplingConfig = GREEDY
-    text_stream: Any = None
+    layout: TurnLayout | None = None
+    speaker: int | None = None
+    header: tuple[int, ...] = ()
+    prompt_end: PromptEnd = PromptEnd()
     voice: Any = None
 
-    opening: list[Any] = field(default_factory=list)
-    closing: list[Any] = field(default_factory=list)
-    vectors: list[Tensor] = field(default_factory=list)  # of the reply tokens read, where text enters by hidden states
-    read_tokens: int = 0  # reply tokens that the Thinker has read
-    reply: list[int] = field(default_factory=list)
-    reasoning_text: str = ""
-    answer_text: str = ""
-    text_reason: str = ""
-    speech: str = SPEECH_OFF
-    speech_reason: str = ""
-    codes: list[Tensor] = field(default_factory=list)
-    frame_waits: bool = False  # a frame is drawn that the Talker has not read yet
-    chunks: int = 0
-    decoded: int = 0
-    samples: int = 0
-    quiet: int = 0
-    codec: Any = None
-    unfinished: bool = False  # the codec holds back sound until it is told that no more codes will come
-    waves: list[Tensor] = field(default_factory=list)  # decoded with their frames, not handed out yet
-    first_codes: list[int] = field(default_factory=list)
-    over: bool = False
-    paused: bool = False  # its events are not taken fast enough
-    cut: TurnEnd | None = None  # the end of an interrupted turn
-    taken: bool = False  # its end has been handed out
-    shown_ids: int = 0  # handed out so far
-    shown_frames: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    timing: dict[str, float] = field(default_factory=dict)
-    spent_before: dict[str, float] = field(default_factory=dict)
+    @property
+    def text_by_hidden(self) -> bool:
+        """Whether a reply token has to be read by the Thinker before it is spoken."""
+        return self.layout is not None and self.layout.text_by_hidden
 
-    def __post_init__(self) -> None:
-        if self.speaker is not None:
-            self.speech = SPEECH_WAITS
+
+@dataclass
+class TextProgress:
+    """The reply as text.
+
+    reader tells reasoning from answer; stream makes text of ids, None without a processor. ids: drawn so far; read: how
+    many of them the Thinker has read; vectors [Di]: of those, where text enters the Talker by hidden states too;
+    reason: why the reply ended, "" while it goes on.
+    """
+
+    request: TurnRequest
+    reader: ReplyReader
+    stream: TextStream | None = None
+    ids: list[int] = field(default_factory=list)
+    read: int = 0
+    vectors: list[Tensor] = field(default_factory=list)
+    reasoning: str = ""
+    answer: str = ""
+    reason: str = ""
 
     @property
     def answered(self) -> bool:
         """Whether the reply has a word of answer yet (a prefilled beginning alone is none)."""
         return self.reader.state == ANSWER
 
-    def wants_token(self, drawn: int) -> bool:
+    def wants_token(self, drawn: int, speech: SpeechProgress) -> bool:
         """Whether the Thinker is to draw a token now; `drawn` counts those of the same tick."""
-        if self.text_reason or self.over or self.paused:
+        if self.reason:
             return False
-        if self.speech in (SPEECH_OFF, SPEECH_OVER):
+        if not speech.expected:
             return drawn == 0
-        if not self.codes:  # nothing spoken yet: no further than the first word
+        if not speech.codes:  # nothing spoken yet: no further than the first word
             return not self.answered and drawn == 0
-        return len(self.spoken) - len(self.codes) < self.streaming.text_ahead
+        return len(speech.spoken) - len(speech.codes) < self.request.streaming.text_ahead
+
+    def append(self, token: int) -> str:
+        """Record a drawn token: what it is, "stop" for one that ends the reply."""
+        self.ids.append(token)
+        if token in self.request.stop_ids:
+            self.reason = "stop"
+            return "stop"
+        kind = self.reader.feed(token)
+        if len(self.ids) >= self.request.text_limit:
+            self.reason = "max_new_tokens"
+        return kind
+
+    def decode(self, token: int, kind: str) -> str:
+        """The text that a drawn token completes, empty while a character is incomplete."""
+        text = self.stream.push(token) if self.stream is not None and kind in (ANSWER, REASONING) else ""
+        if kind == REASONING:
+            self.reasoning += text
+        else:
+            self.answer += text
+        return text
+
+    def flush(self) -> str:
+        """The end of a reply that stops inside a character."""
+        rest = self.stream.finish() if self.stream is not None else ""
+        self.answer += rest
+        return rest
+
+
+@dataclass
+class SpeechProgress:
+    """The reply as codes.
+
+    The texts [*opening, *spoken, *closing], by the names that the layout gives them, are token ids or, where text
+    enters by hidden states too, vectors; spoken: of the reply so far. codes: int64 [K] of each frame, first_codes:
+    their codes 0 as numbers; pending: whether the last frame has been drawn but not read by the Talker; reason: why the
+    speech ended, "" before.
+    """
+
+    request: TurnRequest
+    spoken: list[Any] = field(default_factory=list)
+    opening: list[Any] = field(default_factory=list)
+    closing: list[Any] = field(default_factory=list)
+    state: str = SPEECH_OFF
+    codes: list[Tensor] = field(default_factory=list)
+    first_codes: list[int] = field(default_factory=list)
+    pending: bool = False
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.request.speaker is not None:
+            self.state = SPEECH_WAITS
 
     @property
-    def reads_frame(self) -> bool:
-        """Whether a frame waits that the Talker may read once the text after it is there."""
-        return self.frame_waits and not (self.over or self.paused)
+    def expected(self) -> bool:
+        """Whether speech is still to come."""
+        return self.state in (SPEECH_WAITS, SPEECH_RUNS)
 
     @property
     def wants_frame(self) -> bool:
         """Whether the Talker is to draw a frame now."""
-        return self.speech == SPEECH_RUNS and not (self.frame_waits or self.over or self.paused)
-
-    def take_token(self, token: int) -> tuple[str, bool]:
-        """Note a drawn token: (what it is, whether the Thinker has to read it).
-
-        The last token of a reply is read only if it could not be spoken otherwise.
-        """
-        self.reply.append(token)
-        if token in self.stop_ids:
-            self.text_reason = "stop"
-            return "stop", False
-        kind = self.reader.feed(token)
-        by_hidden = self.layout is not None and self.layout.text_by_hidden
-        if kind == ANSWER and not by_hidden:
-            self.spoken.append(token)
-        if len(self.reply) >= self.text_limit:
-            self.text_reason = "max_new_tokens"
-        spoken_later = by_hidden and kind == ANSWER and self.speech in (SPEECH_WAITS, SPEECH_RUNS)
-        reads = not self.text_reason or spoken_later
-        self.read_tokens += reads
-        return kind, reads
-
-    def take_vector(self, vector: Tensor, kind: str) -> None:
-        """Note the vector of a reply token that the Thinker has read, where text enters by hidden states."""
-        self.vectors.append(vector)
-        if kind == ANSWER:
-            self.spoken.append(vector)
+        return self.state == SPEECH_RUNS and not self.pending
 
     def text(self, name: int) -> Any:
         """The text that the layout calls so."""
@@ -140,55 +156,152 @@ class Turn:
             return self.closing[name]
         return self.opening[name] if name < len(self.opening) else self.spoken[name - len(self.opening)]
 
-    def next_text(self) -> Any:
-        """What follows the last frame; None while the Thinker has still to write it."""
-        assert self.layout is not None
-        name = self.layout.text_after(len(self.codes) - 1, len(self.spoken), complete=bool(self.text_reason))
+    def next_text(self, complete: bool) -> Any:
+        """What follows the last frame; None while the Thinker has still to write it. complete: no more will come."""
+        assert self.request.layout is not None
+        name = self.request.layout.text_after(len(self.codes) - 1, len(self.spoken), complete)
         return None if name is None else self.text(name)
 
-    def take_frame(self, codes: Tensor, first: int, ends: frozenset[int]) -> None:
-        """Note a drawn frame: codes [K], its code 0 as a number, the ids that end speech."""
-        if first in ends:
-            self.stop_speech("stop")
-            return
+    def append(self, codes: Tensor, first: int) -> bool:
+        """Record a drawn frame, codes int64 [K] and its code 0 as a number; False if it is the end of speech."""
+        assert self.request.layout is not None
+        if first in self.request.layout.stop_codes:
+            self.stop("stop")
+            return False
         self.codes.append(codes)
         self.first_codes.append(first)
-        if len(self.codes) >= self.frame_limit:
-            self.stop_speech("max_frames")
+        if len(self.codes) >= self.request.frame_limit:
+            self.stop("max_frames")
         else:
-            self.frame_waits = True
-        if repeats(self.first_codes, self.streaming.loop_frames):
-            self.stop_speech("code_loop")
+            self.pending = True
+        if repeats(self.first_codes, self.request.streaming.loop_frames):
+            self.stop("code_loop")
+        return True
 
-    def stop_speech(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """End the speech; what has been drawn is still decoded."""
-        self.speech, self.speech_reason, self.frame_waits = SPEECH_OVER, reason, False
+        self.state, self.reason, self.pending = SPEECH_OVER, reason, False
 
-    def chunk_due(self) -> int:
+
+@dataclass
+class SoundProgress:
+    """The reply as sound.
+
+    codec: the decoder's state, None before the first chunk; chunks and frames decoded so far; samples emitted, quiet of
+    them in a row at the end; waves: of frames that the runner has decoded as it drew them, not emitted yet; unfinished:
+    whether the codec holds back sound until it is told that no more codes will come.
+    """
+
+    request: TurnRequest
+    codec: Any = None
+    chunks: int = 0
+    frames: int = 0
+    samples: int = 0
+    quiet: int = 0
+    waves: list[Tensor] = field(default_factory=list)
+    unfinished: bool = False
+
+    def chunk_due(self, speech: SpeechProgress) -> int:
         """Frames to decode now, 0 for none."""
-        pending = len(self.codes) - self.decoded
-        wanted = self.streaming.chunk(self.chunks)
-        return min(pending, wanted) if pending >= wanted or self.speech == SPEECH_OVER else 0
+        pending = len(speech.codes) - self.frames
+        wanted = self.request.streaming.chunk(self.chunks)
+        return min(pending, wanted) if pending >= wanted or speech.state == SPEECH_OVER else 0
+
+    def complete(self, speech: SpeechProgress) -> bool:
+        """Whether all frames of speech that is over have become sound."""
+        return speech.state == SPEECH_OVER and self.frames == len(speech.codes) and not self.unfinished
+
+    def record(self, samples: int, quiet: bool) -> None:
+        """Count emitted samples, and the silence that they prolong or end."""
+        self.samples += samples
+        self.quiet = self.quiet + samples if quiet else 0
+
+
+class Turn:
+    """A row's turn: the request, and the progress of text, speech and sound.
+
+    spoken: the part of the reply that the prompt already holds. paused: its events are not read fast enough; over: no
+    step is left to do. interruption: the last event of a turn that was interrupted. delivered_ids, delivered_frames and
+    delivered_end: what of the reply has reached the reader of its events. timing: seconds by name.
+    """
+
+    def __init__(
+        self, request: TurnRequest, reader: ReplyReader, stream: TextStream | None = None, spoken: Sequence[Any] = ()
+    ) -> None:
+        self.request = request
+        self.text = TextProgress(request, reader, stream)
+        self.speech = SpeechProgress(request, list(spoken))
+        self.sound = SoundProgress(request)
+        self.paused = False
+        self.over = False
+        self.interruption: TurnEnd | None = None
+        self.delivered_ids = 0
+        self.delivered_frames = 0
+        self.delivered_end = False
+        self.started = time.perf_counter()
+        self.timing: dict[str, float] = {}
+        self.seconds_before: dict[str, float] = {}  # of each stage when the turn began
+
+    @property
+    def runs(self) -> bool:
+        """Whether it takes part in steps now."""
+        return not (self.over or self.paused)
+
+    def wants_token(self, drawn: int) -> bool:
+        """Whether the Thinker is to draw a token now; `drawn` counts those of the same tick."""
+        return self.runs and self.text.wants_token(drawn, self.speech)
+
+    @property
+    def wants_frame(self) -> bool:
+        """Whether the Talker is to draw a frame now."""
+        return self.runs and self.speech.wants_frame
+
+    def append_token(self, token: int) -> tuple[str, bool]:
+        """Record a drawn token: (what it is, whether the Thinker has to read it).
+
+        The last token of a reply is read only if it could not be spoken otherwise.
+        """
+        kind = self.text.append(token)
+        if kind == "stop":
+            return kind, False
+        spoken = kind == ANSWER
+        if spoken and not self.request.text_by_hidden:
+            self.speech.spoken.append(token)
+        read_to_speak = spoken and self.request.text_by_hidden and self.speech.expected
+        reads = not self.text.reason or read_to_speak
+        self.text.read += reads
+        return kind, reads
+
+    def append_vector(self, vector: Tensor, kind: str) -> None:
+        """Record the vector of a reply token that the Thinker has read, where text enters by hidden states too."""
+        self.text.vectors.append(vector)
+        if kind == ANSWER:
+            self.speech.spoken.append(vector)
+
+    def next_text(self) -> Any:
+        """The text that the Talker is to read now with the pending frame; None if it cannot or has none to read."""
+        return self.speech.next_text(bool(self.text.reason)) if self.runs and self.speech.pending else None
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        decoded = self.decoded == len(self.codes) and not self.unfinished
-        return bool(self.text_reason) and (self.speech == SPEECH_OFF or (self.speech == SPEECH_OVER and decoded))
+        silent = self.speech.state == SPEECH_OFF
+        return bool(self.text.reason) and (silent or self.sound.complete(self.speech))
 
     @property
     def reason(self) -> str:
         """Why the turn ended."""
-        if self.text_reason == "stop" and self.speech_reason not in ("", "stop"):
-            return self.speech_reason
-        return self.text_reason
+        if self.text.reason == "stop" and self.speech.reason not in ("", "stop"):
+            return self.speech.reason
+        return self.text.reason
 
     def end(self, row: int, reason: str | None = None) -> TurnEnd:
         """The turn's last event; marks it as over."""
         self.over = True
-        usage = {"prompt_tokens": self.prompt_tokens, "reply_tokens": len(self.reply), "frames": len(self.codes)}
+        counts = {"prompt_tokens": self.request.prompt_tokens, "reply_tokens": len(self.text.ids)}
+        usage = {**counts, "frames": len(self.speech.codes)}
         timing = {**self.timing, "total": time.perf_counter() - self.started}
-        return TurnEnd(row, reason or self.reason, self.answer_text, usage, timing)
+        return TurnEnd(row, reason or self.reason, self.text.answer, usage, timing)
 
 
 def repeats(codes: list[int], frames: int | None, longest_period: int = 8) -> bool:

@@ -1,7 +1,7 @@
 """One conversation in one row: pieces of the prompt go into the caches of Thinker and Talker as they come.
 
-The position rules are those of `omni.rope.positions`, carried from piece to piece: `start` is where the next segment
-begins, `highest` the largest position so far, after which a reply begins.
+The position rules are those of `omni.rope.positions`, carried from piece to piece by a `PromptEnd`: `start` is where
+the next segment begins, `highest` the largest position so far, after which a reply begins.
 """
 
 from __future__ import annotations
@@ -16,18 +16,7 @@ from omni.config.positions import PositionRule
 from omni.generation.rows import Rows
 from omni.parts import ModelParts
 from omni.rope.positions import Segment, segment_positions
-
-
-@dataclass
-class Place:
-    """Where a decoder's prompt stands: start of the next segment, largest position, tokens read."""
-
-    start: float = 0.0
-    highest: float = -1.0
-    tokens: int = 0
-
-    def copy(self) -> Place:
-        return Place(self.start, self.highest, self.tokens)
+from omni.talker.layout import PromptEnd
 
 
 @dataclass(frozen=True)
@@ -52,26 +41,26 @@ class Entry:
 class Conversation:
     """What a row has read so far.
 
-    ids: all token ids in the Thinker's cache; thinker and talker: where their prompts stand (a Talker may hear the
-    user's turns only); in_user: whether a user turn is open; owed: ids of the last reply that are still to be read;
-    waiting: text to be read with what follows, and whether the user said it; past: what was read, for `drop_turns`,
-    with media embeddings only if `keep_media`.
+    ids: all token ids in the Thinker's cache; thinker and talker: where their prompts end (the Talker's may be the
+    user's turns alone); in_user: whether a user turn is open; pending: ids of the last reply that are still to be read;
+    queued: text to be read with what follows, and whether it is the user's; past: what was read, for `drop_turns`, with
+    media embeddings only if `keep_media`.
     """
 
     rows: Rows
     row: int
     prefill_tokens: int = 512
     ids: list[int] = field(default_factory=list)
-    thinker: Place = field(default_factory=Place)
-    talker: Place = field(default_factory=Place)
+    thinker: PromptEnd = PromptEnd()
+    talker: PromptEnd = PromptEnd()
     in_user: bool = False
-    owed: list[int] = field(default_factory=list)
-    waiting: list[tuple[list[int], bool]] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    queued: list[tuple[list[int], bool]] = field(default_factory=list)
     between: Callable[[], None] | None = None  # called between the pieces of a long prompt
     keep_media: bool = False
     past: list[Entry] = field(default_factory=list)
-    before_reply: int = 0  # entries of the past when the last reply began
-    heard_before: Place = field(default_factory=Place)  # where the Talker's prompt stood then
+    past_before_reply: int = 0  # entries of the past when the last reply began
+    talker_before_reply: PromptEnd = PromptEnd()
 
     @property
     def model(self) -> ModelParts:
@@ -81,7 +70,7 @@ class Conversation:
         """Raise ValueError if that many more tokens have no position left."""
         config = self.model.config
         limit = config.thinker.text_config.max_position_embeddings
-        used = len(self.ids) + sum(len(ids) for ids, _ in self.waiting)
+        used = len(self.ids) + sum(len(ids) for ids, _ in self.queued)
         if used + tokens >= limit:
             raise ValueError(
                 f"the session is full: {used} of {limit} positions are used and {tokens} more are needed; "
@@ -89,34 +78,36 @@ class Conversation:
             )
 
     def write_text(self, ids: list[int]) -> None:
-        """Take text tokens; they are read together with what comes before a medium or the reply."""
+        """Append text tokens; they are read together with what comes before a medium or the reply."""
         self.check_room(len(ids))
         if ids:
-            self.waiting.append((list(ids), self.in_user))
+            self.queued.append((list(ids), self.in_user))
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Read the text that waits, in as few passes as `prefill_tokens` allows."""
-        waiting, self.waiting = self.waiting, []
-        ids = [token for piece, _ in waiting for token in piece]
-        said = [by_user for piece, by_user in waiting for _ in piece]
-        self.past += [Entry(piece, in_user=by_user, begins_turn=not piece) for piece, by_user in waiting]
+        """Read the queued text, in as few passes as `prefill_tokens` allows."""
+        queued, self.queued = self.queued, []
+        ids = [token for piece, _ in queued for token in piece]
+        users = [by_user for piece, by_user in queued for _ in piece]
+        self.past += [Entry(piece, in_user=by_user, begins_turn=not piece) for piece, by_user in queued]
         for first in range(0, len(ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
-            self._read_text(ids[part], said[part])
+            self._prefill_text(ids[part], users[part])
             if self.between is not None:
                 self.between()
 
-    def _read_text(self, ids: list[int], said: list[bool]) -> None:
-        """One pass over text; `said` tells which tokens are the user's."""
+    def _prefill_text(self, ids: list[int], users: list[bool]) -> None:
+        """One pass over text; `users` tells which tokens are the user's."""
         embeds = self.model.require("thinker").embed_tokens(torch.tensor(ids, device=self.model.device))
         offsets = torch.arange(len(ids), dtype=torch.float32).expand(3, -1)
-        hidden = self._think(ids, offsets, embeds, None)
-        self.thinker.start += len(ids)
-        if heard := [i for i, by_user in enumerate(said) if self.in_talker_prompt(by_user)]:
-            at = torch.tensor(heard, device=embeds.device)
-            self._hear(offsets[:, : len(heard)], self.model.require("talker").text_vectors(embeds[at], hidden[at]))
-            self.talker.start += len(heard)
+        hidden = self._prefill_thinker(ids, offsets, embeds, None)
+        self.thinker = self.thinker.moved(len(ids))
+        if own := [i for i, by_user in enumerate(users) if self.in_talker_prompt(by_user)]:
+            at = torch.tensor(own, device=embeds.device)
+            self._prefill_talker(
+                offsets[:, : len(own)], self.model.require("talker").text_vectors(embeds[at], hidden[at])
+            )
+            self.talker = self.talker.moved(len(own))
 
     def in_talker_prompt(self, by_user: bool) -> bool:
         """Whether the user's tokens, or those that are not the user's, belong to the Talker's prompt."""
@@ -135,9 +126,10 @@ class Conversation:
         self.check_room(len(ids))
         for first in range(0, len(ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
-            hidden = self._think(ids[part], offsets[:, part], embeds[part], None if taps is None else taps[:, part])
+            own_taps = None if taps is None else taps[:, part]
+            hidden = self._prefill_thinker(ids[part], offsets[:, part], embeds[part], own_taps)
             if self.in_talker_prompt(self.in_user):
-                self._hear(offsets[:, part], self.model.require("talker").media_vectors(hidden))
+                self._prefill_talker(offsets[:, part], self.model.require("talker").media_vectors(hidden))
             if self.between is not None:
                 self.between()
         entry = Entry(list(ids), media=True, in_user=self.in_user)
@@ -149,32 +141,30 @@ class Conversation:
         """End the current media segment: the next segment begins `length` positions further on."""
         self.flush()
         self.past.append(Entry([], length=length, in_user=self.in_user))
-        self.thinker.start += length
+        self.thinker = self.thinker.moved(length)
         if self.in_talker_prompt(self.in_user):
-            self.talker.start += length
+            self.talker = self.talker.moved(length)
 
-    def _think(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None) -> Tensor:
+    def _prefill_thinker(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None) -> Tensor:
         """The Thinker reads a piece -> hidden states [n, D]."""
         positions = offsets + torch.tensor(self.thinker.start, dtype=torch.float32)
         with self.rows.stage("thinker_prefill"):
-            hidden = self.rows.read_text(self.row, ids, embeds, positions.to(embeds.device), taps)
+            hidden = self.rows.prefill_thinker(self.row, ids, embeds, positions.to(embeds.device), taps)
         self.ids += ids
-        self.thinker.highest = max(self.thinker.highest, float(positions.max()))
-        self.thinker.tokens += len(ids)
+        self.thinker = self.thinker.after(positions)
         return hidden
 
-    def _hear(self, offsets: Tensor, vectors: Tensor) -> None:
-        """The Talker reads a piece of what it hears: vectors [n, Di]."""
+    def _prefill_talker(self, offsets: Tensor, vectors: Tensor) -> None:
+        """The Talker reads a piece of its prompt: vectors [n, Di]."""
         positions = offsets + torch.tensor(self.talker.start, dtype=torch.float32)
         with self.rows.stage("talker_prefill"):
-            self.rows.read_speech(self.row, vectors, positions.to(vectors.device))
-        self.talker.highest = max(self.talker.highest, float(positions.max()))
-        self.talker.tokens += len(vectors)
+            self.rows.prefill_talker(self.row, vectors, positions.to(vectors.device))
+        self.talker = self.talker.after(positions)
 
     def open_user_turn(self) -> None:
-        """What follows is said by the user."""
+        """What follows is the user's."""
         self.in_user = True
-        self.waiting.append(([], True))  # an empty text marks the place
+        self.queued.append(([], True))  # an empty text marks the beginning
 
     def fork(self, rows: Rows, row: int) -> Conversation:
         """The same past in another, empty row."""
@@ -185,10 +175,10 @@ class Conversation:
             row,
             self.prefill_tokens,
             list(self.ids),
-            self.thinker.copy(),
-            self.talker.copy(),
+            self.thinker,
+            self.talker,
             self.in_user,
-            list(self.owed),
+            list(self.pending),
             [],
             self.between,
             self.keep_media,
@@ -196,48 +186,48 @@ class Conversation:
         )
 
     def begin_reply(self) -> None:
-        """Read what waits and say where the reply's first token stands."""
+        """Read the queued text and set the position of the reply's first token."""
         self.flush()
-        self.before_reply, self.heard_before = len(self.past), self.talker.copy()
+        self.past_before_reply, self.talker_before_reply = len(self.past), self.talker
         self.rows.text.decoder.next_position[self.row] = self.thinker.highest + 1
 
     @torch.no_grad()
     def end_reply(
-        self, prompt: Place, reply: list[int], read: int, tail: list[int], vectors: Sequence[Tensor] = ()
+        self, prompt: PromptEnd, reply: list[int], read: int, tail: list[int], vectors: Sequence[Tensor] = ()
     ) -> None:
-        """Take over a reply of which the Thinker has read the first `read` ids; `tail` closes it.
+        """Append a reply of which the Thinker has read the first `read` ids to the history; `tail` closes it.
 
-        vectors: of what was read, for a Talker that hears everything. What is not read yet is owed and read before
-        anything else. `prompt`: where the prompt stood. A reply begins after the largest position, the same ids in a
-        prompt where the last segment ended; where these differ the reply is read again, so that what follows equals a
-        run on the whole history.
+        vectors: of what was read, for a Talker whose prompt is everything. What is not read yet is pending and read
+        before anything else. `prompt`: where the Thinker's prompt ended. A reply begins after the largest position, the
+        same ids in a prompt where the last segment ended; where these differ the reply is read again, so that what
+        follows equals a run on the whole history.
         """
-        del self.past[self.before_reply :]  # a reply may be cut a second time
+        del self.past[self.past_before_reply :]  # a reply may be cut a second time
         if self.rows.speech is not None:
-            self.talker = self.heard_before.copy()
+            self.talker = self.talker_before_reply
             self.rows.speech.decoder.cache.truncate(self.row, self.talker.tokens)
         if prompt.highest + 1 != prompt.start:
             read = 0
         self.rows.text.decoder.cache.truncate(self.row, prompt.tokens + read)
         kept = reply[:read]
         self.ids = self.ids[: prompt.tokens] + kept
-        self.thinker.tokens = len(self.ids)
-        self.thinker.start = prompt.start + len(kept)
-        self.thinker.highest = max(prompt.highest, self.thinker.start - 1)
+        start = prompt.start + len(kept)
+        self.thinker = PromptEnd(start, max(prompt.highest, start - 1), len(self.ids))
         if kept:
             self.past.append(Entry(kept))
             if self.in_talker_prompt(False):
-                self._hear(torch.arange(read, dtype=torch.float32).expand(3, -1), torch.stack(list(vectors[:read])))
-                self.talker.start += read
-        self.owed = reply[read:] + tail
+                offsets = torch.arange(read, dtype=torch.float32).expand(3, -1)
+                self._prefill_talker(offsets, torch.stack(list(vectors[:read])))
+                self.talker = self.talker.moved(read)
+        self.pending = reply[read:] + tail
         seen = self.rows.text.seen
         seen[self.row] = False
         seen[self.row, torch.tensor(self.ids, device=seen.device)] = True
 
-    def pay(self) -> None:
-        """Read what is owed of the last reply."""
-        self.write_text(self.owed)
-        self.owed = []
+    def read_pending(self) -> None:
+        """Queue what is pending of the last reply, before anything else."""
+        self.write_text(self.pending)
+        self.pending = []
 
     def drop_turns(self, count: int) -> int:
         """Forget the oldest `count` user turns with their replies and read the rest again; returns the ids freed.
@@ -259,7 +249,7 @@ class Conversation:
             )
         before, in_user = len(self.ids), self.in_user
         self.rows.clear(self.row)
-        self.ids, self.thinker, self.talker, self.past = [], Place(), Place(), []
+        self.ids, self.thinker, self.talker, self.past = [], PromptEnd(), PromptEnd(), []
         for entry in kept:
             self.in_user = entry.in_user
             if entry.begins_turn:

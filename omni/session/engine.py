@@ -1,8 +1,8 @@
 """OmniEngine: many sessions in one process share the batched steps of the Thinker, the Talker and the codec.
 
 Each session has a row. One thread ticks all rows that have a turn running; sessions are used from any other threads or
-from asyncio. A lock guards the rows: a push holds it for one piece of the prompt at a time and lets a tick pass between
-pieces, so that running streams do not wait for a long prompt. A turn whose events are not taken pauses.
+from asyncio. A lock guards the rows: a push holds it for one piece of the prompt at a time and yields a tick between
+pieces, so that running streams do not wait for a long prompt. A turn whose events are not read pauses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from omni.session.conversation import Conversation
 from omni.session.reply_events import ReplyEvents
 from omni.session.session import Kept, OmniSession
 
-MAX_WAITING_EVENTS = 64  # of one turn; it pauses until they are taken
+MAX_WAITING_EVENTS = 64  # of one turn; it pauses until they are read
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -60,7 +60,7 @@ class OmniEngine:
     def session(self, **options: Any) -> EngineSession:
         """A new session with the options of `OmniSession`. Raises EngineFullError when all rows are taken."""
         with self.changed:
-            row = self.take_row()
+            row = self.free_row()
             try:
                 return EngineSession(self, row, **{"streaming": self.streaming, **options})
             except BaseException:
@@ -68,7 +68,7 @@ class OmniEngine:
                 self.sessions[row] = None
                 raise
 
-    def take_row(self) -> int:
+    def free_row(self) -> int:
         """A free row. Raises EngineFullError or, after `close`, ValueError."""
         if self.closed:
             raise ValueError("the engine is closed")
@@ -95,8 +95,8 @@ class OmniEngine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def let_a_tick_pass(self) -> None:
-        """Called with the lock held, between the pieces of a prompt."""
+    def yield_tick(self) -> None:
+        """Let running turns make a step; called with the lock held, between the pieces of a prompt."""
         before = self.ticks
         if threading.current_thread() is not self._thread:
             self.changed.notify_all()
@@ -181,9 +181,9 @@ class EngineSession(OmniSession):
             self._events = events
             turn = self._begin(arguments)
             self.engine.changed.notify_all()
-        return self._events_of(turn, lambda: self._take(turn, events))
+        return self._events_of(turn, lambda: self._next_events(turn, events))
 
-    def _take(self, turn: Turn, events: queue.SimpleQueue[Event | None]) -> list[Event]:
+    def _next_events(self, turn: Turn, events: queue.SimpleQueue[Event | None]) -> list[Event]:
         """The next event that the engine delivered; none after an interruption."""
         event = events.get()
         if turn.paused and events.qsize() < MAX_WAITING_EVENTS // 2:
@@ -193,7 +193,7 @@ class EngineSession(OmniSession):
         return [] if event is None else [event]
 
     def deliver(self, event: Event) -> None:
-        """Take over an event of this session's row; called by the engine with the lock held."""
+        """Queue an event of this session's row for its reader; called by the engine with the lock held."""
         event = dataclasses.replace(event, row=0)
         self._events.put(event)
         assert self._turn is not None
@@ -202,21 +202,21 @@ class EngineSession(OmniSession):
 
     @_locked
     def interrupt(self, played_ms: float | None = None) -> Kept:
-        """As `OmniSession.interrupt`; events that were not taken yet are dropped."""
+        """As `OmniSession.interrupt`; events that were not read yet are dropped."""
         kept = super().interrupt(played_ms)
         self._events.put(None)  # wakes a reader
         return kept
 
     def _between_pieces(self) -> None:
         """Let the engine tick between the pieces of a long prompt; the session may be closed meanwhile."""
-        self.engine.let_a_tick_pass()
+        self.engine.yield_tick()
         if self.closed:
             raise ValueError("the session was closed while it was reading")
 
     @_locked
     def fork(self) -> EngineSession:
         """A second session of the engine with the same past. Raises EngineFullError when no row is free."""
-        row = self.engine.take_row()
+        row = self.engine.free_row()
         other: EngineSession = self._copy(self.engine.rows, row)  # type: ignore[assignment]
         other._events, other._lock = queue.SimpleQueue(), self.engine.changed
         other._conversation.between = other._between_pieces

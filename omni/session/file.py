@@ -23,8 +23,9 @@ from omni.encoders.resample import StreamingResampler
 from omni.generation.streaming_config import StreamingConfig
 from omni.layers.cache import KVCache
 from omni.layers.state import State
-from omni.session.conversation import Entry, Place
+from omni.session.conversation import Entry
 from omni.session.live_media import SAMPLE_RATE_HZ, AudioFrontEnd, GridStep, OpenClip, OpenVideo
+from omni.talker.layout import PromptEnd
 
 if TYPE_CHECKING:
     from omni.session.session import OmniSession
@@ -45,10 +46,10 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
     values: dict[str, Any] = {
         "format": FORMAT,
         "ids": conversation.ids,
-        "owed": conversation.owed,
+        "owed": conversation.pending,
         "in_user": conversation.in_user,
-        "thinker": dataclasses.asdict(conversation.thinker),
-        "talker": dataclasses.asdict(conversation.talker),
+        "thinker": conversation.thinker._asdict(),
+        "talker": conversation.talker._asdict(),
         "past": [_put_entry(f"past.{i}", entry, tensors) for i, entry in enumerate(conversation.past)],
         "keep_media": conversation.keep_media,
         "text": "".join(session._text),
@@ -90,8 +91,8 @@ def load_session(session: OmniSession, folder: str | Path) -> None:
 def _fill(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> None:
     model = session.model
     conversation = session._conversation
-    conversation.ids, conversation.owed = list(values["ids"]), list(values["owed"])
-    conversation.thinker, conversation.talker = Place(**values["thinker"]), Place(**values["talker"])
+    conversation.ids, conversation.pending = list(values["ids"]), list(values["owed"])
+    conversation.thinker, conversation.talker = PromptEnd(**values["thinker"]), PromptEnd(**values["talker"])
     conversation.in_user = values["in_user"]
     past = enumerate(values["past"])
     conversation.past = [_take_entry(f"past.{i}", entry, tensors, model.device, model.dtype) for i, entry in past]

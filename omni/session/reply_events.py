@@ -10,9 +10,9 @@ from omni.generation.turn import Turn
 
 
 class ReplyEvents(Iterator[Event]):
-    """Hands out the events of one turn and notes what was handed out.
+    """Yields the events of one turn and records in it what has been delivered.
 
-    `produce` yields more events while the turn runs; `finish` is called when the turn's end has been handed out, and
+    `produce` gives more events while the turn runs; `finish` is called when the turn's end has been delivered, and
     `interrupt` when the iterator is closed (or forgotten) before. An interrupted turn yields its `TurnEnd` and stops.
     `samples_a_frame` and `missing`, the samples that all sound lacks of that, tell how many frames a chunk holds.
     """
@@ -37,32 +37,32 @@ class ReplyEvents(Iterator[Event]):
     def __next__(self) -> Event:
         if self._done:
             raise StopIteration
-        while self._turn.cut is None and not self._waiting:
+        while self._turn.interruption is None and not self._waiting:
             self._waiting.extend(self._produce())
-        if self._turn.cut is not None:  # interrupted: what was not handed out is dropped
+        if self._turn.interruption is not None:  # what was not delivered is dropped
             self._done = True
             self._waiting.clear()
-            return self._turn.cut
+            return self._turn.interruption
         event = self._waiting.popleft()
-        self._note(event)
+        self._record(event)
         return event
 
-    def _note(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         turn = self._turn
         if isinstance(event, TextDelta):
-            turn.shown_ids += len(event.token_ids)
+            turn.delivered_ids += len(event.token_ids)
         elif isinstance(event, AudioChunk):
             samples = event.start_sample + event.samples.numel() + self._missing
-            turn.shown_frames = samples // max(self._samples_a_frame, 1)
+            turn.delivered_frames = samples // max(self._samples_a_frame, 1)
         elif isinstance(event, TurnEnd):
-            self._done = turn.taken = True
+            self._done = turn.delivered_end = True
             self._finish()
 
     def close(self) -> None:
-        """Stop taking events; a turn whose end was not handed out is interrupted."""
+        """Stop reading events; a turn whose end was not delivered is interrupted."""
         if not self._done:
             self._done = True
-            if self._turn.cut is None and not self._turn.taken:
+            if self._turn.interruption is None and not self._turn.delivered_end:
                 self._interrupt()
 
     def __del__(self) -> None:

@@ -1,7 +1,7 @@
-"""OmniSession: a conversation as an object. Push what is heard and seen, respond, interrupt, fork, save.
+"""OmniSession: a conversation as an object. Push sound, pictures and text, respond, interrupt, fork, save.
 
 The work runs inside the calls. What is pushed is read by the Thinker and the Talker at once, as far as it is decided,
-so that little is left to do when `respond` is called. The caches stay; the Talker's keeps what it hears.
+so that little is left to do when `respond` is called. The caches stay; the Talker's holds its part of the conversation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from omni.config.positions import PositionRule
 from omni.generation.arguments import resolve
 from omni.generation.events import Event
-from omni.generation.generate import assistant_header, check_talker_room, limit_frames, new_turn
+from omni.generation.generate import assistant_header, check_talker_room, make_request, make_turn
 from omni.generation.reply import ReplyReader
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
@@ -32,7 +32,7 @@ from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
-from omni.session.conversation import Conversation, Place
+from omni.session.conversation import Conversation
 from omni.session.file import load_session, save_session, streaming_of
 from omni.session.live_media import AudioFrontEnd, GridStep, OpenClip, OpenVideo
 from omni.session.reply_events import ReplyEvents
@@ -99,7 +99,7 @@ class OmniSession:
         self._text: list[str] = []
         self._clip: OpenClip | None = None
         self._video: OpenVideo | None = None
-        self._prompt: Place | None = None  # where the prompt of the last reply stood, until new input comes
+        self._prompt: PromptEnd | None = None  # of the last reply, until new input comes
         self._turn: Turn | None = None
         c = model.config
         self._roles = {"system": c.system_token_id, "user": c.user_token_id, "assistant": c.assistant_token_id}
@@ -110,12 +110,12 @@ class OmniSession:
     def ids(self) -> list[int]:
         """All ids of the conversation so far, those still to be read included (open media and text are not)."""
         c = self._conversation
-        return [*c.ids, *(token for ids, _ in c.waiting for token in ids), *c.owed]
+        return [*c.ids, *(token for ids, _ in c.queued for token in ids), *c.pending]
 
     @property
     def responding(self) -> bool:
         """Whether a reply is being given."""
-        return self._turn is not None and not self._turn.taken
+        return self._turn is not None and not self._turn.delivered_end
 
     # input
 
@@ -123,7 +123,7 @@ class OmniSession:
         """Add text to the user's turn. Consecutive texts are one text."""
         if not isinstance(text, str):
             raise TypeError(f"push_text takes a string, got {type(text).__name__}")
-        self._listen()
+        self._open_user_turn()
         self._close_media()
         self._text.append(text)
 
@@ -137,13 +137,13 @@ class OmniSession:
         if not whole or not 1000 <= sample_rate <= 384000:
             raise ValueError(f"sample_rate must be a whole number of Hz in 1000..384000, got {sample_rate!r}")
         sample_rate = int(sample_rate)
-        self._listen()
+        self._open_user_turn()
         tokens = self.processor.tokens
         if self._video is not None and self._video.front_end is not None:
             self._video.push(self._conversation, wave, sample_rate, tokens)
             return
         self._close_video()
-        self._write_pending_text()
+        self._flush_text()
         if self._clip is None:
             self._clip = OpenClip(self._new_front_end())
         self._clip.push(self._conversation, wave, sample_rate, [tokens.audio_start], tokens.audio)
@@ -153,10 +153,10 @@ class OmniSession:
         """Add a picture: a path, address, bytes, array or PIL image."""
         self.model.require("vision_encoder")
         pixels, grid = self.processor.vision.image(image, PixelBudget())
-        self._listen()
+        self._open_user_turn()
         self._close_media()
-        self._write_pending_text()
-        embeds, taps = self._see(pixels, grid)
+        self._flush_text()
+        embeds, taps = self._encode_picture(pixels, grid)
         merge = self.processor.vision.merge_size
         segment = Image(grid[1] // merge, grid[2] // merge)
         ids = [self.processor.tokens.image] * segment.length
@@ -171,10 +171,10 @@ class OmniSession:
         picture = self.processor.vision.frame(frame)
         if not isinstance(time_s, Real) or not math.isfinite(time_s):
             raise ValueError(f"time_s must be a number of seconds, got {time_s!r}")
-        self._listen()
+        self._open_user_turn()
         if self._video is None:
             self._close_media()
-            self._write_pending_text()
+            self._flush_text()
             front_end = self._new_front_end() if self.use_audio_in_video else None
             self._video = OpenVideo.open(float(time_s), front_end, self._rule)
             self._video.begin(self._conversation, self.processor.tokens)
@@ -196,26 +196,26 @@ class OmniSession:
         return AudioFrontEnd(self.model, self.processor, self.streaming.audio_window_s, stage)
 
     def _encode_frames(self, video: OpenVideo) -> None:
-        """Turn the waiting frames into one grid step (an odd last frame is shown twice)."""
+        """Turn the frames that wait into one grid step (an odd last frame stands for two)."""
         times, frames = zip(*video.frames)
         pixels, grid = self.processor.vision.grid_step(list(frames))
-        embeds, taps = self._see(pixels, grid)
+        embeds, taps = self._encode_picture(pixels, grid)
         merge = self.processor.vision.merge_size
         video.add_step(GridStep(times[0] - video.first_s, embeds, taps, grid[1] // merge, grid[2] // merge))
         video.frames.clear()
 
-    def _see(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
+    def _encode_picture(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
         device, encoder = self.model.device, self.model.require("vision_encoder")
         with self._conversation.rows.stage("encoders"):
             out = encoder(pixels.to(device, self.model.dtype), torch.tensor([grid], device=device))
         return out.embeds, torch.stack(list(out.taps)) if out.taps else None
 
-    def _listen(self) -> None:
+    def _open_user_turn(self) -> None:
         """Open the user's turn if none is open."""
         if self.responding:
             raise ValueError("the session is responding; take all its events, or interrupt it, before pushing input")
         if not self._conversation.in_user:
-            self._conversation.pay()
+            self._conversation.read_pending()
             self._prompt = None
             if not self.ids:
                 self._check_system(None)
@@ -238,7 +238,7 @@ class OmniSession:
         ends = [self.processor.audio_end_id, self.processor.vision_end_id]
         video.close(self._conversation, self.processor.tokens, ends)
 
-    def _write_pending_text(self) -> None:
+    def _flush_text(self) -> None:
         text, self._text = "".join(self._text), []
         self._conversation.write_text(self.processor.encode_text(text))
 
@@ -295,34 +295,19 @@ class OmniSession:
         conversation = self._conversation
         began, spent = time.perf_counter(), dict(conversation.rows.seconds)
         self._check_room(args.speakers is not None)
-        self._listen()
+        self._open_user_turn()
         self._close_media()
-        self._write_pending_text()
+        self._flush_text()
         conversation.write_text(self._closing())
         conversation.in_user = False
         header = assistant_header(self.model, None, self.processor)
         conversation.write_text(header)
         conversation.begin_reply()
-        self._prompt = conversation.thinker.copy()
-        think = self.processor.think_token_ids
-        room = self.model.config.thinker.text_config.max_position_embeddings - len(conversation.ids)
-        turn = new_turn(
-            self.model,
-            args,
-            0,
-            streaming,
-            self.processor,
-            header=header,
-            spoken=[],
-            reader=ReplyReader(think, decode=self.processor.decode),
-            prompt_tokens=len(conversation.ids),
-            text_limit=min(args.max_new_tokens, max(1, room)),
-            prompt_end=PromptEnd(conversation.talker.start, conversation.talker.highest),
-        )
-        if turn.speech != SPEECH_OFF:
-            limit_frames(turn, conversation.talker.tokens)
-        conversation.rows.begin(conversation.row, turn)
-        turn.started, turn.spent_before = began, spent  # the tail of the input is part of the answer's delay
+        self._prompt = conversation.thinker
+        reader = ReplyReader(self.processor.think_token_ids, decode=self.processor.decode)
+        request = make_request(self.model, args, 0, streaming, len(conversation.ids), header, conversation.talker)
+        turn = make_turn(request, reader, self.processor)
+        conversation.rows.begin(conversation.row, turn, began, spent)  # the input's tail is part of the answer's delay
         self._turn = turn
         return turn
 
@@ -331,24 +316,25 @@ class OmniSession:
         conversation, closing = self._conversation, len(self._closing())
         user = len(self.processor.encode_text("".join(self._text))) + closing
         user += 0 if conversation.in_user else 2 + closing
-        conversation.check_room(user + len(conversation.owed) + 2 + closing)
+        conversation.check_room(user + len(conversation.pending) + 2 + closing)
         layout = conversation.rows.layout
         if speaks and layout is not None:
-            tokens = user + sum(len(ids) for ids, by_user in conversation.waiting if layout.in_prompt(by_user))
+            tokens = user + sum(len(ids) for ids, by_user in conversation.queued if layout.in_prompt(by_user))
             if layout.in_prompt(False):
-                tokens += len(conversation.owed) + 2 + closing
+                tokens += len(conversation.pending) + 2 + closing
             check_talker_room(layout, conversation.talker.tokens + tokens)
 
     def _finish(self, kept: list[int] | None = None) -> None:
-        """Take the turn out of its row and its reply (or the part that is kept) into the history."""
+        """Release the turn's row and append its reply (or the part that is kept) to the history."""
         turn, prompt = self._turn, self._prompt
         assert turn is not None and prompt is not None
-        reply = turn.reply if kept is None else kept
-        closed = bool(reply) and reply[-1] in turn.stop_ids
+        text = turn.text
+        reply = text.ids if kept is None else kept
+        closed = bool(reply) and reply[-1] in turn.request.stop_ids
         tail = self._closing()[1 if closed else 0 :]
         with self._lock:
             self._conversation.rows.release(self._conversation.row)
-            self._conversation.end_reply(prompt, reply, min(turn.read_tokens, len(reply)), tail, turn.vectors)
+            self._conversation.end_reply(prompt, reply, min(text.read, len(reply)), tail, text.vectors)
 
     def interrupt(self, played_ms: float | None = None) -> Kept:
         """Cut the reply to what was heard and return that.
@@ -362,26 +348,28 @@ class OmniSession:
         if turn is None or self._prompt is None:
             raise ValueError("there is no reply to interrupt: none was given, or input was pushed since")
         with self._lock:
-            kept = self._heard(turn, played_ms)
-            if not turn.taken:
-                turn.cut, turn.taken = self._conversation.rows.end(self._conversation.row, turn, "interrupted"), True
+            kept = self._played_ids(turn, played_ms)
+            if not turn.delivered_end:
+                turn.interruption = self._conversation.rows.end(self._conversation.row, turn, "interrupted")
+                turn.delivered_end = True
             self._finish(kept)
             self._turn = None
         return Kept(kept, self.processor.decode(kept))
 
-    def _heard(self, turn: Turn, played_ms: float | None) -> list[int]:
+    def _played_ids(self, turn: Turn, played_ms: float | None) -> list[int]:
         """The ids of a reply that count as heard."""
         if played_ms is not None and not (isinstance(played_ms, Real) and 0 <= played_ms < math.inf):
             raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")
         codec = self.model.code2wav
-        silent = turn.speech == SPEECH_OFF or codec is None or (turn.speech == SPEECH_OVER and not turn.codes)
+        text, speech, stop_ids = turn.text, turn.speech, turn.request.stop_ids
+        silent = speech.state == SPEECH_OFF or codec is None or (speech.state == SPEECH_OVER and not speech.codes)
         if silent:
-            return [token for token in turn.reply[: turn.shown_ids] if token not in turn.stop_ids]
-        frames = turn.shown_frames
+            return [token for token in text.ids[: turn.delivered_ids] if token not in stop_ids]
+        frames = turn.delivered_frames
         if played_ms is not None:  # a multiple of a frame's length is that many frames, whatever the rounding
             frames = min(frames, math.floor(float(played_ms) * codec.frame_rate / 1000 + 1e-6))
-        spoken = [token for token in turn.reply if token not in turn.stop_ids]
-        return spoken[: len(spoken) * frames // max(len(turn.codes), 1)]
+        spoken = [token for token in text.ids if token not in stop_ids]
+        return spoken[: len(spoken) * frames // max(len(speech.codes), 1)]
 
     def drop_oldest_turns(self, count: int = 1) -> int:
         """Make room: forget the oldest user turns with their replies, read the rest again, return the ids freed.
@@ -391,7 +379,7 @@ class OmniSession:
         """
         if self.responding:
             raise ValueError("the session is responding; take all its events before dropping turns")
-        freed = self._conversation.drop_turns(count)  # what is owed of the last reply stays owed: there may be no room
+        freed = self._conversation.drop_turns(count)  # what is pending stays so: there may be no room for it
         self._prompt = None
         return freed
 

@@ -37,10 +37,20 @@ END, PAD = -2, -1  # names of the texts after the reply
 
 
 class PromptEnd(NamedTuple):
-    """Where a prompt ends: the position of what comes next, and the largest position so far (-1: there is none)."""
+    """Where a decoder's prompt ends: the position of what comes next, the largest position so far (-1: there is none),
+    and how many tokens it has."""
 
     start: float = 0.0
     highest: float = -1.0
+    tokens: int = 0
+
+    def after(self, positions: Tensor) -> PromptEnd:
+        """The end after more tokens, at positions [3, n]; what comes next still begins at `start`."""
+        return self._replace(highest=max(self.highest, float(positions.max())), tokens=self.tokens + positions.shape[1])
+
+    def moved(self, length: float) -> PromptEnd:
+        """The same with what comes next so much further on."""
+        return self._replace(start=self.start + length)
 
 
 class TalkerPrompt(NamedTuple):
@@ -132,7 +142,8 @@ class TurnLayout(ABC):
         tokens = torch.tensor([i for start, stop in spans for i in range(start, stop)], dtype=torch.int64)
         own = [segment for start, stop in spans for segment in slice_segments(segments, start, stop)]
         positions, start = prompt_positions(own, self.talker.position_rule)
-        return TalkerPrompt(tokens, positions, PromptEnd(start, float(positions.max()) if len(tokens) else -1.0))
+        end = PromptEnd(start)
+        return TalkerPrompt(tokens, positions, end.after(positions) if len(tokens) else end)
 
     def room(self, prompt_tokens: int) -> int:
         """Frames that the Talker has positions for after so many tokens; below 1 where it cannot speak at all."""

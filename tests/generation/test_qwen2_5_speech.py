@@ -162,8 +162,11 @@ def test_sessions_equal_fresh_runs_after_replies_silence_interruptions_and_forks
     assert turn is not None
     kept = session.interrupt(played_ms=1000.0)
     played = heard // model.code2wav.hop_length
-    spoken = [token for token in turn.reply if token != 258]
-    assert 0 < played < len(turn.codes) and kept.token_ids == spoken[: len(spoken) * played // len(turn.codes)]
+    spoken = [token for token in turn.text.ids if token != 258]
+    assert (
+        0 < played < len(turn.speech.codes)
+        and kept.token_ids == spoken[: len(spoken) * played // len(turn.speech.codes)]
+    )
     session.save(tmp_path / "kept")
     loaded, other = OmniSession.load(tmp_path / "kept", model), session.fork()
     assert loaded.streaming == WINDOWS

@@ -86,7 +86,7 @@ def test_the_talker_reads_a_piece_before_the_thinker_reads_the_next(monkeypatch:
     for pieces in (7, 10000):
         session = OmniSession(model, streaming=StreamingConfig(prefill_tokens=pieces))
         rows = session._conversation.rows
-        for name in ("read_text", "read_speech"):
+        for name in ("prefill_thinker", "prefill_talker"):
             original = getattr(rows, name)
 
             def traced(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
@@ -100,6 +100,6 @@ def test_the_talker_reads_a_piece_before_the_thinker_reads_the_next(monkeypatch:
         if pieces == 7:
             user = trace[: 2 * (len(trace) // 2)]
             alternating = [user[i : i + 2] for i in range(0, 8, 2)]
-            assert alternating == [["read_text", "read_speech"]] * 4
+            assert alternating == [["prefill_thinker", "prefill_talker"]] * 4
         replies.append([event for event in events][-1].usage)
     assert replies[0] == replies[1]

@@ -109,7 +109,7 @@ def test_interrupt_and_next_turn_in_the_engine(model: OmniModel) -> None:
         alone = OmniSession(model)
         alone.push_text("a story")
         list(alone.respond(**{**PLAIN, "max_new_tokens": max(1, len(kept.token_ids)), "return_audio": False}))
-        alone._conversation.owed = []
+        alone._conversation.pending = []
         assert session.ids[-2 - len(kept.token_ids) :] == [*kept.token_ids, 258, 10]
         session.push_text("stop")
         assert outcome(list(session.respond(**PLAIN)))[0]

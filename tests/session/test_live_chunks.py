@@ -55,13 +55,13 @@ class Pushed:
         self.session = OmniSession(model, use_audio_in_video=True, **options)
         self.positions: list[torch.Tensor] = []
         rows = self.session._conversation.rows
-        read = rows.read_text
+        read = rows.prefill_thinker
 
         def note(row: int, ids: Any, embeds: Any, positions: torch.Tensor, taps: Any) -> Any:
             self.positions.append(positions.cpu())
             return read(row, ids, embeds, positions, taps)
 
-        monkeypatch.setattr(rows, "read_text", note)
+        monkeypatch.setattr(rows, "prefill_thinker", note)
 
     def close(self) -> tuple[list[int], torch.Tensor]:
         """The ids of the user's turn so far and their positions, after the end of all media."""

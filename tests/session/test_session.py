@@ -194,7 +194,7 @@ def test_interrupt_keeps_what_was_heard(model: OmniModel) -> None:
         if frames == 3:
             break
     turn = session._turn
-    drawn, reply = len(turn.codes), list(turn.reply)
+    drawn, reply = len(turn.speech.codes), list(turn.text.ids)
     kept = session.interrupt(played_ms=2 * 80)
     assert kept.token_ids == reply[: len(reply) * 2 // drawn]
     assert kept.text == model.processor.decode(kept.token_ids)

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from omni.config.keywords import nearest
 from omni.config.names import import_name
 from omni.generation.arguments import resolve
-from omni.generation.generate import run_to_end, start
+from omni.generation.generate import make_turn, run_to_end, start
 from omni.generation.rows import Rows
 from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import OFFLINE
@@ -111,12 +111,12 @@ def generate_group(
         rows = Rows(model, prompts * n, read.text.decoder.cache.longest + 1)
         for prompt in range(prompts):
             turn = read.release(prompt)
+            assert turn is not None
             for row in range(prompt * n, (prompt + 1) * n):
-                _copy_read(read, prompt, rows, row)
-                own = copy.deepcopy(turn, {id(processor): processor})  # a turn at its beginning, the same processor
-                assert own is not None
-                own.seed = seeds[row]
-                rows.begin(row, own)
+                _copy_prefill(read, prompt, rows, row)
+                request = replace(turn.request, seed=seeds[row])
+                reader = copy.copy(turn.text.reader)  # which has read nothing yet
+                rows.begin(row, make_turn(request, reader, processor, turn.speech.spoken))
         sounds = run_to_end(rows)
     rate = int(model.code2wav.sample_rate) if return_audio and model.code2wav is not None else None
     answers = []
@@ -127,11 +127,11 @@ def generate_group(
             Sampled(
                 prompt=prompt_ids,
                 prompt_text="" if processor is None else processor.decode(prompt_ids),
-                ids=done.reply,
-                text=done.answer_text,
-                reasoning=done.reasoning_text.strip() if done.reader.reasoned else None,
+                ids=done.text.ids,
+                text=done.text.answer,
+                reasoning=done.text.reasoning.strip() if done.text.reader.reasoned else None,
                 reason=done.reason,
-                seed=done.seed,
+                seed=done.request.seed,
                 audio=None if rate is None else sound,
                 sample_rate=rate,
             )
@@ -139,7 +139,7 @@ def generate_group(
     return [answers[first : first + n] for first in range(0, len(answers), n)]
 
 
-def _copy_read(source: Rows, row: int, target: Rows, to: int) -> None:
+def _copy_prefill(source: Rows, row: int, target: Rows, to: int) -> None:
     """All that a row has read, up to the logits of its first token."""
     source.copy_row(row, target, to)
     target.text.logits[to] = source.text.logits[row]
@@ -402,9 +402,9 @@ class GSPO:
 
 
 def _answer_text(ids: list[int], model: OmniModel) -> str | None:
-    """What a labelled turn says, reasoning and end left out; None without a processor."""
+    """The answer of a labelled turn, reasoning and end left out; None without a processor."""
     processor: OmniProcessor | None = model.processor
     if processor is None:
         return None
-    said = ids[:-1] if ids[-1] == model.config.im_end_token_id else ids
-    return str(processor.decode(spoken_ids(said, processor)))
+    reply = ids[:-1] if ids[-1] == model.config.im_end_token_id else ids
+    return str(processor.decode(spoken_ids(reply, processor)))

@@ -22,7 +22,7 @@ from omni.model import OmniModel
 from omni.talker.layout import turn_layout
 from omni.thinker.thinker import ThinkerOutput
 from omni.training.data.samples import IGNORED, TrainingBatch
-from omni.training.objectives.spoken_turns import ThoughtOf, lay_out, silent_turn, talker_inputs
+from omni.training.objectives.spoken_turns import Conversations, lay_out, silent_turn, talker_inputs
 
 
 @dataclass
@@ -113,7 +113,7 @@ def talker_pass(
     layout = turn_layout(model.config)
     turns = [lay_out(model, layout, thought.prompt, row, turn) for row, turn in batch.speech]
     turns = turns or [silent_turn(model, layout, thought.prompt)]
-    source = ThoughtOf(thought.prompt, thought.hidden.detach() if detach else thought.hidden, thought.starts)
+    source = Conversations(thought.prompt, thought.hidden.detach() if detach else thought.hidden, thought.starts)
     embeds, positions = talker_inputs(model, layout, source, turns, detach=detach)
     lengths = [turn.indices.positions.shape[1] for turn in turns]
     blocks = PackedBlocks(lengths, device, causal=True)

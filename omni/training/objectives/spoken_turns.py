@@ -23,9 +23,9 @@ from omni.talker.layout import HEADER_LENGTH, TurnIndices, TurnLayout
 from omni.training.data.samples import SpokenTurn
 
 
-class ThoughtOf(NamedTuple):
-    """What the Talkers' prompts are taken from: the batch as it was read, hidden [N, Dt], where each conversation
-    begins in it."""
+class Conversations(NamedTuple):
+    """What the Talkers' prompts are taken from: the batch as the Thinker read it, hidden [N, Dt], and where each
+    conversation begins in it."""
 
     prompt: Prompt
     hidden: Tensor
@@ -80,18 +80,18 @@ def silent_turn(model: OmniModel, layout: TurnLayout, prompt: Prompt) -> TurnInR
 
 
 def talker_inputs(
-    model: OmniModel, layout: TurnLayout, thought: ThoughtOf, turns: list[TurnInRow], *, detach: bool
+    model: OmniModel, layout: TurnLayout, source: Conversations, turns: list[TurnInRow], *, detach: bool
 ) -> tuple[Tensor, Tensor]:
     """The packed row of all turns: vectors [M, Di] and positions fp32 [3, M].
 
     Each projection is called equally often whatever the turns hold.
     """
-    talker, prompt, device = model.require("talker"), thought.prompt, thought.hidden.device
+    talker, prompt, device = model.require("talker"), source.prompt, source.hidden.device
     tokens = [turn.indices.tokens.to(device) for turn in turns]
     media = [prompt.media[turn.row, own] for turn, own in zip(turns, tokens)]
-    media_hidden = [thought.hidden[own[m] + thought.starts[turn.row]] for turn, own, m in zip(turns, tokens, media)]
+    media_hidden = [source.hidden[own[m] + source.starts[turn.row]] for turn, own, m in zip(turns, tokens, media)]
     media_vectors = talker.media_vectors(torch.cat(media_hidden)).split([len(x) for x in media_hidden])
-    prompt_text, turn_text = _texts(model, layout, thought, turns, tokens, media, detach=detach)
+    prompt_text, turn_text = _texts(model, layout, source, turns, tokens, media, detach=detach)
 
     codes = torch.cat([turn.codes for turn in turns], dim=1).to(device)  # [K, all frames]
     control = [turn.indices.prefix_codes for turn in (turns if layout.voice_by_code else turns[:1])]
@@ -110,7 +110,7 @@ def talker_inputs(
 def _texts(
     model: OmniModel,
     layout: TurnLayout,
-    thought: ThoughtOf,
+    source: Conversations,
     turns: list[TurnInRow],
     tokens: list[Tensor],
     media: list[Tensor],
@@ -121,7 +121,7 @@ def _texts(
 
     tokens int64 [U] of each prompt, media bool [U] of them.
     """
-    prompt, device = thought.prompt, thought.hidden.device
+    prompt, device = source.prompt, source.hidden.device
     read = [(turn.row, own[~m]) for turn, own, m in zip(turns, tokens, media)]  # text that the Thinker has read
     if layout.text_by_hidden:
         read += [(turn.row, torch.tensor(list(turn.reply_at), device=device)) for turn in turns]
@@ -131,7 +131,7 @@ def _texts(
     if detach:
         embeds = embeds.detach()
     if layout.text_by_hidden:
-        hidden = torch.cat([thought.hidden[at + thought.starts[row]] for row, at in read])
+        hidden = torch.cat([source.hidden[at + source.starts[row]] for row, at in read])
         n, project = len(hidden), model.require("talker").text_vectors
         vectors = torch.cat((project(embeds[:n], hidden), project(embeds[n:])))
     else:

@@ -145,7 +145,7 @@ def test_training_reads_what_a_session_read(speaker: OmniModel, sound: bool, mon
         events = session.respond(**greedy(max_new_tokens=4, max_frames=9))
         reply = [token for event in events if isinstance(event, TextDelta) for token in event.token_ids]
         assert session._turn is not None
-        return session.ids, reply, torch.stack(session._turn.codes, dim=1)
+        return session.ids, reply, torch.stack(session._turn.speech.codes, dim=1)
 
     (ids, reply, codes), read = spied(model.talker, monkeypatch, talk)
     tail = 1 if reply[-1] == model.config.im_end_token_id else 2  # what closes the reply
