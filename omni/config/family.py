@@ -27,9 +27,9 @@ _OWN = ("omni.config.qwen3_omni:QWEN3_OMNI", "omni.config.qwen2_5_omni:QWEN2_5_O
 class KeyNames:
     """How the files of a family name the weights.
 
-    `renames` pairs a prefix of ours with the Hub's, at least one a part; the longest match wins, in either direction. `also_read` pairs ours
-    with prefixes that other writers use. Keys that end in `derived` are tables some writers store and the model
-    computes. `parts` are the Hub's first name components in the order of the released files.
+    `renames` pairs a prefix of ours with the Hub's, at least one a part; the longest match wins, in either direction.
+    `also_read` pairs ours with prefixes that other writers use. Keys that end in `derived` are tables some writers
+    store and the model computes. `parts` are the Hub's first name components in the order of the released files.
     """
 
     renames: tuple[tuple[str, str], ...]
