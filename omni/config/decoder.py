@@ -184,3 +184,9 @@ class SpeechRules:
     def codec_stop_ids(self) -> frozenset[int]:
         """Codec ids that end speech."""
         return frozenset((self.codec_eos_token_id,))
+
+
+class CodecRules:
+    """Mixin of a codec decoder's config. by_frames: sound comes frame by frame (else by windows of codes)."""
+
+    by_frames: ClassVar[bool] = True

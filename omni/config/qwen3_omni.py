@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from omni.config.decoder import DecoderConfig, MoEConfig, SpeechRules
+from omni.config.decoder import CodecRules, DecoderConfig, MoEConfig, SpeechRules
 from omni.config.encoders import AudioTransformerConfig, VisionTransformerConfig
 from omni.config.family import RELEASED, Family, KeyNames
 from omni.config.model import OmniConfig, ThinkerConfig
@@ -236,10 +236,9 @@ class TalkerConfig(SpeechRules, Config):
 
 
 @dataclass(frozen=True)
-class Code2WavConfig(DecoderConfig):
+class Code2WavConfig(CodecRules, DecoderConfig):
     """The codec decoder. `hidden_size` .. `sliding_window` describe its transformer."""
 
-    by_frames: ClassVar[bool] = True  # sound comes frame by frame, not by windows of codes
     codebook_size: int = 2048
     num_quantizers: int = 16
     num_hidden_layers: int = 8

@@ -99,12 +99,12 @@ class Config:
     @classmethod
     def by_field(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """A file's mapping with its keys as fields are named, also in the configs inside it. Nothing is checked."""
-        names, kinds, out = cls._names(), kinds_of(cls), {}  # type: ignore[arg-type]  # a class can be hashed
-        for key, value in values.items():
-            name = names.get(key, key)
-            kind = kinds[name][0] if name in kinds else None
-            inner = isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Config)
-            out[name] = kind.by_field(value) if inner else value
+        names, kinds = cls._names(), kinds_of(cls)  # type: ignore[arg-type]  # a class can be hashed
+        out = {names.get(key, key): value for key, value in values.items()}
+        for name in out.keys() & kinds.keys():
+            kind = kinds[name][0]
+            if isinstance(out[name], Mapping) and issubclass(kind, Config):
+                out[name] = kind.by_field(out[name])
         return out
 
     def to_dict(self) -> dict[str, Any]:

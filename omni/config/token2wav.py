@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from omni.config.decoder import CodecRules
 from omni.config.reading import (
     Config,
     check_theta,
@@ -180,10 +181,10 @@ class BigVGANConfig(Config):
 
 
 @dataclass(frozen=True)
-class Token2WavConfig(Config):
+class Token2WavConfig(CodecRules, Config):
     """The codec decoder of the Qwen2.5-Omni family."""
 
-    by_frames: ClassVar[bool] = False  # sound is drawn by windows of codes
+    by_frames = False
     dit_config: DiTConfig = field(default_factory=DiTConfig)
     bigvgan_config: BigVGANConfig = field(default_factory=BigVGANConfig)
     model_type: str = "qwen2_5_omni_token2wav"

@@ -37,6 +37,8 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(FileNotFoundError, match="does not exist; pass a checkpoint folder or a Hub id"):
             locate(missing)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        OmniConfig.from_pretrained("x.json")
     path = tmp_path / "config.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match="is a file; pass the folder"):

@@ -117,6 +117,35 @@ def test_registering_twice_and_wrongly(pebble: ModuleType) -> None:
         register_family({"model_type": "pebble_omni"})  # type: ignore[arg-type]
 
 
+class Point:
+    """An entry point of an installed package."""
+
+    def __init__(self, value: str, found: Any) -> None:
+        self.value, self.found = value, found
+
+    def load(self) -> Any:
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+def test_installed_packages_bring_families(pebble: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = pebble.replace(pebble.PEBBLE, model_type="gravel_omni")
+    points = [Point("gravel:GRAVEL", installed), Point("sand:SAND", ImportError("no sand")), Point("clay:CLAY", 3)]
+    points.append(Point("copy:COPY", pebble.replace(installed, model_type="qwen2_5_omni")))
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "omni.families" else [])
+    registry._installed.cache_clear()
+    try:
+        with pytest.warns(UserWarning) as warned:
+            assert registry.find_family("gravel_omni") is installed
+        said = [str(w.message) for w in warned]
+        assert len(said) == 3 and "'sand:SAND'" in said[0] and "no sand" in said[0]
+        assert "it is a int, not a Family" in said[1] and "'qwen2_5_omni' is taken" in said[2]
+    finally:
+        monkeypatch.undo()
+        registry._installed.cache_clear()
+
+
 def test_every_name_of_every_family_resolves(pebble: ModuleType) -> None:
     for family in registry.families():
         assert set(family.parts) == {"audio_encoder", "vision_encoder", "thinker", "talker", "code2wav"}
