@@ -49,8 +49,8 @@ def test_every_backend_equals_the_loop(backend: str, tokens: int, dtype: torch.d
     if tokens > 0:  # with nothing to do, the loop's output has no history
         wanted = list(torch.autograd.grad(EXPERTS["loop"](*inputs), leaves, grad))
         assert all(w.abs().sum() > 0 for w in wanted)
-    # All are sums of products of one size, which in the smaller ones cancel, but not their roundings. A weight's sum has
-    # a rounding for each pair of its expert, in the weights' type; those wander off like the root of their number.
+    # All are sums of products of one size, which in the smaller ones cancel, but not their roundings. The gradient of a
+    # weight is rounded for each pair of its expert, in the weights' type; that wanders like the root of their number.
     largest = max(float(w.abs().max()) for w in wanted if w.numel())
     wandering = max(1.0, (inputs[1].numel() / 5) ** 0.5 / 4)
     for a, b in zip(got, wanted):
