@@ -8,11 +8,13 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.omni-ready
-TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# What the tests draw, and the threads of each of their two processes: `make test OMNI_TEST_SEED=3 OMNI_TEST_THREADS=2`.
+export OMNI_TEST_SEED ?= 0
+export OMNI_TEST_THREADS ?= 1
+TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(OMNI_TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile
 UV = $$(command -v uv || echo .venv-uv/bin/uv)
 
-# The demo is many small operations: more threads than this only wait for each other. So are the tests, which run in two
-# processes of one thread.
+# The demo is many small operations: more threads than this only wait for each other. So are the tests.
 export OMP_NUM_THREADS ?= 2
 # Without compiled bytecode every process that the tests start would compile its imports anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -43,7 +45,7 @@ nano-smoke: $(READY)  ## a minute of it: every stage for a few steps, on bundled
 	@$(BIN)/python recipes/nano/run.py --smoke --work $(or $(WORK),runs/nano_smoke)
 
 # Both halves always run, so that a formatting slip does not hide a failing test; either makes the target fail.
-test: $(READY)  ## ruff, mypy and the tests (slow ones left out), without any network after the setup
+test: $(READY)  ## ruff, mypy and the tests but the slow ones, offline (OMNI_TEST_SEED=3: other draws)
 	@status=0; $(MAKE) lint || status=$$?; \
 	$(TESTS) -m "not slow" || status=$$?; exit $$status
 

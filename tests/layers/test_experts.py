@@ -29,8 +29,8 @@ def case(
     return tuple(t if t is ids else t.to(dtype) for t in (torch.randn(tokens, dim), ids, weights, gate_up, down))
 
 
-def assert_near(got: Tensor, expected: Tensor) -> None:
-    scale = float(expected.abs().max()) if expected.numel() else 1.0
+def assert_near(got: Tensor, expected: Tensor, scale: float = 0.0) -> None:
+    scale = max(scale, float(expected.abs().max()) if expected.numel() else 1.0)
     torch.testing.assert_close(got, expected, atol=TOLERANCE[expected.dtype] * max(scale, 1e-3), rtol=0)
 
 
@@ -49,8 +49,12 @@ def test_every_backend_equals_the_loop(backend: str, tokens: int, dtype: torch.d
     if tokens > 0:  # with nothing to do, the loop's output has no history
         wanted = list(torch.autograd.grad(EXPERTS["loop"](*inputs), leaves, grad))
         assert all(w.abs().sum() > 0 for w in wanted)
+    # All are sums of products of one size, which in the smaller ones cancel, but not their roundings. The gradient of a
+    # weight is rounded for each pair of its expert, in the weights' type; that wanders like the root of their number.
+    largest = max(float(w.abs().max()) for w in wanted if w.numel())
+    wandering = max(1.0, (inputs[1].numel() / 5) ** 0.5 / 4)
     for a, b in zip(got, wanted):
-        assert_near(a, b)
+        assert_near(a, b, largest * wandering)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
