@@ -38,8 +38,8 @@ class Code2WavState(CodecState):
     """What decoding remembers of the frames so far. Make a fresh one for each turn."""
 
     transformer: WindowState
-    upsample: State
-    decoder: State
+    upsample: ChainState
+    decoder: ChainState
 
     @property
     def started(self) -> bool:
@@ -47,8 +47,12 @@ class Code2WavState(CodecState):
         return not any(part.skip for part in _parts(self) if isinstance(part, ConvState))
 
     def write_row(self, row: int, one: Code2WavState) -> None:
-        """Overwrite a row with a started state of one row, in place; the batch counts as started from then on."""
-        assert one.started, "a row joins a batch after its first frame"
+        """Overwrite a row with a started state of one row, in place; the batch counts as started from then on.
+
+        Raises ValueError for a state that has not started.
+        """
+        if not one.started:
+            raise ValueError(f"the state for row {row} has not started; a row joins a batch after its first frame")
         for mine, new in zip(_parts(self), _parts(one)):
             for name, value in vars(mine.rows(row, row + 1)).items():  # views of this batch's memory
                 if isinstance(value, Tensor):
@@ -126,8 +130,7 @@ class Code2Wav(CodecDecoder):
         if frames > _FRAMES_AT_ONCE and not torch.is_grad_enabled():
             state = self.init_state(codes.shape[0])
             return torch.cat([self.step(piece, state) for piece in codes.split(_FRAMES_AT_ONCE, dim=2)], dim=1)
-        x = self.pre_transformer(self._embed(codes)).transpose(1, 2)  # [B, D, T]
-        return self.decoder(self.upsample(x)).clamp(-1, 1)[:, 0]
+        return self.decode_embeddings(self._embed(codes)).clamp(-1, 1)
 
     def init_state(self, batch_size: int) -> Code2WavState:
         """The state before the first frame, in the dtype and on the device of the parameters."""
@@ -155,12 +158,24 @@ class Code2Wav(CodecDecoder):
             )
         if codes.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_range(codes)
-        if active is not None:
-            assert state.started, "rows can stand still only once the state has started"
-            active = active[:, None, None]
-        x = self.pre_transformer.step(self._embed(codes), state.transformer, active).transpose(1, 2)
-        x = self.decoder.step(self.upsample.step(x, state.upsample, active), state.decoder, active)
-        return x.clamp(-1, 1)[:, 0]
+        if active is not None and not state.started:
+            raise ValueError(
+                f"rows can stand still only once the state has started, and this one still lacks samples of its "
+                f"{self.lookahead} of lookahead; step all rows together first, or start a row alone and write_row it"
+            )
+        active = None if active is None else active[:, None, None]
+        return self.decode_embeddings(self._embed(codes), state, active).clamp(-1, 1)
+
+    def decode_embeddings(self, x: Tensor, state: Code2WavState | None = None, active: Tensor | None = None) -> Tensor:
+        """Mean code embeddings x [B, T, D], of a whole signal or with a state of its next frames -> [B, samples].
+
+        The samples are not yet limited to -1 .. 1. active bool [B, 1, 1]: as in `step`.
+        """
+        mixed = upsampled = decoded = None
+        if state is not None:
+            mixed, upsampled, decoded = state.transformer, state.upsample, state.decoder
+        x = self.pre_transformer(x, mixed, active).transpose(1, 2)  # [B, D, T]
+        return self.decoder(self.upsample(x, upsampled, active), decoded, active)[:, 0]
 
     def _embed(self, codes: Tensor) -> Tensor:
         """Mean embedding of each frame's codes [B, T, D]; codebook q lies at q * codebook_size in the one table."""

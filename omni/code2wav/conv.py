@@ -1,7 +1,7 @@
-"""Causal convolutions that run on a whole signal (`forward`) or on consecutive pieces of it (`step`).
+"""Causal convolutions of a whole signal, or with a state of consecutive pieces of it.
 
-A layer's state is the end of its input so far, which is all that its next output needs: `step` puts it in front of the
-new piece where `forward` puts zeros. Hence pieces of any length, joined, equal the whole. States are updated in place,
+A layer's state is the end of its input so far, which is all that its next output needs: it stands in front of the new
+piece where a whole signal has zeros. Hence pieces of any length, joined, equal the whole. States are updated in place,
 and rows of a batch may stand still: `active` bool [B, 1, 1] is False where a row's state must not change (None: none).
 
 A piece of one frame is only a few steps long in the wide layers. There the convolutions are written as matrix products
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from omni.layers.state import State
 
 _SMALL_SIGNAL = 32768  # values; from here on torch's convolution is as fast as the matrix product or faster
 _FEW_COLUMNS = 64  # rows * steps; below it the product with the transposed weight
+
+S = TypeVar("S", bound=State)
 
 
 @dataclass
@@ -52,16 +54,16 @@ class ChainState(State):
     layers: list[State]
 
 
-class StreamingLayer(nn.Module):
-    """A causal map of [B, C, T]. This base suits layers that look at one step in time only: they keep no state."""
+class StreamingLayer(nn.Module, Generic[S]):
+    """A causal map of [B, C, T] to [B, C', T'] with a state of kind S."""
 
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> S:
         """The state before the first piece, in the dtype and on the device of the parameters."""
-        return State()
+        raise NotImplementedError
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        """The next piece x [B, C, T] of a signal, T >= 0 -> its outputs; updates `state` in place."""
-        return self(x)
+    def forward(self, x: Tensor, state: S | None = None, active: Tensor | None = None) -> Tensor:
+        """A whole signal x [B, C, T], or with a state its next piece, T >= 0; updates `state` in place."""
+        raise NotImplementedError
 
 
 class StreamingChain(nn.ModuleList):
@@ -70,24 +72,19 @@ class StreamingChain(nn.ModuleList):
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, T] through all layers."""
-        for layer in self:
-            x = layer(x)
-        return x
-
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> ChainState:
         """The state before the first piece."""
-        return ChainState([cast(StreamingLayer, layer).init_state(batch_size) for layer in self])
+        return ChainState([cast(StreamingLayer[Any], layer).init_state(batch_size) for layer in self])
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        """The next piece x [B, C, T] of a signal -> its outputs; updates `state` in place."""
-        for layer, own in zip(self, cast(ChainState, state).layers):
-            x = cast(StreamingLayer, layer).step(x, own, active)
+    def forward(self, x: Tensor, state: ChainState | None = None, active: Tensor | None = None) -> Tensor:
+        """x [B, C, T] through all layers, as `StreamingLayer.forward`."""
+        states: list[Any] = [None] * len(self) if state is None else state.layers
+        for layer, own in zip(self, states):
+            x = layer(x, own, active)
         return x
 
 
-class CausalConv1d(StreamingLayer):
+class CausalConv1d(StreamingLayer[ConvState]):
     """Convolution whose output t sees inputs up to t: `context` zeros in front, none behind."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, dilation: int = 1, groups: int = 1) -> None:
@@ -95,14 +92,11 @@ class CausalConv1d(StreamingLayer):
         self.conv = nn.Conv1d(inputs, outputs, kernel_size, dilation=dilation, groups=groups)
         self.context = (kernel_size - 1) * dilation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(F.pad(x, (self.context, 0)))
-
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> ConvState:
         return ConvState(self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.context))
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        return self._convolve(cast(ConvState, state).extend(x, active))
+    def forward(self, x: Tensor, state: ConvState | None = None, active: Tensor | None = None) -> Tensor:
+        return self._convolve(F.pad(x, (self.context, 0)) if state is None else state.extend(x, active))
 
     def _convolve(self, x: Tensor) -> Tensor:
         if x.shape[-1] <= self.context:  # nothing but context
@@ -125,7 +119,7 @@ class CausalConv1d(StreamingLayer):
         return y.view(-1, rows, steps).transpose(0, 1)
 
 
-class CausalConvTranspose1d(StreamingLayer):
+class CausalConvTranspose1d(StreamingLayer[ConvState]):
     """Upsampling by `stride`: T inputs give stride * T outputs, less `overlap` at the start if `trim_start`.
 
     Each input adds kernel_size outputs, of which the last `overlap = kernel_size - stride` lie under the next input's.
@@ -141,15 +135,13 @@ class CausalConvTranspose1d(StreamingLayer):
         self.context = -(-overlap // stride)  # inputs whose outputs reach under the next input's
         self.trim = overlap if trim_start else 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._upsample(x, 0)[..., self.trim :]
-
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> ConvState:
         past = self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.context)
         return ConvState(past, skip=self.trim)
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        state = cast(ConvState, state)
+    def forward(self, x: Tensor, state: ConvState | None = None, active: Tensor | None = None) -> Tensor:
+        if state is None:
+            return self._upsample(x, 0)[..., self.trim :]
         y = self._upsample(state.extend(x, active), self.context)
         if state.skip == 0:  # always after the first piece
             return y
@@ -174,11 +166,17 @@ class CausalConvTranspose1d(StreamingLayer):
         return (y.transpose(1, 2) + bias[:, None, None]).flatten(2)
 
 
-class StreamingSnake(SnakeBeta, StreamingLayer):
-    """Snake among streaming layers."""
+class StreamingSnake(SnakeBeta, StreamingLayer[State]):
+    """Snake among streaming layers: it looks at one step in time only, and so keeps nothing."""
+
+    def init_state(self, batch_size: int) -> State:
+        return State()
+
+    def forward(self, x: Tensor, state: State | None = None, active: Tensor | None = None) -> Tensor:
+        return super().forward(x)
 
 
-class ConvNeXtBlock(StreamingLayer):
+class ConvNeXtBlock(StreamingLayer[ConvState]):
     """Residual block: depthwise causal convolution, then a feed-forward layer on each step, scaled by gamma."""
 
     def __init__(self, channels: int) -> None:
@@ -193,42 +191,33 @@ class ConvNeXtBlock(StreamingLayer):
         """gamma = 1e-6, as in the paper: the block starts as the identity."""
         nn.init.constant_(self.gamma, 1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._add(x, self.dwconv(x))
-
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> ConvState:
         return self.dwconv.init_state(batch_size)
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        return self._add(x, self.dwconv.step(x, state, active))
-
-    def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """x [B, C, T] plus the feed-forward layer of what the depthwise convolution made of it."""
+    def forward(self, x: Tensor, state: ConvState | None = None, active: Tensor | None = None) -> Tensor:
+        mixed = self.dwconv(x, state, active)
         y = self.pwconv2(F.gelu(self.pwconv1(self.norm(mixed.transpose(1, 2)))))
         return torch.addcmul(x, self.gamma[:, None], y.transpose(1, 2))
 
 
-class ResidualUnit(StreamingLayer):
+class ResidualUnit(StreamingLayer[ConvState]):
     """x + pointwise(snake(dilated convolution(snake(x))))."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
-        self.act1 = StreamingSnake(channels)
+        self.act1 = SnakeBeta(channels)
         self.conv1 = CausalConv1d(channels, channels, kernel_size=7, dilation=dilation)
-        self.act2 = StreamingSnake(channels)
+        self.act2 = SnakeBeta(channels)
         self.conv2 = CausalConv1d(channels, channels, kernel_size=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.act2(self.conv1(self.act1(x))))
-
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> ConvState:
         return self.conv1.init_state(batch_size)
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        return x + self.conv2(self.act2(self.conv1.step(self.act1(x), state, active)))
+    def forward(self, x: Tensor, state: ConvState | None = None, active: Tensor | None = None) -> Tensor:
+        return x + self.conv2(self.act2(self.conv1(self.act1(x), state, active)))
 
 
-class DecoderBlock(StreamingLayer):
+class DecoderBlock(StreamingLayer[ChainState]):
     """Upsampling by `rate` and halving of the channels, then three residual units of growing dilation."""
 
     def __init__(self, inputs: int, outputs: int, rate: int, *, trim_start: bool) -> None:
@@ -241,11 +230,8 @@ class DecoderBlock(StreamingLayer):
             ]
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
-
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> ChainState:
         return self.block.init_state(batch_size)
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        return self.block.step(x, state, active)
+    def forward(self, x: Tensor, state: ChainState | None = None, active: Tensor | None = None) -> Tensor:
+        return self.block(x, state, active)

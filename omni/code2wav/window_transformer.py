@@ -5,6 +5,7 @@ Shapes: B rows, T frames, D width, H heads, Hkv key-value heads, hd head width, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from omni.config.qwen3_omni import Code2WavConfig
 from omni.layers.attention_backends import attention
-from omni.layers.decoder_layer import SelfAttention
+from omni.layers.decoder_layer import Context, SelfAttention
 from omni.layers.norm import RMSNorm
 from omni.layers.state import State
 from omni.layers.swiglu import SwiGLU
@@ -22,28 +23,30 @@ from omni.rope.rotary import Rotary
 _FRAMES_AT_ONCE = 256  # bounds the mask: 256 x (256 + W) entries however long the signal
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of each query over its own key and the window - 1 keys before it, a block of queries at a time.
+class Window(NamedTuple):
+    """What the frames of a whole signal see: each itself and the `size` - 1 frames before it."""
 
-    q [B, H, T, hd]; k, v [B, Hkv, T, hd]. Returns [B, H, T, hd].
-    """
-    frames = q.shape[2]
-    done = []
-    for start in range(0, frames, _FRAMES_AT_ONCE):
-        stop = min(start + _FRAMES_AT_ONCE, frames)
-        first = max(0, start - window + 1)
-        age = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
-        visible = (age >= 0) & (age < window)
-        done.append(attention(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], visible))
-    return torch.cat(done, dim=2)
+    size: int
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, T, hd], k and v [B, Hkv, T, hd] -> [B, H, T, hd], a block of queries at a time."""
+        frames = q.shape[2]
+        done = []
+        for start in range(0, frames, _FRAMES_AT_ONCE):
+            stop = min(start + _FRAMES_AT_ONCE, frames)
+            first = max(0, start - self.size + 1)
+            age = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+            visible = (age >= 0) & (age < self.size)
+            done.append(attention(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], visible))
+        return torch.cat(done, dim=2)
 
 
 class LayerRing(NamedTuple):
-    """What one layer's attention reads and writes in one step of T frames: views of the state, what all layers share.
+    """What one layer's attention reads and writes for a piece of T frames: views of the state, what all layers share.
 
     keys, values [B, Hkv, W, hd]; places int64 [B, Hkv, min(T, W), hd] of the last new frames; visible bool
-    [B, 1, T, W] over the ring as it is after writing (T = 1), or [B, 1, T, W + T] over the ring before it and the new
-    frames; active bool [B, 1, 1, 1] or None.
+    [B, 1, T, W] over the ring as it is after writing (decode), or [B, 1, T, W + T] over the ring before it and the new
+    frames; active bool [B, 1, 1, 1] or None; decode: one frame comes.
     """
 
     keys: Tensor
@@ -51,10 +54,11 @@ class LayerRing(NamedTuple):
     places: Tensor
     visible: Tensor
     active: Tensor | None
+    decode: bool
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the new frames, q [B, H, T, hd] and k, v [B, Hkv, T, hd] -> [B, H, T, hd]; keeps k and v."""
-        if q.shape[2] == 1:  # the frame that it overwrites has just left the window, also in rows that stand still
+        if self.decode:  # the frame that it overwrites has just left the window, also in rows that stand still
             self._write(k, v, None)
             return attention(q, self.keys, self.values, self.visible)
         keys, values = torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
@@ -85,12 +89,15 @@ class WindowState(State):
     values: Tensor
     frames: Tensor
 
-    def layers(self, positions: Tensor, active: Tensor | None) -> list[LayerRing]:
-        """Each layer's view for a step of frames at `positions` int64 [B, T]; active bool [B, 1, 1] or None."""
+    def layers(self, positions: Tensor, active: Tensor | None, *, decode: bool) -> list[LayerRing]:
+        """Each layer's view for the frames at `positions` int64 [B, T]; active bool [B, 1, 1] or None.
+
+        decode: one frame comes (T = 1); it may then be written before the ring is read, which spares a copy of it.
+        """
         window, steps = self.keys.shape[3], positions.shape[1]
         places = torch.arange(window, device=positions.device)
         first = positions[:, :1]
-        if steps == 1:
+        if decode:
             age = (first - places) % window  # [B, W], 0 for the new frame
             visible = (age <= first)[:, None, None]
         else:
@@ -103,7 +110,8 @@ class WindowState(State):
         _, rows, heads, _, dim = self.keys.shape
         filled = (positions[:, -window:] % window)[:, None, :, None].expand(rows, heads, -1, dim)
         active = None if active is None else active[..., None]
-        return [LayerRing(k, v, filled, visible, active) for k, v in zip(self.keys.unbind(), self.values.unbind())]
+        each = zip(self.keys.unbind(), self.values.unbind())
+        return [LayerRing(k, v, filled, visible, active, decode) for k, v in each]
 
 
 class LayerScale(nn.Module):
@@ -135,11 +143,9 @@ class WindowLayer(nn.Module):
         self.self_attn_layer_scale = LayerScale(dim, config.layer_scale_initial_scale)
         self.mlp_layer_scale = LayerScale(dim, config.layer_scale_initial_scale)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], window: int, ring: LayerRing | None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]: a whole signal, or with a ring the next frames of one."""
-        q, k, v = self.self_attn.project(self.input_layernorm(x), tables)
-        y = windowed_attention(q, k, v, window) if ring is None else ring.attention(q, k, v)
-        x = self.self_attn_layer_scale(x, self.self_attn.output(y))
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], context: Context) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; context: the `Window` of a whole signal, or the ring that its next frames see."""
+        x = self.self_attn_layer_scale(x, self.self_attn(self.input_layernorm(x), tables, context))
         return self.mlp_layer_scale(x, self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -160,23 +166,24 @@ class WindowTransformer(nn.Module):
         keys, values = (weight.new_zeros(len(self.layers), batch_size, *self.ring_shape) for _ in range(2))
         return WindowState(keys, values, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """A whole signal x [B, T, D] -> [B, T, D]."""
-        tables = self.rotary(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
-        for layer in self.layers:
-            x = layer(x, tables, self.window, None)
-        return self.norm(x)
+    def forward(self, x: Tensor, state: WindowState | None = None, active: Tensor | None = None) -> Tensor:
+        """A whole signal x [B, T, D], or with a state its next frames -> [B, T, D].
 
-    def step(self, x: Tensor, state: WindowState, active: Tensor | None = None) -> Tensor:
-        """The next frames x [B, T, D] of a signal -> [B, T, D]; updates `state` in place, but for rows not in `active`.
-
-        active bool [B, 1, 1] (None: every row).
+        Updates `state` in place, but for rows that are False in `active`, bool [B, 1, 1] (None: every row moves).
         """
-        if x.shape[1] > _FRAMES_AT_ONCE:
-            return torch.cat([self.step(piece, state, active) for piece in x.split(_FRAMES_AT_ONCE, dim=1)], dim=1)
-        positions = state.frames[:, None] + torch.arange(x.shape[1], device=x.device)
+        frames = x.shape[1]
+        if state is not None and frames > _FRAMES_AT_ONCE:
+            return torch.cat([self(piece, state, active) for piece in x.split(_FRAMES_AT_ONCE, dim=1)], dim=1)
+        positions = torch.arange(frames, device=x.device)
+        contexts: Sequence[Context]
+        if state is None:
+            positions, contexts = positions.expand(x.shape[0], -1), [Window(self.window)] * len(self.layers)
+        else:
+            positions = state.frames[:, None] + positions
+            contexts = state.layers(positions, active, decode=frames == 1)
         tables = self.rotary(positions)
-        for layer, ring in zip(self.layers, state.layers(positions, active)):
-            x = layer(x, tables, self.window, ring)
-        state.frames.add_(x.shape[1] if active is None else active[:, 0, 0] * x.shape[1])
+        for layer, context in zip(self.layers, contexts):
+            x = layer(x, tables, context)
+        if state is not None:
+            state.frames.add_(frames if active is None else active[:, 0, 0] * frames)
         return self.norm(x)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from omni.generation.sampling import RowSampling
-from omni.layers.cache import KVCache, LayerCache
 from omni.layers.decoder_layer import run_layer
 from omni.layers.decoder_state import DecoderState
 from omni.talker.mtp import MTP
@@ -46,12 +45,12 @@ class Steps:
 
     def thinker(self, thinker: Any, ids: Tensor, state: DecoderState, span: int | None) -> tuple[Tensor, Tensor]:
         """The Thinker reads ids int64 [B] -> (logits of the next token [B, V], final hidden [B, D])."""
-        logits, final = thinker.decode(ids, state.step_positions(), _views(state.cache, span), self.layer)
+        logits, final = thinker.decode(ids, state.step_positions(), state.cache.decode(span), self.layer)
         return logits, final
 
     def talker(self, talker: Any, embeds: Tensor, state: DecoderState, span: int | None) -> tuple[Tensor, Tensor]:
         """The Talker reads embeds [B, Di] -> (logits of codebook 0 [B, C], hidden [B, D])."""
-        logits, hidden = talker.decode(embeds, state.step_positions(), _views(state.cache, span), self.layer)
+        logits, hidden = talker.decode(embeds, state.step_positions(), state.cache.decode(span), self.layer)
         return logits, hidden
 
     def begin_turn(self) -> None:
@@ -59,11 +58,6 @@ class Steps:
         for step in (self.layer, self.residual, self.codec):
             if isinstance(step, CompiledByModule):
                 step.look_again()
-
-
-def _views(cache: KVCache, span: int | None) -> list[LayerCache]:
-    """The layers' caches for one token a row: exactly what is filled, or the first `span` slots under a mask."""
-    return cache.layers(1) if span is None else cache.views(span, cache.length[:, None], cache.visible(span))
 
 
 class CompiledByModule:

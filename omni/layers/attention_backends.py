@@ -50,7 +50,6 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
         return _fused(q, k, v, mask)
     if T == S and mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    assert T <= S, "causal queries are the last of the keys"
     last = torch.arange(S - T, S, device=q.device)[None]
     return _in_blocks(q, k, v, last, None if mask is None else mask.expand(*mask.shape[:-2], T, S))
 
@@ -119,7 +118,15 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, backend: str | None = None
 ) -> Tensor:
-    """Scaled dot-product attention -> [B, H, T, D]. Raises ValueError for an unknown backend."""
+    """Scaled dot-product attention -> [B, H, T, D].
+
+    Raises ValueError for an unknown backend, and for causal queries that are more than the keys.
+    """
+    if causal and q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} causal queries are more than the {k.shape[2]} keys, whose last they are; "
+            "pass the keys of all queries, or causal=False"
+        )
     return ATTENTION[_choice(ATTENTION, backend)](q, k, v, mask, causal)
 
 
@@ -223,11 +230,15 @@ def packed_attention(
     `blocks` are the blocks, or the lengths of blocks that see all of themselves, with sum N. By default blocks of equal
     length share a fused call, and blocks of several lengths go through torch's varlen kernel where it runs: one launch
     instead of one a length.
-    Raises ValueError for an unknown backend.
+    Raises ValueError for an unknown backend, and for blocks whose lengths do not add up to N.
     """
     if not isinstance(blocks, PackedBlocks):
         blocks = PackedBlocks(blocks, q.device)
-    assert blocks.total == q.shape[0], "block lengths must cover the packed row"
+    if blocks.total != q.shape[0]:
+        raise ValueError(
+            f"{len(blocks.lengths)} blocks of {blocks.total} tokens do not fit a packed row of {q.shape[0]}; "
+            "their lengths must add up to it"
+        )
     usual = "varlen" if len(blocks.runs) > 1 else "sdpa"
     return PACKED[_choice(PACKED, backend, usual)](q, k, v, blocks)
 

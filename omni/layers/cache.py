@@ -4,27 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from omni.layers.attention_backends import attention, cached_attention
 from omni.layers.state import State
+
+Pass = Literal["first", "prefill", "decode"]
 
 
 class LayerCache(NamedTuple):
-    """What one layer's attention reads and writes in one pass over T new tokens. Tensors only, but for `fresh`.
+    """What one layer's attention reads and writes in one pass over T new tokens. Tensors only, but for `kind`.
 
     keys, values [B, Hkv, S, hd]: views of the cache as far as any row may look; slots int64 [B, T]: where the new
-    tokens of each row lie; visible bool [B, 1, 1, S]: what a single new token may look at (None: all S, or T > 1);
-    fresh: nothing was in the cache before.
+    tokens of each row lie; kind: "first" where nothing was in the cache before, so that the new tokens see each other
+    alone, else "prefill" of any number of tokens, or "decode" of one token a row, which looks at what is `visible`,
+    bool [B, 1, 1, S] (None: at all S).
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
-    visible: Tensor | None
-    fresh: bool
+    kind: Pass
+    visible: Tensor | None = None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of the new tokens, q [B, H, T, hd] and k, v [B, Hkv, T, hd] -> [B, H, T, hd], over what the
+        cache holds of their row and themselves; keeps k and v."""
+        self.write(k, v)
+        if self.kind == "first":
+            return attention(q, k, v, causal=True)
+        if self.kind == "decode":
+            return attention(q, self.keys, self.values, self.visible)
+        return cached_attention(q, self.keys, self.values, self.slots)
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store the new keys and values [B, Hkv, T, hd], without their gradients."""
@@ -79,21 +93,33 @@ class KVCache(State):
             new[..., : old.shape[3], :] = old
             setattr(self, name, new)
 
-    def layers(self, tokens: int) -> list[LayerCache]:
-        """Every layer's view for a pass over the next `tokens` tokens of each row, for which there must be room."""
+    def prefill(self, tokens: int) -> list[LayerCache]:
+        """Every layer's view for reading the next `tokens` tokens of each row, for which there must be room."""
         slots = self.length[:, None] + torch.arange(tokens, device=self.length.device)
-        even = min(self.lengths) == self.longest
-        visible = None if even or tokens > 1 else self.visible(self.longest + 1)
-        return self.views(self.longest + tokens, slots, visible, fresh=self.longest == 0)
+        return self.views(self.longest + tokens, slots, "prefill" if self.longest else "first")
 
-    def visible(self, span: int) -> Tensor:
+    def decode(self, span: int | None = None) -> list[LayerCache]:
+        """Every layer's view for one further token of each row, for which there must be room.
+
+        span: slots that a step of fixed shape looks at under a mask (None: exactly those filled, and a mask only where
+        rows are out of step).
+        """
+        slots = self.length[:, None]
+        if span is not None:
+            return self.views(span, slots, "decode", self._visible(span))
+        if self.longest == 0:
+            return self.views(1, slots, "first")
+        even = min(self.lengths) == self.longest
+        return self.views(self.longest + 1, slots, "decode", None if even else self._visible(self.longest + 1))
+
+    def _visible(self, span: int) -> Tensor:
         """bool [B, 1, 1, span]: what the next token of each row may look at."""
         return (torch.arange(span, device=self.length.device) <= self.length[:, None])[:, None, None]
 
-    def views(self, span: int, slots: Tensor, visible: Tensor | None, fresh: bool = False) -> list[LayerCache]:
+    def views(self, span: int, slots: Tensor, kind: Pass, visible: Tensor | None = None) -> list[LayerCache]:
         """Every layer's view of the first `span` slots; the other arguments are the fields of `LayerCache`."""
         keys, values = self.keys[:, :, :, :span], self.values[:, :, :, :span]
-        return [LayerCache(keys[i], values[i], slots, visible, fresh) for i in range(len(keys))]
+        return [LayerCache(keys[i], values[i], slots, kind, visible) for i in range(len(keys))]
 
     def advance(self, counts: Sequence[int]) -> None:
         """Count the tokens just written, `counts[row]` of each row (what was written beyond was padding)."""
@@ -106,13 +132,18 @@ class KVCache(State):
             self.lengths[row] += count
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget the tokens of one row from `length` on."""
-        assert 0 <= length <= self.lengths[row], "a cache cannot be truncated to more than it holds"
+        """Forget the tokens of one row from `length` on. Raises ValueError for more tokens than the row holds."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(
+                f"row {row} of the cache holds {self.lengths[row]} tokens and cannot be cut to {length}; "
+                f"pass a length from 0 to {self.lengths[row]}"
+            )
         self.grow(row, length)
 
     def grow(self, row: int, length: int) -> None:
-        """Count tokens of one row that were put in place from outside."""
-        assert length <= self.capacity
+        """Count tokens of one row that were put in place from outside. Raises ValueError beyond the capacity."""
+        if length > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} tokens a row cannot hold {length}; reserve room first")
         self.lengths[row] = length
         self.length[row] = length
 

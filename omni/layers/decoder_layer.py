@@ -5,16 +5,24 @@ Shapes: B rows, T tokens, D width, H heads, Hkv key-value heads, hd head width.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor, nn
 
 from omni.config.decoder import DecoderConfig
-from omni.layers.attention_backends import attention, cached_attention, packed_attention
-from omni.layers.cache import LayerCache
+from omni.layers.attention_backends import attention
+from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
-from omni.layers.packing import PackedBlocks
 from omni.rope.rotary import apply_rotary
 
 Tables = tuple[Tensor, Tensor]
+
+
+class Context(Protocol):
+    """What new tokens see beside themselves: a cache, a ring of the last frames, the other tokens of a packed row."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of the new tokens, q [B, H, T, hd] and k, v [B, Hkv, T, hd] -> [B, H, T, hd]; a cache keeps k and v."""
 
 
 class SelfAttention(nn.Module):
@@ -42,26 +50,11 @@ class SelfAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         return apply_rotary(q, *tables), apply_rotary(k, *tables), v
 
-    def output(self, y: Tensor) -> Tensor:
-        """y [B, H, T, hd] -> [B, T, D]."""
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor, tables: Tables, cache: LayerCache | PackedBlocks | None = None) -> Tensor:
-        """Causal attention over the new tokens and, with a cache, over what it holds of the row.
-
-        With blocks instead of a cache, the one row x [1, T, D] holds several sequences, and each sees itself alone.
-        """
+    def forward(self, x: Tensor, tables: Tables, context: Context | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; without a context the tokens are a whole sequence and see those before them."""
         q, k, v = self.project(x, tables)
-        if isinstance(cache, PackedBlocks):
-            q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))
-            return self.output(packed_attention(q, k, v, cache).transpose(0, 1)[None])
-        if cache is not None:
-            cache.write(k, v)
-        if cache is None or cache.fresh:
-            return self.output(attention(q, k, v, causal=True))
-        if x.shape[1] == 1:
-            return self.output(attention(q, cache.keys, cache.values, cache.visible))
-        return self.output(cached_attention(q, cache.keys, cache.values, cache.slots))
+        y = attention(q, k, v, causal=True) if context is None else context.attention(q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -80,16 +73,19 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         tables: Tables,
-        cache: LayerCache | PackedBlocks | None = None,
+        context: Context | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `cache`: this layer's view of the key-value cache, or a packed row's blocks."""
-        x = x + self.self_attn(self.input_layernorm(x), tables, cache)
+        """x [B, T, D] -> [B, T, D]. To `router_logits` a sparse layer appends those of its router, [B * T, E]."""
+        x = x + self.self_attn(self.input_layernorm(x), tables, context)
         y = self.post_attention_layernorm(x)
-        return x + (self.mlp(y) if router_logits is None else self.mlp(y, router_logits))
+        routed = router_logits is not None and isinstance(self.mlp, MoE)
+        return x + (self.mlp(y, router_logits) if routed else self.mlp(y))
 
 
-def run_layer(layer: nn.Module, x: Tensor, tables: Tables, cache: LayerCache) -> Tensor:
+def run_layer(
+    layer: nn.Module, x: Tensor, tables: Tables, context: Context | None, router_logits: list[Tensor] | None = None
+) -> Tensor:
     """One step of one layer; the function that compiled decoding puts in its place runs them all."""
-    y: Tensor = layer(x, tables, cache)
+    y: Tensor = layer(x, tables, context, router_logits)
     return y

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from omni.config.decoder import DecoderConfig
-from omni.layers.cache import KVCache, LayerCache
+from omni.layers.attention_backends import packed_attention
+from omni.layers.cache import KVCache
+from omni.layers.decoder_layer import Context
 from omni.layers.packing import PackedBlocks
 from omni.layers.state import State
 
@@ -47,14 +50,29 @@ class DecoderState(State):
         self.cache.count(moves)
 
 
-def layer_views(
+class PackedRow(NamedTuple):
+    """The one row holds several sequences, and each token sees those before it in its own."""
+
+    blocks: PackedBlocks
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, H, T, hd], k and v [1, Hkv, T, hd] -> [1, H, T, hd]."""
+        q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))
+        return packed_attention(q, k, v, self.blocks).transpose(0, 1)[None]
+
+
+def prefill_contexts(
     state: DecoderState | None, blocks: PackedBlocks | None, layers: int, tokens: int
-) -> Sequence[LayerCache | PackedBlocks | None]:
+) -> Sequence[Context | None]:
     """What each of the layers sees beside its `tokens` new tokens a row: its cache, which gets room for them; or the
-    limits of a packed row's sequences, which is read at once; or nothing (neither).
+    limits of a packed row's sequences, which is read at once; or nothing (neither). Raises ValueError for both.
     """
     if state is None:
-        return [blocks] * layers
-    assert blocks is None, "a packed row is read at once"
+        return [None if blocks is None else PackedRow(blocks)] * layers
+    if blocks is not None:
+        raise ValueError(
+            f"a packed row (here of {len(blocks.lengths)} sequences) is read at once and takes no state; "
+            "pass blocks or state, not both"
+        )
     state.cache.reserve(tokens)
-    return state.cache.layers(tokens)
+    return state.cache.prefill(tokens)

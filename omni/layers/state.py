@@ -65,7 +65,10 @@ def _rows(value: Any, dim: int, start: int, stop: int) -> Any:
 
 
 def join_rows(states: Sequence[S]) -> S:
-    """One state whose rows are those of all the states, which must agree in everything that is not a tensor."""
+    """One state whose rows are those of all the states, which must agree in everything that is not a tensor.
+
+    Raises ValueError where they do not.
+    """
     first = states[0]
     new = copy.copy(first)
     for f in dataclasses.fields(first):
@@ -83,7 +86,12 @@ def _join(values: list[Any], dim: int) -> Any:
         if values[0] and not isinstance(values[0][0], (Tensor, State)):  # one item a row
             return [item for value in values for item in value]
         return [_join(list(items), dim) for items in zip(*values)]  # one item a layer
-    assert all(value == values[0] for value in values), "states that are not at the same point cannot be joined"
+    for value in values:
+        if value != values[0]:
+            raise ValueError(
+                f"states that are not at the same point cannot be joined: one has {value!r} where another has "
+                f"{values[0]!r}; join those that have taken the same steps"
+            )
     return values[0]
 
 

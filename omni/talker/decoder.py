@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from omni.layers.cache import LayerCache
-from omni.layers.decoder_layer import Tables, run_layer
-from omni.layers.decoder_state import DecoderState, layer_views
-from omni.layers.moe import MoE
+from omni.layers.decoder_layer import Context, Tables, run_layer
+from omni.layers.decoder_state import DecoderState, prefill_contexts
 from omni.layers.packing import PackedBlocks
 from omni.talker.contract import TalkerContract, TalkerOutput
 
@@ -49,16 +48,13 @@ class TalkerDecoder(TalkerContract):
         lengths: inputs of each row, the rest is padding (None: all T). blocks: several turns in one row (B = 1), which
         do not see each other (training; takes no state). Without `with_logits` they are [B, 0, V].
         """
-        x = self.project_input(embeds)
+        rows, tokens, _ = embeds.shape
         router_logits: list[Tensor] | None = [] if with_router_logits else None
-        tables = self.rope(positions)
-        views = layer_views(state, blocks, len(self.layers), x.shape[1])
-        for layer, view in zip(self.layers, views):
-            x = layer(x, tables, view, router_logits if isinstance(layer.mlp, MoE) else None)
+        contexts = prefill_contexts(state, blocks, len(self.layers), tokens)
+        hidden = self._read(self.project_input(embeds), positions, contexts, router_logits)
         if state is not None:
-            state.cache.advance(lengths or [x.shape[1]] * x.shape[0])
-        x = self.norm(x)
-        return TalkerOutput(self.codec_head(x if with_logits else x[:, :0]), x, router_logits)
+            state.cache.advance(lengths or [tokens] * rows)
+        return TalkerOutput(self.codec_head(hidden if with_logits else hidden[:, :0]), hidden, router_logits)
 
     def step(self, embeds: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
         """One further frame a row: embeds [B, Di] -> (logits of codebook 0 [B, V], hidden [B, D]).
@@ -66,7 +62,7 @@ class TalkerDecoder(TalkerContract):
         Rows where `active` is False stand still; their outputs mean nothing.
         """
         state.cache.reserve(1)
-        logits, hidden = self.decode(embeds, state.step_positions(), state.cache.layers(1))
+        logits, hidden = self.decode(embeds, state.step_positions(), state.cache.decode())
         state.count_step(active)
         return logits, hidden
 
@@ -80,9 +76,19 @@ class TalkerDecoder(TalkerContract):
         """The same as a function of tensors alone: embeds [B, Di], positions fp32 [3, B, 1], one view of the cache a
         layer. The caller counts the frame (`DecoderState.step`, `KVCache.count`); `run` is how a layer is run.
         """
-        x = self.project_input(embeds)[:, None]
-        tables = self.rope(positions)
-        for layer, cache in zip(self.layers, caches):
-            x = run(layer, x, tables, cache)
-        hidden = self.norm(x)[:, 0]
+        hidden = self._read(self.project_input(embeds)[:, None], positions, caches, run=run)[:, 0]
         return self.codec_head(hidden), hidden
+
+    def _read(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        contexts: Sequence[Context | None],
+        router_logits: list[Tensor] | None = None,
+        run: Callable[..., Tensor] = run_layer,
+    ) -> Tensor:
+        """All layers and the final norm, x [B, T, D] -> [B, T, D]."""
+        tables = self.rope(positions)
+        for layer, context in zip(self.layers, contexts):
+            x = run(layer, x, tables, context, router_logits)
+        return self.norm(x)

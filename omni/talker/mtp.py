@@ -54,8 +54,9 @@ class MTP(nn.Module):
 
     def decode(self, x: Tensor, tables: Tables, caches: Sequence[LayerCache] | None = None) -> Tensor:
         """All layers and the final norm, x [N, T, D] -> [N, T, D]: a function of tensors alone."""
-        for i, layer in enumerate(self.layers):
-            x = layer(x, tables, None if caches is None else caches[i])
+        contexts: Sequence[LayerCache | None] = caches or [None] * len(self.layers)
+        for layer, context in zip(self.layers, contexts):
+            x = layer(x, tables, context)
         return self.norm(x)
 
     def embed_residual(self, codes: Tensor) -> Tensor:
@@ -85,33 +86,36 @@ class MTP(nn.Module):
         """The residual codes of one frame: K - 1 fixed steps.
 
         hidden, first [B, D] as in `forward`; `sample(logits [B, V], i)` chooses code i + 1. Whatever `cache` holds is
-        overwritten. `step` stands in for `MTP.code_logits`; it gets one vector a row at a time, so that one shape is
-        enough. Returns codes int64 [B, K - 1] and the sum of their embeddings [B, D].
+        overwritten. `step` stands in for `MTP.code_logits`; then the first two vectors are read one by one as well, so
+        that one shape is enough. Returns codes int64 [B, K - 1] and the sum of their embeddings [B, D].
         """
         cache = self.init_cache(hidden.shape[0]) if cache is None else cache
         slots = torch.arange(self.config.num_code_groups, device=hidden.device)
         cos, sin = self.rope(slots[None])
-        x, place = torch.stack((hidden, first), dim=1), 0
-        if step is not None:
-            step(self, x[:, :1], slots[:1], (cos[:, :1], sin[:, :1]), cache, self.lm_head[0])
-            x, place = x[:, 1:], 1
-        step = step or MTP.code_logits
+        places = [(slots[i : i + 1], (cos[:, i : i + 1], sin[:, i : i + 1])) for i in range(len(slots))]
+        if step is None:
+            step = MTP.code_logits
+            views = cache.views(2, slots[:2].expand(len(hidden), -1), "first")
+            read = self.decode(torch.stack((hidden, first), dim=1), (cos[:, :2], sin[:, :2]), views)
+            logits = self.lm_head[0](read[:, -1])
+        else:
+            step(self, hidden[:, None], *places[0], cache, self.lm_head[0])
+            logits = step(self, first[:, None], *places[1], cache, self.lm_head[0])
         codes, total = [], torch.zeros_like(hidden)
-        for i, (head, table) in enumerate(zip(self.lm_head, self.codec_embedding)):
-            new = slice(place, place + x.shape[1])
-            code = sample(step(self, x, slots[new], (cos[:, new], sin[:, new]), cache, head), i)
-            codes.append(code)
-            embedding = table(code)
+        for i, table in enumerate(self.codec_embedding):
+            codes.append(sample(logits, i))
+            embedding = table(codes[-1])
             total = total + embedding
-            x, place = embedding[:, None], new.stop
+            if i + 1 < len(self.lm_head):
+                logits = step(self, embedding[:, None], *places[i + 2], cache, self.lm_head[i + 1])
         return torch.stack(codes, dim=1), total
 
-    def code_logits(self, x: Tensor, slots: Tensor, tables: Tables, cache: KVCache, head: nn.Module) -> Tensor:
-        """Read x [B, T, D] at slots int64 [T] of the frame: logits of the next code [B, V].
+    def code_logits(self, x: Tensor, slot: Tensor, tables: Tables, cache: KVCache, head: nn.Module) -> Tensor:
+        """Read one vector a row, x [B, 1, D] at slot int64 [1] of the frame: logits of the next code [B, V].
 
-        T is 2 at the start of a frame, else 1. A function of tensors alone, as `Thinker.decode`.
+        A function of tensors alone, as `Thinker.decode`.
         """
         span = cache.keys.shape[3]
-        visible = (torch.arange(span, device=x.device) <= slots)[None, None, None] if x.shape[1] == 1 else None
-        views = cache.views(span, slots.expand(x.shape[0], -1), visible, fresh=x.shape[1] > 1)
+        visible = (torch.arange(span, device=x.device) <= slot)[None, None, None]
+        views = cache.views(span, slot.expand(x.shape[0], -1), "decode", visible)
         return head(self.decode(x, tables, views)[:, -1])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from omni.config.decoder import MoEConfig
 from omni.config.model import ThinkerConfig
 from omni.layers.cache import LayerCache
-from omni.layers.decoder_layer import DecoderLayer, Tables, run_layer
-from omni.layers.decoder_state import DecoderState, layer_views
+from omni.layers.decoder_layer import Context, DecoderLayer, Tables, run_layer
+from omni.layers.decoder_state import DecoderState, prefill_contexts
 from omni.layers.moe import MoE
 from omni.layers.norm import RMSNorm
 from omni.layers.packing import PackedBlocks
@@ -76,29 +76,19 @@ class Thinker(ThinkerContract):
         no state). logits: for all tokens, for the last one of each row, or none (then [B, 0, V]; `final` is what the
         head would read). Without a state nothing is remembered. The caller sets `state.next_position` after a prefill.
         """
-        x = embeds
-        hidden = embeds if self.accept_layer == 0 else None
+        rows, tokens, _ = embeds.shape
         router_logits: list[Tensor] | None = [] if with_router_logits else None
-        tables = self.rope(positions)
-        views = layer_views(state, blocks, len(self.layers), x.shape[1])
-        for i, layer in enumerate(self.layers):
-            x = layer(x, tables, views[i], router_logits if isinstance(layer.mlp, MoE) else None)
-            if i + 1 == self.accept_layer:
-                hidden = x
-            if taps is not None and i < len(taps):
-                x = x + taps[i].to(x.dtype)
+        contexts = prefill_contexts(state, blocks, len(self.layers), tokens)
+        hidden, final = self._read(embeds, positions, contexts, taps=taps, router_logits=router_logits)
+        counts = lengths or [tokens] * rows
         if state is not None:
-            state.cache.advance(lengths or [x.shape[1]] * x.shape[0])
-        x = self.norm(x)
-        if hidden is None or self.accept_layer == len(self.layers):
-            hidden = x
-        read = x
+            state.cache.advance(counts)
+        read = final
         if logits == "last":
-            last = [(n or 1) - 1 for n in lengths or [x.shape[1]] * x.shape[0]]
-            read = torch.stack([x[row, i] for row, i in enumerate(last)]).unsqueeze(1)
+            read = torch.stack([final[row, (n or 1) - 1] for row, n in enumerate(counts)]).unsqueeze(1)
         elif logits == "none":
-            read = x[:, :0]
-        return ThinkerOutput(self.lm_head(read), hidden, router_logits, x)
+            read = final[:, :0]
+        return ThinkerOutput(self.lm_head(read), hidden, router_logits, final)
 
     def step(self, ids: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> Tensor:
         """One further text token a row: ids int64 [B] -> logits of the next one [B, V].
@@ -106,7 +96,7 @@ class Thinker(ThinkerContract):
         Rows where `active` is False stand still; their logits mean nothing.
         """
         state.cache.reserve(1)
-        logits, _ = self.decode(ids, state.step_positions(), state.cache.layers(1))
+        logits, _ = self.decode(ids, state.step_positions(), state.cache.decode())
         state.count_step(active)
         return logits
 
@@ -123,9 +113,27 @@ class Thinker(ThinkerContract):
         back from the device, nothing decided by values; the caller counts the token (`DecoderState.step`,
         `KVCache.count`). `run` is how a layer is run.
         """
-        x = self.embed_tokens(ids)[:, None]
-        tables = self.rope(positions)
-        for layer, cache in zip(self.layers, caches):
-            x = run(layer, x, tables, cache)
-        final = self.norm(x)
+        _, final = self._read(self.embed_tokens(ids)[:, None], positions, caches, run=run)
         return self.lm_head(final)[:, 0], final[:, 0]
+
+    def _read(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        contexts: Sequence[Context | None],
+        *,
+        taps: Tensor | None = None,
+        router_logits: list[Tensor] | None = None,
+        run: Callable[..., Tensor] = run_layer,
+    ) -> tuple[Tensor, Tensor]:
+        """All layers and the final norm over x [B, T, D]: `hidden` and `final` of `ThinkerOutput`, each [B, T, D]."""
+        tables = self.rope(positions)
+        hidden = x
+        for i, (layer, context) in enumerate(zip(self.layers, contexts), start=1):
+            x = run(layer, x, tables, context, router_logits)
+            if i == self.accept_layer:
+                hidden = x
+            if taps is not None and i <= len(taps):
+                x = x + taps[i - 1].to(x.dtype)
+        final = self.norm(x)
+        return final if self.accept_layer >= len(self.layers) else hidden, final

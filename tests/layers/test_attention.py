@@ -103,6 +103,17 @@ def test_a_forced_backend_holds_for_the_block(monkeypatch: pytest.MonkeyPatch) -
     assert calls == ["varlen", "plain", "plain", "plain", "plain"]
 
 
+def test_lengths_that_do_not_fit_are_named() -> None:
+    q, k, v = random_qkv(5, 3, grad=False)
+    for backend in ATTENTION:
+        with pytest.raises(ValueError, match="5 causal queries are more than the 3 keys"):
+            attention(q, k, v, causal=True, backend=backend)
+    rows = torch.randn(7, 2, 8)
+    for blocks in ([3, 3], PackedBlocks([3, 3], rows.device)):
+        with pytest.raises(ValueError, match="2 blocks of 6 tokens do not fit a packed row of 7"):
+            packed_attention(rows, rows, rows, blocks)
+
+
 # ---- a cache ----
 
 
@@ -132,6 +143,14 @@ def test_keys_behind_a_slot_are_never_seen(T: int, past: int, room: int, groups:
         hidden = keys.clone()
         hidden[:, :, past + t + 1 :] = 1e4
         torch.testing.assert_close(cached_attention(q, hidden, values, slots)[:, :, : t + 1], before[:, :, : t + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [1, 7, 16, 33, 300])
+def test_prefill_of_one_token_has_the_bits_of_decode(keys: int, dtype: torch.dtype) -> None:
+    """The caller decides the kernel, not the number of tokens; on a CPU it makes no difference."""
+    q, k, v = (x.to(dtype) for x in random_qkv(1, keys, 8, 2, 16, grad=False))
+    assert torch.equal(cached_attention(q, k, v, torch.full((2, 1), keys - 1)), attention(q, k, v))
 
 
 class LargestTensor(TorchDispatchMode):

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from omni.code2wav.conv import ConvState
 from omni.config.decoder import MoEConfig
 from omni.layers.attention_backends import ATTENTION, attention, packed_attention
 from omni.layers.cache import KVCache
 from omni.layers.init import initialise
 from omni.layers.moe import ROUTERS, MoE, load_balancing_loss, topk_softmax
 from omni.layers.norm import RMSNorm
+from omni.layers.state import join_rows
 
 
 def test_rms_norm_takes_its_variance_in_fp32() -> None:
@@ -67,7 +69,7 @@ def test_cache_rows_may_be_out_of_step() -> None:
         cache.reserve(tokens)
         starts = cache.length.tolist()
         new = torch.stack([torch.cat((row, row))[s : s + tokens] for row, s in zip(rows, starts)])[:, None]
-        cache.layers(tokens)[0].write(new, new)
+        cache.prefill(tokens)[0].write(new, new)
         cache.advance(lengths)
     assert cache.length.tolist() == [5, 3]
     for row, length in enumerate(cache.length.tolist()):
@@ -78,9 +80,46 @@ def test_a_cloned_state_goes_its_own_way() -> None:
     cache = KVCache.create(1, 1, 1, 2, 4, torch.device("cpu"), torch.float32)
     copy = cache.clone()
     one = torch.ones(1, 1, 1, 4)
-    cache.layers(1)[0].write(one, one)
+    cache.decode()[0].write(one, one)
     cache.advance([1])
     assert copy.length.item() == 0 and copy.keys.abs().sum() == 0
+
+
+def test_what_a_pass_is_says_its_caller() -> None:
+    cache = KVCache.create(1, 2, 1, 4, 4, torch.device("cpu"), torch.float32)
+    for tokens, lengths, prefill, decode in ((1, [1, 0], "first", "first"), (1, [1, 1], "prefill", "decode")):
+        assert cache.prefill(tokens)[0].kind == prefill and cache.decode()[0].kind == decode
+        cache.advance(lengths)
+    assert cache.decode()[0].visible is not None  # rows are out of step
+    static = cache.decode(span=4)[0]
+    assert (
+        static.kind == "decode"
+        and static.visible is not None
+        and static.visible[:, 0, 0].tolist()
+        == [
+            [True, True, True, False],
+            [True, True, False, False],
+        ]
+    )
+
+
+def test_a_cache_refuses_more_than_it_holds() -> None:
+    cache = KVCache.create(1, 2, 1, 4, 4, torch.device("cpu"), torch.float32)
+    cache.advance([3, 1])
+    for row, length in ((0, 4), (1, 2), (1, -1)):
+        with pytest.raises(ValueError, match=rf"row {row} of the cache holds {[3, 1][row]} tokens .* cut to {length}"):
+            cache.truncate(row, length)
+    with pytest.raises(ValueError, match="cache of 4 tokens a row cannot hold 5"):
+        cache.grow(0, 5)
+    cache.truncate(0, 1)
+    assert cache.lengths == cache.length.tolist() == [1, 1]
+
+
+def test_states_at_different_points_are_not_joined() -> None:
+    one, other = (ConvState(torch.zeros(1, 2, 3), skip) for skip in (4, 0))
+    with pytest.raises(ValueError, match="cannot be joined: one has 0 where another has 4"):
+        join_rows([one, other])
+    assert join_rows([one, one.clone()]).past.shape == (2, 2, 3)
 
 
 def moe_config(**changes: object) -> MoEConfig:

@@ -7,6 +7,7 @@ import torch
 from build import fixed, tiny_config
 
 from omni.layers.init import initialise
+from omni.layers.packing import PackedBlocks
 from omni.thinker.merge import lay_out_taps, merge_embeddings
 from omni.thinker.thinker import Thinker
 
@@ -68,6 +69,33 @@ def test_ragged_rows_decode_as_if_alone(thinker: Thinker) -> None:
         steps = [first.logits[:, 0], thinker.step(one, alone), thinker.step(one, alone)]
         for a, b in zip(together, steps):
             torch.testing.assert_close(a[row], b[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_token_read_by_prefill_is_a_token_read_by_decode(thinker: Thinker) -> None:
+    embeds, positions = prompt(thinker, 2, 6)
+    token = torch.tensor([5, 6])
+    logits = []
+    for decodes in (True, False):
+        state = thinker.init_state(2)
+        thinker(embeds, positions, state)
+        state.next_position.fill_(6)
+        if decodes:
+            logits.append(thinker.step(token, state))
+        else:
+            logits.append(thinker(thinker.embed_tokens(token)[:, None], state.step_positions(), state).logits[:, 0])
+        assert state.cache.lengths == state.cache.length.tolist() == [7, 7]
+    assert torch.equal(*logits)
+
+
+def test_a_packed_row_takes_no_state(thinker: Thinker) -> None:
+    embeds, positions = prompt(thinker, 1, 6)
+    blocks = PackedBlocks([4, 2], embeds.device, causal=True)
+    with pytest.raises(ValueError, match=r"packed row \(here of 2 sequences\) .* pass blocks or state, not both"):
+        thinker(embeds, positions, thinker.init_state(1), blocks=blocks)
+    whole = thinker(embeds, positions, blocks=blocks).logits
+    alone = [thinker(embeds[:, part], positions[:, :, part]).logits for part in (slice(0, 4), slice(4, 6))]
+    torch.testing.assert_close(whole, torch.cat(alone, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_two_interleaved_states_equal_two_separate_runs(thinker: Thinker) -> None:

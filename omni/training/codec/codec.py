@@ -18,7 +18,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,7 @@ from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.contract import SAMPLE_RATE_HZ
 from omni.code2wav.conv import (
     CausalConv1d,
+    ChainState,
     ConvNeXtBlock,
     ConvState,
     ResidualUnit,
@@ -52,7 +53,7 @@ _QUIET_START = 0.1
 _ROUNDING = 2**-8  # of a table's largest value: twice what bf16 rounds off
 
 
-class CausalDownsample1d(StreamingLayer):
+class CausalDownsample1d(StreamingLayer[ConvState]):
     """Strided convolution: T inputs, a multiple of `stride`, give T / stride outputs, each after its last input."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int) -> None:
@@ -60,21 +61,18 @@ class CausalDownsample1d(StreamingLayer):
         self.conv = nn.Conv1d(inputs, outputs, kernel_size, stride=stride)
         self.context = kernel_size - stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (self.context, 0)))
-
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int) -> ConvState:
         return ConvState(self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.context))
 
-    def step(self, x: Tensor, state: State, active: Tensor | None = None) -> Tensor:
-        return self.conv(cast(ConvState, state).extend(x, active))
+    def forward(self, x: Tensor, state: ConvState | None = None, active: Tensor | None = None) -> Tensor:
+        return self.conv(F.pad(x, (self.context, 0)) if state is None else state.extend(x, active))
 
 
 @dataclass
 class CodecEncoderState(State):
     """What encoding remembers of the samples so far."""
 
-    convolutions: State
+    convolutions: ChainState
     transformer: WindowState
 
 
@@ -111,8 +109,7 @@ class CodecEncoder(nn.Module):
 
     def forward(self, wave: Tensor) -> Tensor:
         """wave [B, n], n >= 1 -> latents [B, D, ceil(n / hop_length)]; silence is added behind the last sample."""
-        x = self.convolutions(F.pad(wave, (0, -wave.shape[1] % self.hop_length))[:, None])
-        return self._mix(self.transformer(x.transpose(1, 2)))
+        return self._encode(F.pad(wave, (0, -wave.shape[1] % self.hop_length)))
 
     def init_state(self, batch_size: int) -> CodecEncoderState:
         """The state before the first sample."""
@@ -126,10 +123,12 @@ class CodecEncoder(nn.Module):
         """
         if wave.shape[1] == 0 or wave.shape[1] % self.hop_length:
             raise ValueError(f"step takes whole frames of {self.hop_length} samples, got {wave.shape[1]} samples")
-        x = self.convolutions.step(wave[:, None], state.convolutions)
-        return self._mix(self.transformer.step(x.transpose(1, 2), state.transformer))
+        return self._encode(wave, state)
 
-    def _mix(self, x: Tensor) -> Tensor:
+    def _encode(self, wave: Tensor, state: CodecEncoderState | None = None) -> Tensor:
+        """Whole frames of samples, of a whole signal or with a state the next of it."""
+        convolved, mixed = (None, None) if state is None else (state.convolutions, state.transformer)
+        x = self.transformer(self.convolutions(wave[:, None], convolved).transpose(1, 2), mixed)
         return self.to_latents(x).transpose(1, 2)
 
 
@@ -287,8 +286,7 @@ class Codec(nn.Module):
         latents = self.encoder(self._check(wave))
         codes, commitment, codebook = self.quantiser(latents)
         read = _straight_through(self.quantiser.embed(codes).detach(), latents.transpose(1, 2) / codes.shape[1])
-        x = self.code2wav.upsample(self.code2wav.pre_transformer(read).transpose(1, 2))
-        loud = self.code2wav.decoder(x)[:, 0]
+        loud = self.code2wav.decode_embeddings(read)
         heard = _straight_through(loud.detach().clamp(-1, 1), loud)[:, : wave.shape[1]]
         shares = code_shares(codes, self.code2wav.config.codebook_size)
         perplexity = torch.special.entr(shares).sum(1).exp()

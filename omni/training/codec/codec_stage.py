@@ -384,8 +384,7 @@ class DecoderObjective(WaveObjective):
 
 def decode_with_gradients(code2wav: Code2Wav, codes: Tensor) -> Tensor:
     """`code2wav(codes)`, codes int64 [B, K, F] -> [B, m], with gradients also where samples are clipped."""
-    x = code2wav.pre_transformer(ResidualQuantiser(code2wav).embed(codes)).transpose(1, 2)
-    loud = code2wav.decoder(code2wav.upsample(x))[:, 0]
+    loud = code2wav.decode_embeddings(ResidualQuantiser(code2wav).embed(codes))
     return loud.detach().clamp(-1, 1) + (loud - loud.detach())  # exactly the clipped wave
 
 
