@@ -7,7 +7,7 @@ from pathlib import Path
 import accelerate.utils
 import pytest
 import torch
-from omni.config.qwen2_5_encoders import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
+from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from torch import nn
 
 from omni import OmniConfig, OmniModel
