@@ -85,7 +85,7 @@ class Rows:
         if self.speech is not None:
             self._prefill_prefixes()
             self._decode_frames()
-            decode_sound(self, events)
+            decode_sound(self.runner, self.running, events)
         for row, turn in self.running():
             if turn.complete:
                 if rest := turn.text.flush():
@@ -96,7 +96,7 @@ class Rows:
     def end(self, row: int, turn: Turn, reason: str | None = None) -> TurnEnd:
         """The last event of a row, with the times of the whole turn."""
         if turn.sound.samples == 0:
-            self.record_times(turn)
+            turn.record_times(self.seconds)
         codec = self.model.code2wav
         if turn.sound.samples and codec is not None:
             total = time.perf_counter() - turn.started
@@ -191,14 +191,6 @@ class Rows:
                 speaks = turn.speech.append(frame.codes[row], frame.first[row])
                 if speaks and sounds[row] and frame.wave is not None:
                     turn.sound.waves.append(frame.wave[row])
-
-    def record_times(self, turn: Turn) -> None:
-        """What each stage has taken since the turn began; what is in none of them is preprocessing."""
-        elapsed = time.perf_counter() - turn.started
-        for name, seconds in self.seconds.items():
-            if (spent := seconds - turn.seconds_before.get(name, 0.0)) > 0:
-                turn.timing[name] = spent
-        turn.timing["preprocessing"] = max(0.0, elapsed - sum(turn.timing.values()))
 
     # prefill
 

@@ -6,28 +6,27 @@ What a codec decoder has to do, and which rows can be decoded together, says `om
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from omni.code2wav.contract import CodecDecoder, CodecState
 from omni.generation.events import AudioChunk, Event
+from omni.generation.runner import Runner
 from omni.generation.sampling import SOUND_STREAM, stream_seed
 from omni.generation.turn import IN_RUNNER, SPEECH_OVER, SPEECH_RUNS, Turn, TurnRequest
 from omni.layers.state import join_rows, split_rows
 
-if TYPE_CHECKING:
-    from omni.generation.rows import Rows
-
-_Due = list[tuple[int, Turn]]
+_Due = list[tuple[int, Turn]]  # rows and their turns
 
 
-def decode_sound(rows: Rows, events: list[Event]) -> None:
-    """Decode what is due in all running rows."""
+def decode_sound(runner: Runner, running: Callable[[], _Due], events: list[Event]) -> None:
+    """Decode what is due in all running rows, which `running` tells."""
     due: dict[tuple[Any, ...], _Due] = {}
-    for row, turn in rows.running():
-        if rows.model.code2wav is None:
+    for row, turn in running():
+        if runner.model.code2wav is None:
             turn.sound.frames = len(turn.speech.codes)
         frames = turn.sound.chunk_due(turn.speech)
         if frames:
@@ -41,17 +40,17 @@ def decode_sound(rows: Rows, events: list[Event]) -> None:
             )
             due.setdefault(alike, []).append((row, turn))
     for (frames, *_), group in due.items():
-        with rows.stage("codec"):
-            waves = _decode(rows, group, frames)
+        with runner.times.stage("codec"):
+            waves = _decode(runner, group, frames)
         for (row, turn), wave in zip(group, waves):
-            _emit(rows, row, turn, wave, events)
-    for row, turn in rows.running():
+            _emit(runner, row, turn, wave, events)
+    for row, turn in running():
         speech, sound = turn.speech, turn.sound
         if sound.unfinished and speech.state == SPEECH_OVER and sound.frames == len(speech.codes):
-            with rows.stage("codec"):
-                rest = rows.model.require("code2wav").finish(sound.codec)[0].float().cpu()
+            with runner.times.stage("codec"):
+                rest = runner.model.require("code2wav").finish(sound.codec)[0].float().cpu()
             sound.unfinished = False
-            _emit(rows, row, turn, rest, events)
+            _emit(runner, row, turn, rest, events)
 
 
 def init_codec(codec: CodecDecoder, request: TurnRequest) -> Any:
@@ -62,9 +61,9 @@ def init_codec(codec: CodecDecoder, request: TurnRequest) -> Any:
     return codec.init_state(1, request.voice, seed=seed, schedule=s.codec_schedule, ode=s.codec_ode)
 
 
-def _decode(rows: Rows, group: _Due, frames: int) -> list[Tensor]:
+def _decode(runner: Runner, group: _Due, frames: int) -> list[Tensor]:
     """The next so many frames of each turn -> its samples [m] on the CPU."""
-    codec, runner = rows.model.require("code2wav"), rows.runner
+    codec = runner.model.require("code2wav")
     own = [(row, turn) for row, turn in group if turn.sound.codec is not IN_RUNNER]
     states = [t.sound.codec if t.sound.codec is not None else init_codec(codec, t.request) for _, t in own]
     codes = [torch.stack(t.speech.codes[t.sound.frames : t.sound.frames + frames], dim=1) for _, t in own]
@@ -93,13 +92,13 @@ def _decode(rows: Rows, group: _Due, frames: int) -> list[Tensor]:
     return out
 
 
-def _emit(rows: Rows, row: int, turn: Turn, wave: Tensor, events: list[Event]) -> None:
+def _emit(runner: Runner, row: int, turn: Turn, wave: Tensor, events: list[Event]) -> None:
     """The event of decoded samples; none if there are none yet."""
     if not wave.numel():
         return
-    sound, rate = turn.sound, int(rows.model.require("code2wav").sample_rate)
+    sound, rate = turn.sound, int(runner.model.require("code2wav").sample_rate)
     if sound.samples == 0:
-        rows.record_times(turn)
+        turn.record_times(runner.times.seconds)
         turn.timing["first_audio"] = time.perf_counter() - turn.started
     events.append(AudioChunk(row, wave.clone(), rate, sound.samples))
     sound.record(wave.numel(), quiet=float(wave.abs().max()) < 1e-3)  # 60 dB below full scale

@@ -6,7 +6,7 @@ Host-side bookkeeping, no tensors of a model.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -294,6 +294,17 @@ class Turn:
         if self.text.reason == "stop" and self.speech.reason not in ("", "stop"):
             return self.speech.reason
         return self.text.reason
+
+    def record_times(self, seconds: Mapping[str, float]) -> None:
+        """What each stage has taken since the turn began; what is in none of them is preprocessing.
+
+        seconds: of each stage so far, whatever they were spent on.
+        """
+        elapsed = time.perf_counter() - self.started
+        for name, value in seconds.items():
+            if (spent := value - self.seconds_before.get(name, 0.0)) > 0:
+                self.timing[name] = spent
+        self.timing["preprocessing"] = max(0.0, elapsed - sum(self.timing.values()))
 
     def end(self, row: int, reason: str | None = None) -> TurnEnd:
         """The turn's last event; marks it as over."""

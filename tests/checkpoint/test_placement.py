@@ -7,7 +7,6 @@ from pathlib import Path
 import accelerate.utils
 import pytest
 import torch
-from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from torch import nn
 
 from omni import OmniConfig, OmniModel
@@ -15,6 +14,7 @@ from omni.checkpoint.placement import device_of, plan_devices
 from omni.code2wav.bigvgan import AMPBlock
 from omni.code2wav.dit import DiTBlock
 from omni.code2wav.token2wav import Token2Wav
+from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig, WindowVisionEncoderConfig
 from omni.config.token2wav import Token2WavConfig
 from omni.encoders.audio import AudioLayer
 from omni.encoders.contract import AudioEncoderContract, EncoderOutput
