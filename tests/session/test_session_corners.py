@@ -10,9 +10,29 @@ import numpy as np
 import pytest
 import torch
 
-from omni import AudioChunk, OmniEngine, OmniInputs, OmniModel, OmniSession, StreamingConfig, TurnEnd
+from omni import (
+    AudioChunk,
+    OmniConfig,
+    OmniEngine,
+    OmniInputs,
+    OmniModel,
+    OmniSession,
+    StreamingConfig,
+    TurnEnd,
+)
 
 PLAIN = {**build.PLAIN, "max_new_tokens": 5, "max_frames": 4}
+
+
+@pytest.fixture(scope="module")
+def cramped(model: OmniModel) -> OmniModel:
+    """The same model with few positions, which fill up quickly."""
+    values = model.config.to_dict()
+    values["thinker_config"]["text_config"]["max_position_embeddings"] = 1024
+    small = OmniModel(OmniConfig.from_dict(values))
+    small.load_state_dict(model.state_dict())
+    small.processor = model.processor
+    return small
 
 
 def ids_of(events: list[Any]) -> list[int]:
@@ -104,10 +124,10 @@ def test_a_reply_cut_twice_and_then_read_again(model: OmniModel) -> None:
     check_fresh(model, session, list(session.respond(**PLAIN)))
 
 
-def test_a_full_session_keeps_what_was_pushed(model: OmniModel) -> None:
-    session = OmniSession(model)
-    limit = model.config.thinker_config.text_config.max_position_embeddings
-    word = len(model.processor.encode_text("kkkkkkkk"))
+def test_a_full_session_keeps_what_was_pushed(cramped: OmniModel) -> None:
+    session = OmniSession(cramped)
+    limit = cramped.config.thinker_config.text_config.max_position_embeddings
+    word = len(cramped.processor.encode_text("kkkkkkkk"))
     session.push_text("kkkkkkkk" * ((limit - 100) // word))
     list(session.respond(**{**PLAIN, "return_audio": False}))
     session.push_text("the question that does not fit " * 10)
@@ -117,8 +137,8 @@ def test_a_full_session_keeps_what_was_pushed(model: OmniModel) -> None:
     assert session.ids == before
     session.drop_oldest_turns()
     events = list(session.respond(**PLAIN))
-    assert "the question that does not fit" in model.processor.decode(session.ids)
-    check_fresh(model, session, events)
+    assert "the question that does not fit" in cramped.processor.decode(session.ids)
+    check_fresh(cramped, session, events)
 
 
 def test_a_video_whose_sound_never_came(model: OmniModel) -> None:
@@ -196,9 +216,9 @@ def test_turns_survive_saving(model: OmniModel, tmp_path: Any) -> None:
     assert loaded.drop_oldest_turns() == session.drop_oldest_turns() and loaded.ids == session.ids
 
 
-def test_a_reply_that_fills_the_session_to_its_last_position(model: OmniModel) -> None:
-    session = OmniSession(model)
-    limit = model.config.thinker_config.text_config.max_position_embeddings
+def test_a_reply_that_fills_the_session_to_its_last_position(cramped: OmniModel) -> None:
+    session = OmniSession(cramped)
+    limit = cramped.config.thinker_config.text_config.max_position_embeddings
     session.push_text("one")
     list(session.respond(**PLAIN))
     session.push_text("k" * 50)
