@@ -16,8 +16,8 @@ from typing import Any
 
 from world import vocabulary
 
+from omni.config.family import RELEASED
 from omni.packaged.toy import TOY_DATA
-from omni.processing.families import RELEASED
 
 FIRST_WORD_ID = 280  # below are bytes, special tokens and the names of roles
 VOCABULARY_SIZE = 832
