@@ -34,6 +34,7 @@ def arguments(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
 
 
+@pytest.mark.filterwarnings("default:resumed with other settings")
 def test_a_run_a_second_one_and_a_dry_one(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_run_a_second_one_and_a_dry_one(
     log = tmp_path / "runs" / "thinker_sft" / "log.jsonl"
     assert len(log.read_text().splitlines()) == 3
     assert main([*arguments, "train.steps=5"]) == 0  # goes on
+    assert "warning: resumed with other settings: train.steps 3 -> 5" in capsys.readouterr().err
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
     assert main([*arguments, "--no-resume"]) == 1

@@ -54,6 +54,7 @@ class SpeechAugmentation:
         """Log-mel features [M, F] with the masks of `number`."""
         if not self.frequency_masks and not self.time_masks:
             return mel
+        # Not torchaudio's masks: those draw from the global generator, here a number alone decides.
         rng, masked, mean = self._random(number, 1), mel.clone(), mel.mean()
         for axis, count, widest in (
             (0, self.frequency_masks, _HIGHEST_MASK),
