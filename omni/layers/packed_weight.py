@@ -115,8 +115,8 @@ class PackedWeight(nn.Module):
         if self.for_cpu_kernel:
             if data.ndim != 2:
                 raise ValueError(
-                    f"weights laid out for the CPU's int4 kernel are unpacked one matrix at a time, {len(data)} were asked "
-                    "for; pass one expert's number"
+                    f"the CPU kernel's int4 layout is unpacked one matrix at a time, {len(data)} were asked for; "
+                    "pass one expert's number"
                 )
             return self._cpu_matmul(torch.eye(self.inputs), data, scale).T.to(dtype)
         if self.kind == "int4":
