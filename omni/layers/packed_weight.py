@@ -52,7 +52,7 @@ class PackedWeight(nn.Module):
     def pack(cls, weight: Tensor, kind: str) -> PackedWeight:
         """Round weight [O, I] or [E, O, I] to `kind`, where it is; one matrix at a time, so memory grows by little.
 
-        Raises ValueError for an unknown kind, rows that cannot be grouped, or values that are not finite.
+        Raises ValueError for an unknown kind, no matrix, rows that cannot be grouped, or values that are not finite.
         """
         if kind not in KINDS:
             raise ValueError(f"low precision {kind!r} is not one of {', '.join(KINDS)}")
@@ -67,7 +67,10 @@ class PackedWeight(nn.Module):
             if data is None or scale is None:
                 data, scale = (part.new_empty(len(matrices), *part.shape) for part in packed)
             data[expert], scale[expert] = packed
-        assert data is not None and scale is not None, "a weight has at least one matrix"
+        if data is None or scale is None:
+            raise ValueError(
+                f"a weight of shape {list(weight.shape)} holds no matrix; pass [O, I], or [E, O, I], E >= 1"
+            )
         if not bool(scale.isfinite().all()):
             raise ValueError("the weight holds values that are not finite; it cannot be kept at low precision")
         return cls(kind, weight.shape[-1], data, scale, for_cpu_kernel)
@@ -104,10 +107,17 @@ class PackedWeight(nn.Module):
         return (self.dense(x.dtype, experts) * x[:, None]).sum(-1)
 
     def dense(self, dtype: torch.dtype, expert: int | Tensor = 0) -> Tensor:
-        """The matrix of one expert [O, I], or those of several [N, O, I], in a floating dtype."""
+        """The matrix of one expert [O, I], or those of several [N, O, I], in a floating dtype.
+
+        Raises ValueError for several in the CPU kernel's layout.
+        """
         data, scale = self.data[expert], self.scale[expert]
         if self.for_cpu_kernel:
-            assert data.ndim == 2, "one matrix at a time"
+            if data.ndim != 2:
+                raise ValueError(
+                    f"the CPU kernel's int4 layout is unpacked one matrix at a time, {len(data)} were asked for; "
+                    "pass one expert's number"
+                )
             return self._cpu_matmul(torch.eye(self.inputs), data, scale).T.to(dtype)
         if self.kind == "int4":
             return _from_int4(data, scale, dtype)

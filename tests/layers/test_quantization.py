@@ -166,6 +166,12 @@ def test_misuse_is_refused(tmp_path):
         PackedWeight.pack(torch.full((64, 64), float("nan")), "int4")
     with pytest.raises(ValueError, match="multiple of 32 inputs, got 20"):
         PackedWeight.pack(torch.randn(4, 20), "int4")
+    with pytest.raises(ValueError, match=r"shape \[0, 64, 64\] holds no matrix"):
+        PackedWeight.pack(torch.zeros(0, 64, 64), "int8")
+    packed = PackedWeight.pack(torch.randn(3, 64, 64), "int4")
+    if packed.for_cpu_kernel:
+        with pytest.raises(ValueError, match="one matrix at a time, 2 were asked for"):
+            packed.dense(torch.float32, torch.tensor([0, 2]))
 
 
 def empty_model(parts=("thinker", "talker", "code2wav")):
