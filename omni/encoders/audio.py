@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -274,7 +275,7 @@ class AudioEncoder(AudioEncoderContract):
             y = part[:, None]  # [c, 1, M, width]
             for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
                 y = F.gelu(conv(y))
-            parts.append(self.conv_out(y.permute(0, 3, 1, 2).flatten(2)))  # channel-major: [c, t, channels * mels]
+            parts.append(self.conv_out(rearrange(y, "chunks channels mels t -> chunks t (channels mels)")))
         y = torch.cat(parts)
         return y + sinusoids(y.shape[1], y.shape[2], y.device).to(y.dtype)
 
@@ -302,7 +303,7 @@ class AudioEncoder(AudioEncoderContract):
 def cut_chunks(clip: Tensor, width: int) -> Tensor:
     """clip [M, F] -> [chunks, M, width], the last chunk padded with zeros."""
     clip = F.pad(clip, (0, -clip.shape[1] % width))
-    return clip.unflatten(1, (-1, width)).transpose(0, 1)
+    return rearrange(clip, "mels (chunks width) -> chunks mels width", width=width)
 
 
 def split_blocks(tokens: int, window: int) -> list[int]:

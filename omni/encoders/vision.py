@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +31,7 @@ _PATCHES_AT_ONCE = 8192  # bounds the memory of the blocks (8 megapixels of pict
 
 def merge_order(raster: Tensor, merge: int) -> Tensor:
     """[h, w, …] in rows and columns -> [h * w, …] in the processor's order."""
-    blocks = raster.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # [h / m, m, w / m, m, …]
-    return blocks.transpose(1, 2).flatten(0, 3)
+    return rearrange(raster, "(h mh) (w mw) ... -> (h w mh mw) ...", mh=merge, mw=merge)
 
 
 def patch_coordinates(height: int, width: int, merge: int, device: torch.device) -> Tensor:
@@ -199,9 +199,9 @@ class VisionEncoder(VisionEncoderContract):
         """The learned square of positions, resampled bilinearly (corner on corner) to a grid step: [h * w, C]."""
         weight = self.pos_embed.weight
         side = int(self.config.num_position_embeddings**0.5)
-        square = weight.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]  # channels last in memory
+        square = rearrange(weight.float(), "(h w) c -> 1 c h w", h=side)  # channels last in memory
         resampled = F.interpolate(square, size=(height, width), mode="bilinear", align_corners=True)
-        return merge_order(resampled[0].permute(1, 2, 0), self.config.spatial_merge_size).to(weight.dtype)
+        return merge_order(rearrange(resampled, "1 c h w -> h w c"), self.config.spatial_merge_size).to(weight.dtype)
 
     def _check(self, pixels: Tensor, grid_thw: Tensor) -> list[Grid]:
         """The grids as numbers, after checking them against the pixel rows."""

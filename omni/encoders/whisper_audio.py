@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,8 +45,7 @@ def average_pairs(x: Tensor, blocks: PackedBlocks) -> Tensor:
     parts = []
     for start, length, count in blocks.runs:
         run = x[start : start + length * count].unflatten(0, (count, length))
-        pairs = run[:, : length // 2 * 2].unflatten(1, (length // 2, 2))  # [count, length / 2, 2, D]
-        parts.append(pairs.mean(2).flatten(0, 1))
+        parts.append(reduce(run[:, : length // 2 * 2], "blocks (pairs two) d -> (blocks pairs) d", "mean", two=2))
     return torch.cat(parts)
 
 

@@ -12,6 +12,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from omni.processing.image_file import MAX_ASPECT_RATIO, load_image
@@ -160,7 +161,7 @@ class VisionProcessor:
         patch, merge = values.patch_size, values.merge_size
         (count, channels, height, width), steps = frames.shape, -(-len(frames) // depth)
         h, w = height // patch, width // patch
-        merged = (h // merge, merge, patch, w // merge, merge, patch)
+        sides = {"mh": merge, "ph": patch, "mw": merge, "pw": patch}
         shape = (steps, h // merge, w // merge, merge, merge, channels, depth, patch, patch)
         pixels = torch.empty(shape, device=device)
         for step in range(steps):
@@ -168,7 +169,7 @@ class VisionProcessor:
             part = values.rescale_and_normalize(
                 part, values.do_rescale, values.rescale_factor, values.do_normalize, values.image_mean, values.image_std
             )
-            pixels[step] = part.view(depth, channels, *merged).permute(2, 5, 3, 6, 1, 0, 4, 7)
+            pixels[step] = rearrange(part, "d c (h mh ph) (w mw pw) -> h w mh mw c d ph pw", **sides)
         return pixels.view(steps * h * w, -1), [steps, h, w]
 
     def frame(self, value: Any) -> Tensor:

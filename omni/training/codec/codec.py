@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -168,7 +169,7 @@ class ResidualQuantiser:
     @property
     def books(self) -> Tensor:
         """The codebooks [K, size, D]: a view of the table, through which gradients flow."""
-        return self.code2wav.code_embedding.weight.unflatten(0, (self.code2wav.num_codebooks, -1))
+        return rearrange(self.code2wav.code_embedding.weight, "(k codes) d -> k codes d", k=self.code2wav.num_codebooks)
 
     def __call__(self, latents: Tensor) -> Quantised:
         """latents [B, D, T] -> their codes and losses.
@@ -187,7 +188,7 @@ class ResidualQuantiser:
             codes.append(chosen)
         values = books.shape[0] * books.shape[2]
         frames = torch.tensor(float(residual.shape[0]), device=residual.device)
-        joined = torch.stack(codes).unflatten(1, (latents.shape[0], -1)).transpose(0, 1)
+        joined = rearrange(torch.stack(codes), "k (b t) -> b k t", b=latents.shape[0])
         return Quantised(joined, Loss(commitment / values, frames), Loss(codebook / values, frames))
 
     @torch.no_grad()
