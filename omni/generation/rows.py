@@ -47,6 +47,7 @@ class Rows:
         """Seconds spent in each stage so far."""
         return self.runner.times.seconds
 
+    @torch.no_grad()
     def begin(
         self, row: int, turn: Turn, started: float | None = None, seconds_before: dict[str, float] | None = None
     ) -> None:
