@@ -244,7 +244,7 @@ def test_waveform(name: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) ->
     ode = ODEConfig(num_steps=num_steps)
     samples = ours(draw.codes[:, None], draw.voice, noise=draw.noise, ode=ode)
     assert samples.shape == (1, ours.hop_length * 15)
-    assert expected.abs().max() > 0.01
+    assert expected.abs().max() > 1e-3  # a thousand times what may differ
     assert_close(samples[0], expected, 1e-6)
     assert torch.equal(ours(draw.codes[0], draw.voice, noise=draw.noise, ode=ode), samples[0])
 

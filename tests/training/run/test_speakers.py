@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from build import widen
 from torch import nn
 
 from omni import OmniModel
@@ -124,7 +125,7 @@ def test_gradient_of_a_row_is_that_of_the_table():
 def test_a_saved_voice_speaks_under_any_case_and_in_transformers(tmp_path):
     from transformers import AutoConfig
 
-    model = toy_model(seed=0)
+    model = widen(toy_model(seed=0), 10)  # so that the most likely codes depend on the voice
     new = add_speaker(model, "Anna", like="chelsie")
     (row,) = speaker_parameters(model, "anna")
     with torch.no_grad():
