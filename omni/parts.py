@@ -18,7 +18,7 @@ from omni.code2wav.contract import CodecDecoder
 from omni.code2wav.voices import Voice
 from omni.config.model import OmniConfig
 from omni.config.reading import USUAL_STD
-from omni.encoders.contract import AudioEncoderContract, VisionEncoderContract
+from omni.encoders.contract import AudioEncoderContract, EncoderOutput, VisionEncoderContract, check_output
 from omni.layers.decoder_state import DecoderState
 from omni.layers.init import initialise
 from omni.processing.processor import OmniProcessor
@@ -140,13 +140,38 @@ class ModelParts(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go: the device of its first parameter."""
-        return next(self.parameters()).device
+        """Where the model's inputs go: the device of the Thinker, without one of the first part.
+
+        Where the Thinker's first parameter is kept on disk, it is that of the first one that is not.
+        """
+        first = next((self.thinker or self).parameters()).device
+        if first.type == "meta":
+            first = next((p.device for p in self.parameters() if p.device.type != "meta"), first)
+        return first
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type of the model's first parameter."""
-        return next(self.parameters()).dtype
+        """The floating type of the Thinker's first parameter, without one of the model's."""
+        return next((self.thinker or self).parameters()).dtype
+
+    def input_dtype(self, part: str) -> torch.dtype:
+        """The floating type in which a part computes: that of its first parameter, without one the model's."""
+        return next((p.dtype for p in self.require(part).parameters() if p.is_floating_point()), self.dtype)
+
+    def encode_audio(self, features: Tensor, lengths: Tensor) -> EncoderOutput:
+        """Log-mel features [C, M, F] of clips of `lengths` frames -> embeddings as wide as the Thinker's.
+
+        Raises ValueError or TypeError if the encoder gives something else, or is not there.
+        """
+        encoder = self.require("audio_encoder")
+        out = encoder(features.to(self.device, self.input_dtype("audio_encoder")), lengths)
+        return check_output(encoder, out, self.config.thinker.text_config.hidden_size)
+
+    def encode_vision(self, pixels: Tensor, grids: Tensor) -> EncoderOutput:
+        """Patches [N, values] of pictures and videos on grids int64 [items, 3] -> embeddings and taps, likewise."""
+        encoder = self.require("vision_encoder")
+        out = encoder(pixels.to(self.device, self.input_dtype("vision_encoder")), grids)
+        return check_output(encoder, out, self.config.thinker.text_config.hidden_size)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in CONTRACTS and value is not None:

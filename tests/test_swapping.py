@@ -228,3 +228,60 @@ def test_the_processor_counts_as_the_encoder_does(tiny_checkpoint: Path) -> None
     other = OmniModel(OmniConfig.from_pretrained(ROOT / "configs" / "tiny.json"), audio_encoder=BareEncoder(32))
     other.processor = given
     assert other.processor is not None and other.processor.audio_tokens(95) == 10
+
+
+def with_encoder(encoder: nn.Module, dtype: torch.dtype = torch.float32) -> OmniModel:
+    """The toy in a floating type, with an audio encoder whose weights stay as they are."""
+    from omni.packaged.toy import toy_model
+
+    model = toy_model().to(dtype)
+    model.audio_encoder = encoder
+    return model
+
+
+def a_clip() -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "audio", "audio": 0.1 * torch.ones(8000).numpy()}]}]
+
+
+@pytest.mark.parametrize("width", [1, 31, 33, 64])
+def test_embeddings_of_another_width_are_refused(width: int) -> None:
+    """Whole and in pieces: a width that divides the Thinker's would otherwise be scattered in the wrong order."""
+    model = with_encoder(BareEncoder(width))
+    with pytest.raises(ValueError, match="32 values"):
+        model.generate(model.processor(a_clip()), max_new_tokens=1, return_audio=False)
+    session = OmniSession(model)
+    session.push_audio(0.1 * torch.ones(8000))
+    with pytest.raises(ValueError, match="32 values"):
+        list(session.respond(max_new_tokens=1, return_audio=False))
+
+
+def test_an_encoder_that_returns_something_else_is_named() -> None:
+    class Plain(BareEncoder):
+        def forward(self, features: Tensor, lengths: Tensor) -> Any:
+            return super().forward(features, lengths).embeds
+
+    model = with_encoder(Plain(32))
+    with pytest.raises(TypeError, match="Plain must return an EncoderOutput, got Tensor"):
+        model.generate(model.processor(a_clip()), max_new_tokens=1, return_audio=False)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_an_encoder_computes_in_its_own_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    model = with_encoder(BareEncoder(32).to(dtypes[1]), dtypes[0])
+    assert model.dtype == dtypes[0], "the Thinker's"
+    answer = model.generate(model.processor(a_clip()), **{**PLAIN, "return_audio": False, "max_frames": 0})
+    session = OmniSession(model)
+    for piece in (0.1 * torch.ones(8000)).split(3000):
+        session.push_audio(piece)
+    events = list(session.respond(max_new_tokens=4, return_audio=False))
+    assert len([e for e in events if isinstance(e, TextDelta)]) == len(answer.replies[0]) == 4
+
+
+def test_an_encoder_without_tokens_is_named() -> None:
+    class Silent(BareEncoder):
+        def num_tokens(self, length: int) -> int:
+            return 0
+
+    model = with_encoder(Silent(32))
+    with pytest.raises(ValueError, match="num_tokens gives no token"):
+        model.processor(a_clip())

@@ -97,6 +97,7 @@ class Family:
         return [self.config, *self.parts.values(), self.turn_layout, self.audio_tokens, *more]
 
 
+_PARTS = ("audio_encoder", "vision_encoder", "thinker", "talker", "code2wav")
 _registered: dict[str, Family] = {}  # from outside, by model_type
 
 
@@ -109,6 +110,10 @@ def register_family(family: Family) -> None:
     """
     if not isinstance(family, Family):
         raise TypeError(f"register_family takes a Family, got {type(family).__name__}")
+    if not isinstance(family.model_type, str) or not family.model_type:
+        raise ValueError(f"a family needs a model_type, the text that its config.json has, got {family.model_type!r}")
+    if not isinstance(family.parts, Mapping) or not set(family.parts) <= set(_PARTS):
+        raise ValueError(f"Family.parts names what builds some of {', '.join(_PARTS)}, got {family.parts!r}")
     taken = {known.model_type: known for known in families()}.get(family.model_type)
     if taken not in (None, family):
         raise ValueError(f"model_type {family.model_type!r} belongs to another family; a family needs one of its own")

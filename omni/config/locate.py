@@ -35,7 +35,10 @@ def locate(
     if not isinstance(folder_or_hub_id, (str, Path)):
         raise TypeError(f"pass a checkpoint folder or a Hub id such as org/name, got {folder_or_hub_id!r}")
     name = str(folder_or_hub_id)
-    path = Path(folder_or_hub_id).expanduser()
+    try:
+        path = Path(folder_or_hub_id).expanduser()
+    except RuntimeError as error:  # of a user that this machine does not have
+        raise FileNotFoundError(f"folder {name!r} does not exist: {error}") from error
     if name and path.is_dir():
         return path
     if name and path.exists():
@@ -60,7 +63,7 @@ def locate(
             allow_patterns=list(files),
         )
     except FileNotFoundError as error:  # neither reachable nor in the cache
-        where = "in the local cache" if local_files_only else "on the Hub, which may be out of reach,"
+        where = "in the local cache" if local_files_only else "on the Hub, which may be out of reach"
         raise FileNotFoundError(
             f"{name!r} is no folder here and was not found {where}; check the name, or download it and pass its folder"
         ) from error

@@ -31,6 +31,19 @@ class EncoderOutput(NamedTuple):
     taps: list[Tensor]
 
 
+def check_output(encoder: nn.Module, out: Any, width: int) -> EncoderOutput:
+    """What an encoder returned, if its embeddings and taps have the Thinker's width. Raises TypeError or ValueError."""
+    if not isinstance(out, EncoderOutput):
+        raise TypeError(f"{type(encoder).__name__} must return an EncoderOutput, got {type(out).__name__}")
+    for found in (out.embeds, *out.taps):
+        if found.shape != (sum(out.lengths), width):
+            raise ValueError(
+                f"{type(encoder).__name__} gives {list(found.shape)} for {sum(out.lengths)} tokens; the Thinker reads "
+                f"{width} values a token"
+            )
+    return out
+
+
 @dataclass
 class WholeClipState(State):
     """A clip that is kept until its end: the first `frames` columns of features [M, capacity] are filled."""

@@ -103,8 +103,8 @@ def _no_audio(model: ModelParts) -> Tensor | float:
     config = model.config.thinker.audio_config
     if model.audio_encoder is None or config is None:
         return 0.0
-    silence = torch.zeros(1, config.num_mel_bins, 1, device=model.device, dtype=model.dtype)
-    return 0 * model.audio_encoder(silence, torch.ones(1, dtype=torch.int64)).embeds.sum()
+    silence = torch.zeros(1, config.num_mel_bins, 1)
+    return 0 * model.encode_audio(silence, torch.ones(1, dtype=torch.int64)).embeds.sum()
 
 
 def _no_vision(model: ModelParts) -> Tensor | float:
@@ -113,8 +113,7 @@ def _no_vision(model: ModelParts) -> Tensor | float:
     if model.vision_encoder is None or config is None:
         return 0.0
     side, values = config.spatial_merge_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
-    black = torch.zeros(side * side, values, device=model.device, dtype=model.dtype)
-    out = model.vision_encoder(black, torch.tensor([[1, side, side]]))
+    out = model.encode_vision(torch.zeros(side * side, values), torch.tensor([[1, side, side]]))
     return 0 * sum(x.sum() for x in (out.embeds, *out.taps))
 
 
@@ -130,8 +129,7 @@ def _merge_media(
     masks = {kind: (ids == getattr(config, f"{kind}_token_id")) & valid for kind in ("audio", "image", "video")}
     if inputs.input_features is not None:
         assert inputs.feature_attention_mask is not None
-        features = inputs.input_features.to(model.dtype)
-        out = model.require("audio_encoder")(features, inputs.feature_attention_mask.sum(1))
+        out = model.encode_audio(inputs.input_features, inputs.feature_attention_mask.sum(1))
         embeds = merge_embeddings(embeds, masks["audio"], out.embeds)
     elif touch_absent:
         embeds = embeds + _no_audio(model)
@@ -143,7 +141,7 @@ def _merge_media(
     given = {kind: (pixels, grid) for kind, (pixels, grid) in seen.items() if pixels is not None and grid is not None}
     if given:
         pixels, grids = (torch.cat(both) for both in zip(*given.values()))
-        out = model.require("vision_encoder")(pixels.to(model.dtype), grids)
+        out = model.encode_vision(pixels, grids)
         items = iter(out.lengths)
         counts = [sum(islice(items, len(grid))) for _, grid in given.values()]
         for kind, own, *own_taps in zip(given, *(x.split(counts) for x in (out.embeds, *out.taps))):

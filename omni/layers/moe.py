@@ -46,7 +46,7 @@ class Router(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        kind = config.router or next(iter(ROUTERS))
+        kind = next(iter(ROUTERS)) if config.router is None else config.router
         if kind not in ROUTERS:
             raise ValueError(f"router {kind!r} is not one of {', '.join(ROUTERS)}; add it to omni.layers.moe.ROUTERS")
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))

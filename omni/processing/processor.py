@@ -255,7 +255,9 @@ class OmniProcessor:
         if medium.kind == "audio":
             samples = load_audio(medium.source, medium.options.get("sampling_rate"), options.device)
             if self._clip_tokens(samples.numel()) == 0:
-                least = next(n for n in range(1, self.log_mel.sample_rate) if self._clip_tokens(n))
+                least = next((n for n in range(1, self.log_mel.sample_rate) if self._clip_tokens(n)), None)
+                if least is None:
+                    raise ValueError("the audio encoder's num_tokens gives no token for any clip of up to a second")
                 raise ValueError(
                     f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
                     f"{least} ({1000 * least / self.log_mel.sample_rate:.3g} ms) are needed"

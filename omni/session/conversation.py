@@ -121,7 +121,16 @@ class Conversation:
 
     @torch.no_grad()
     def write_at(self, ids: list[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None = None) -> None:
-        """Read a piece of the current media segment, whose positions are `offsets` [3, n] from its start."""
+        """Read a piece of the current media segment, whose positions are `offsets` [3, n] from its start.
+
+        Raises ValueError for embeddings of another number or width, before anything is read.
+        """
+        width = self.model.config.thinker.text_config.hidden_size
+        if embeds.shape != (len(ids), width):
+            raise ValueError(
+                f"{len(ids)} media tokens of {width} values are due, the encoder gave {list(embeds.shape)}"
+            )
+        embeds = embeds.to(self.model.dtype)
         self.flush()
         self.check_room(len(ids))
         for first in range(0, len(ids), self.prefill_tokens):

@@ -83,7 +83,9 @@ class AudioFrontEnd:
     @torch.no_grad()
     def _encode_mel(self, mel: Tensor) -> Tensor:
         with self.stage("encoders"):
-            return self.encoder.step(mel.to(self.model.device, self.model.dtype), self.encoder_state)
+            return self.encoder.step(
+                mel.to(self.model.device, self.model.input_dtype("audio_encoder")), self.encoder_state
+            )
 
     def clone(self) -> AudioFrontEnd:
         """An independent copy."""

@@ -205,9 +205,8 @@ class OmniSession:
         video.frames.clear()
 
     def _encode_picture(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
-        device, encoder = self.model.device, self.model.require("vision_encoder")
         with self._conversation.rows.stage("encoders"):
-            out = encoder(pixels.to(device, self.model.dtype), torch.tensor([grid], device=device))
+            out = self.model.encode_vision(pixels, torch.tensor([grid], device=self.model.device))
         return out.embeds, torch.stack(list(out.taps)) if out.taps else None
 
     def _open_user_turn(self) -> None:
