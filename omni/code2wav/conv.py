@@ -13,6 +13,7 @@ Shapes: B rows, C channels, T steps in time.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -57,13 +58,13 @@ class ChainState(State):
 class StreamingLayer(nn.Module, Generic[S]):
     """A causal map of [B, C, T] to [B, C', T'] with a state of kind S."""
 
+    @abstractmethod
     def init_state(self, batch_size: int) -> S:
         """The state before the first piece, in the dtype and on the device of the parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, state: S | None = None, active: Tensor | None = None) -> Tensor:
         """A whole signal x [B, C, T], or with a state its next piece, T >= 0; updates `state` in place."""
-        raise NotImplementedError
 
 
 class StreamingChain(nn.ModuleList):
