@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from omni.code2wav.contract import CodecDecoder
 from omni.code2wav.voices import Voice
+from omni.config.keywords import names_keywords
 from omni.config.model import OmniConfig
 from omni.config.reading import USUAL_STD
 from omni.encoders.contract import AudioEncoderContract, EncoderOutput, VisionEncoderContract, check_output
@@ -87,6 +89,7 @@ class ModelParts(nn.Module):
     steps: StepRunner
     graphs: RunnerPool | None = None  # captured steps, if any
 
+    @names_keywords
     def __init__(
         self,
         config: OmniConfig,
@@ -165,13 +168,25 @@ class ModelParts(nn.Module):
         """
         encoder = self.require("audio_encoder")
         out = encoder(features.to(self.device, self.input_dtype("audio_encoder")), lengths)
-        return check_output(encoder, out, self.config.thinker.text_config.hidden_size)
+        out = check_output(encoder, out, self.config.thinker.text_config)
+        frames = lengths.tolist()
+        if (counted := [encoder.num_tokens(n) for n in frames]) != out.lengths:
+            raise ValueError(
+                f"{type(encoder).__name__} gives {out.lengths} tokens for clips of {frames} mel frames; its num_tokens "
+                f"says {counted}"
+            )
+        return out
 
     def encode_vision(self, pixels: Tensor, grids: Tensor) -> EncoderOutput:
         """Patches [N, values] of pictures and videos on grids int64 [items, 3] -> embeddings and taps, likewise."""
         encoder = self.require("vision_encoder")
         out = encoder(pixels.to(self.device, self.input_dtype("vision_encoder")), grids)
-        return check_output(encoder, out, self.config.thinker.text_config.hidden_size)
+        out = check_output(encoder, out, self.config.thinker.text_config)
+        config = self.config.thinker.vision_config
+        wanted = out.lengths if config is None else (grids.prod(1) // config.spatial_merge_size**2).tolist()
+        if out.lengths != wanted:
+            raise ValueError(f"{type(encoder).__name__} gives {out.lengths} tokens for pictures that have {wanted}")
+        return out
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in CONTRACTS and value is not None:
@@ -236,8 +251,8 @@ def check_part(module: Any, part: str | None = None) -> None:
     if not isinstance(module, nn.Module):
         what = f"the class {module.__name__}, which is still to be called" if inspect.isclass(module) else repr(module)
         raise TypeError(f"{part or 'a part'} must be a torch.nn.Module, got {what}")
-    part = part or _part_of(module)
-    if part not in CONTRACTS:
+    part = _part_of(module) if part is None else part
+    if not isinstance(part, str) or part not in CONTRACTS:
         raise ValueError(f"part must be one of {', '.join(CONTRACTS)}, got {part!r}")
     contract = CONTRACTS[part]
     if lacking := _lacking(module, contract):
@@ -245,6 +260,12 @@ def check_part(module: Any, part: str | None = None) -> None:
             f"{type(module).__name__} cannot be the {part}, it lacks {', '.join(lacking)}; write what is missing as "
             f"{contract.__module__}.{contract.__name__} describes it"
         )
+    for name, least in getattr(contract, "least", {}).items():
+        value = getattr(module, name)
+        if not isinstance(value, Real) or isinstance(value, bool) or not value >= least or value % 1:
+            raise ValueError(
+                f"{type(module).__name__}.{name} must be a whole number of at least {least}, got {value!r}"
+            )
 
 
 def _part_of(module: nn.Module) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class CodecDecoder(nn.Module):
     hop_length: int
     num_codebooks: int
     lookahead: int
+    least: ClassVar[dict[str, int]] = {"sample_rate": 1, "hop_length": 1, "num_codebooks": 1, "lookahead": 0}
 
     @property
     def frame_rate(self) -> float:

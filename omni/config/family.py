@@ -6,6 +6,7 @@ resolves on first use, so a family costs nothing until a checkpoint of it is ope
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class Family:
         return [self.config, *self.parts.values(), self.turn_layout, self.audio_tokens, *more]
 
 
+_DOTTED = re.compile(r"[\w.]+:\w+")
 _PARTS = ("audio_encoder", "vision_encoder", "thinker", "talker", "code2wav")
 _registered: dict[str, Family] = {}  # from outside, by model_type
 
@@ -114,10 +116,30 @@ def register_family(family: Family) -> None:
         raise ValueError(f"a family needs a model_type, the text that its config.json has, got {family.model_type!r}")
     if not isinstance(family.parts, Mapping) or not set(family.parts) <= set(_PARTS):
         raise ValueError(f"Family.parts names what builds some of {', '.join(_PARTS)}, got {family.parts!r}")
+    _check_kinds(family)
     taken = {known.model_type: known for known in families()}.get(family.model_type)
     if taken not in (None, family):
         raise ValueError(f"model_type {family.model_type!r} belongs to another family; a family needs one of its own")
     _registered[family.model_type] = family
+
+
+def _check_kinds(family: Family) -> None:
+    """Raise TypeError or ValueError for a field that is not what its annotation or its dotted name says."""
+    for name, (kind, optional) in kinds_of(Family).items():
+        value = getattr(family, name)
+        if not (value is None and optional) and not isinstance(value, (kind, str) if kind is Path else kind):
+            raise TypeError(f"Family.{name} must be a {kind.__name__}, got {value!r}")
+    if len(family.frame_pixels) != 2 or not all(isinstance(pixels, int) for pixels in family.frame_pixels):
+        raise ValueError(f"Family.frame_pixels must be the fewest and the most pixels, got {family.frame_pixels!r}")
+    named = {"config": family.config, "turn_layout": family.turn_layout, "audio_tokens": family.audio_tokens}
+    named |= {"schedule_in_words": family.schedule_in_words or "no:name"}
+    named |= {f"parts must be dotted names; parts[{part!r}]": value for part, value in family.parts.items()}
+    for name, value in named.items():
+        if not isinstance(value, str) or not _DOTTED.fullmatch(value):
+            raise ValueError(f"Family.{name} must be a dotted name such as package.module:Name, got {value!r}")
+    for token, spelling in family.tokens.items():
+        if not isinstance(spelling, str):
+            raise TypeError(f"Family.tokens must be a text for each name, got {spelling!r} for {token!r}")
 
 
 def families() -> tuple[Family, ...]:

@@ -63,7 +63,9 @@ class Config:
         """Build from a `config.json` mapping. Raises ValueError on misspelt keys, wrong types or contradictions."""
         if not isinstance(values, Mapping):
             raise ValueError(f"{where or 'config'} must be a JSON object, got {type(values).__name__}")
-        known = {f.name: f for f in dataclasses.fields(cls) if f.name not in ("extra", "aliases")}
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        if not known.pop("extra", None) or not known.pop("aliases", None):
+            raise TypeError(f"{cls.__name__} cannot be read from a file: it needs the fields extra and aliases")
         kinds = kinds_of(cls)  # type: ignore[arg-type]  # a class can be hashed
         kept: dict[str, Any] = {}
         aliases: dict[str, str] = {}
@@ -178,8 +180,8 @@ def kinds_of(cls: type[Config]) -> dict[str, tuple[Any, bool]]:
 
 def _coerce(kind: Any, nullable: bool, value: Any, path: str) -> Any:
     """Check a value against its field's kind and build nested configs."""
-    if value is None and nullable:
-        return None
+    if kind is Any or (value is None and nullable):
+        return value
     if issubclass(kind, Config):
         return kind.from_dict(value, path)
     if kind is tuple:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from omni.config.decoder import DecoderConfig
 from omni.encoders.checks import check_end, check_open, check_seconds
 from omni.layers.state import State
 
@@ -31,8 +32,9 @@ class EncoderOutput(NamedTuple):
     taps: list[Tensor]
 
 
-def check_output(encoder: nn.Module, out: Any, width: int) -> EncoderOutput:
-    """What an encoder returned, if its embeddings and taps have the Thinker's width. Raises TypeError or ValueError."""
+def check_output(encoder: nn.Module, out: Any, decoder: DecoderConfig) -> EncoderOutput:
+    """What an encoder returned, if its embeddings and taps suit the decoder. Raises TypeError or ValueError."""
+    width, layers = decoder.hidden_size, decoder.num_hidden_layers
     if not isinstance(out, EncoderOutput):
         raise TypeError(f"{type(encoder).__name__} must return an EncoderOutput, got {type(out).__name__}")
     for found in (out.embeds, *out.taps):
@@ -41,6 +43,10 @@ def check_output(encoder: nn.Module, out: Any, width: int) -> EncoderOutput:
                 f"{type(encoder).__name__} gives {list(found.shape)} for {sum(out.lengths)} tokens; the Thinker reads "
                 f"{width} values a token"
             )
+    if len(out.taps) > layers:
+        raise ValueError(
+            f"{type(encoder).__name__} gives {len(out.taps)} taps; the Thinker has {layers} layers to add them to"
+        )
     return out
 
 

@@ -113,6 +113,9 @@ class Runner:
         started = isinstance(state, CodecState) and state.started
         one_more = codes.shape[2] == 1 and started  # the shape that steps are compiled for
         wave: Tensor = (self.steps.codec if one_more else codec_step)(codec, codes.contiguous(), state)
+        if not isinstance(wave, Tensor) or wave.dim() != 2 or len(wave) != len(codes):
+            got = list(wave.shape) if isinstance(wave, Tensor) else type(wave).__name__
+            raise ValueError(f"{type(codec).__name__}.step must return samples [{len(codes)}, m], got {got}")
         return wave
 
     def project_text(self, ids: Sequence[int]) -> Tensor:
