@@ -22,7 +22,16 @@ from tqdm import tqdm
 
 from omni.checkpoint.adapters import apply_adapter, check_adapter
 from omni.checkpoint.keys import KeyTable, Slot, is_stacked
-from omni.checkpoint.placement import Device, DeviceMap, DiskOffload, check_device, device_of, dispatch, plan_devices
+from omni.checkpoint.placement import (
+    Device,
+    DeviceMap,
+    DiskOffload,
+    OnDisk,
+    check_device,
+    device_of,
+    dispatch,
+    plan_devices,
+)
 from omni.checkpoint.reading import DTYPES, FLOATS, ShardReader
 from omni.checkpoint.shards import TensorInfo, read_contents
 from omni.layers.quantized import DEFAULT_PARTS, Quantizer
@@ -138,8 +147,6 @@ def load_weights(
         places: dict[str, Any] = {"": check_device(device)}
     else:
         places = plan_devices(model, device_map, target_dtype)
-    if plan.incomplete and "disk" in places.values():
-        raise ValueError(f"{folder} lacks {len(plan.incomplete)} tensors, which disk offload cannot fill; use 'cpu'")
     offload = DiskOffload(offload_folder, places)
     filler = _Filler(model, targets, target_dtype, places, offload, quantizer if adapter is None else None)
     filler.read(plan, progress)
@@ -147,13 +154,13 @@ def load_weights(
         assert initialise is not None
         filler.make_room(plan.incomplete)
         initialise(set(plan.incomplete))
-    left = [name for name, t in _tensors(model) if t.is_meta and name not in offload.index]
+    left = [name for name, t in _tensors(model) if t.device.type == "meta"]
     assert not left, f"{left[0]} has no value: it is neither a parameter nor a persistent buffer"
     if adapter is not None:
         apply_adapter(model, adapter, table=table)
     if quantizer is not None:
         quantizer.finish()
-    dispatch(model, places, offload)
+    dispatch(model)
     return plan.report
 
 
@@ -306,8 +313,10 @@ class _Filler:
         if target.is_floating_point():
             dtype = torch.float32 if name.startswith(self.in_float32) else self.dtype
         place = device_of(name, self.places)
+        if place == "disk":
+            return self.offload.empty(name, target.shape, dtype)
         try:
-            return torch.empty(target.shape, dtype=dtype, device="cpu" if place == "disk" else place)
+            return torch.empty(target.shape, dtype=dtype, device=place)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = target.numel() * dtype.itemsize / 2**30
             raise OSError(
@@ -323,13 +332,11 @@ class _Filler:
     def _place(self, name: str, value: Tensor) -> None:
         """Put a tensor under every name it has."""
         target = self.targets[name]
-        final = nn.Parameter(value) if isinstance(target, nn.Parameter) else value
+        if isinstance(target, nn.Parameter):
+            value = (OnDisk if device_of(name, self.places) == "disk" else nn.Parameter)(value)
         for alias in self.names[id(target)]:
             module, _, leaf = alias.rpartition(".")
-            if device_of(alias, self.places) == "disk":
-                self.offload.write(alias, value)
-                final = nn.Parameter(value.to("meta")) if isinstance(target, nn.Parameter) else value.to("meta")
-            setattr(self.model.get_submodule(module), leaf, final)
+            setattr(self.model.get_submodule(module), leaf, value)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -47,7 +47,11 @@ def first_family() -> OmniModel:
 
 @fixed(1)
 def second_family() -> OmniModel:
-    values = {**config_values(1, vocabulary=640, audio={}), "token2wav_config": SIZES, "system_token_id": 276}
+    values = {
+        **config_values(1, vocabulary=640, audio={}, vision={}),
+        "token2wav_config": SIZES,
+        "system_token_id": 276,
+    }
     model = widen(OmniModel(OmniConfig.from_dict(values)), 10)
     with torch.no_grad():
         draw_token2wav(model.code2wav)
@@ -119,7 +123,6 @@ CASES = [("first", m) for m in PARTS + FIRST] + [("second", m) for m in PARTS + 
 
 
 @pytest.mark.parametrize(("family", "places"), CASES, ids=lambda x: x if isinstance(x, str) else "+".join(x))
-@pytest.mark.xfail(strict=True, reason="hooks copy the caller's state, and weights on disk are not where they are read")
 def test_a_model_partly_on_disk_says_what_it_says_in_memory(family, places, folders, expected, tmp_path) -> None:
     model = OmniModel.from_pretrained(folders(family), device_map=places, offload_folder=tmp_path / "offload")
     assert any(p.is_meta for p in model.parameters())
@@ -150,7 +153,6 @@ class Copying(ModelHook):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.xfail(strict=True, reason="hooks copy the caller's state")
 def test_hooks_that_copy_arguments_change_nothing(family, folders, expected) -> None:
     model = OmniModel.from_pretrained(folders(family), device="cpu")
     for module in model.modules():
@@ -159,7 +161,6 @@ def test_hooks_that_copy_arguments_change_nothing(family, folders, expected) -> 
     assert_same(said(model), expected(family))
 
 
-@pytest.mark.xfail(strict=True, reason="hooks copy the list that the routers write into")
 def test_router_logits_reach_the_caller_through_hooks_that_copy(folders) -> None:
     model = OmniModel.from_pretrained(folders("first"), device="cpu")
     inputs = model.processor(chat("hi"))
@@ -201,7 +202,6 @@ class Echo(CodecDecoder):
         return torch.tanh(self.inner(frames, state)).repeat_interleave(4, dim=1)
 
 
-@pytest.mark.xfail(strict=True, reason="weights on disk are not where a part of one's own reads them")
 def test_a_codec_decoder_of_ones_own_keeps_its_state_on_disk(tmp_path: Path) -> None:
     with fixed(3):
         whole = OmniModel(first_family().config, code2wav=Echo())
@@ -225,7 +225,6 @@ def test_a_codec_decoder_of_ones_own_keeps_its_state_on_disk(tmp_path: Path) -> 
     assert sound[0].numel() > 8 and torch.equal(*sound)
 
 
-@pytest.mark.xfail(strict=True, reason="tensors that files lack cannot be drawn on disk")
 def test_what_the_files_lack_is_drawn_on_disk_too(folders, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -259,7 +258,6 @@ class Elsewhere(nn.Module):
         return self.linear(x[0]), state
 
 
-@pytest.mark.xfail(strict=True, reason="only forward brings its arguments to a module's device")
 def test_every_method_brings_tensors_and_leaves_states() -> None:
     model = nn.ModuleDict({"home": nn.Linear(4, 4), "part": Elsewhere()})
     model["home"].to("cpu")
@@ -274,4 +272,4 @@ def test_every_method_brings_tensors_and_leaves_states() -> None:
         model["part"].linear(torch.ones(1, 4))
     assert same is state and state == [False]
     assert model["part"].seen == [torch.device("meta")] * 2
-    assert results[-1] == torch.device("cpu") == results[2]
+    assert results.count(torch.device("cpu")) == 2  # one for each call from outside
