@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni.config.writing import recover
+
 CONFIG_FILES = ("config.json",)
 PROCESSOR_FILES = ("*.json", "*.txt", "*.jinja", "*.model")  # tokenizer, chat template, values of the preprocessors
 # also weights; of pickles only the voices, which are read as tensors and nothing else
@@ -40,6 +42,7 @@ def locate(
     except RuntimeError as error:  # of a user that this machine does not have
         raise FileNotFoundError(f"folder {name!r} does not exist: {error}") from error
     if name and path.is_dir():
+        recover(path)
         return path
     if name and path.exists():
         if files == CONFIG_FILES:

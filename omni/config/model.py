@@ -18,6 +18,7 @@ from omni.config.keywords import names_keywords
 from omni.config.locate import CONFIG_FILES, locate
 from omni.config.positions import PositionRule
 from omni.config.reading import Config, extra_field, not_negative, optional, read_json, require
+from omni.config.writing import atomic_folder
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,9 @@ class OmniConfig(Config):
         return cls.from_dict(read_json(path / "config.json" if path.is_dir() else path))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` into an existing or new folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write `config.json` into an existing or new folder, whole or not at all. Raises OSError."""
+        with atomic_folder(folder) as fresh:
+            (fresh / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         return {"architectures": [self._architecture], **super().to_dict()}

@@ -101,7 +101,6 @@ class ProcessorFiles:
         for name, values in self.json_files.items():
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        (folder / "chat_template.json").unlink(missing_ok=True)  # an older copy would contradict the one just written
 
 
 def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFiles:

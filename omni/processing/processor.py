@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omni.config.keywords import nearest
+from omni.config.writing import atomic_folder
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
 from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
@@ -127,10 +128,13 @@ class OmniProcessor:
         return cls(build_tokenizer(files.folder), files)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer, template and preprocessor files, which transformers and `from_pretrained` read."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(folder))
-        self.files.save(Path(folder), self.chat.template)
+        """Write tokenizer, template and preprocessor files, which transformers and `from_pretrained` read.
+
+        All or none of them are written. Raises OSError.
+        """
+        with atomic_folder(folder) as fresh:
+            self.tokenizer.save_pretrained(str(fresh))
+            self.files.save(fresh, self.chat.template)
 
     def __call__(
         self,
