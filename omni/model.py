@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,11 +15,12 @@ from omni.checkpoint.atomic import atomic_folder
 from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
 from omni.checkpoint.save import save_weights
+from omni.checkpoint.shards import tensor_files
 from omni.code2wav.voices import Voice, find_voices, save_voice_files
 from omni.config.keywords import names_keywords
 from omni.config.locate import locate
 from omni.config.model import OmniConfig
-from omni.config.reading import read_json
+from omni.config.reading import read_json, warn_user
 from omni.generation import generate as generation
 from omni.generation.compilation import compile_steps
 from omni.generation.events import Event
@@ -232,7 +234,7 @@ class OmniModel(ModelParts):
         "fp8", see `quantize` (it takes no device_map). Raises FileNotFoundError, OSError or ValueError, each with the
         remedy.
         """
-        parts = check_parts(parts)
+        parts, everything = check_parts(parts), parts is PARTS
         folder = locate(
             folder_or_hub_id,
             revision=revision,
@@ -241,6 +243,8 @@ class OmniModel(ModelParts):
             local_files_only=local_files_only,
         )
         config = OmniConfig.from_pretrained(folder)
+        if everything:
+            config = _what_is_there(folder, config)
         voices = {} if parts == ("thinker",) else find_voices(folder)
         config = _with_speakers(config, _speaker_ids(voices))
         with MetaBuild():
@@ -253,6 +257,7 @@ class OmniModel(ModelParts):
         path = folder / "generation_config.json"
         model.generation_config = read_json(path) if path.is_file() else {}
         model.processor = _attached_processor(folder)
+        model.config = _with_chat_ids(model.config, model.processor)
         model.voices = voices if model.code2wav is not None else {}
         return model.eval()
 
@@ -291,6 +296,19 @@ class OmniModel(ModelParts):
         return self.config.replace(enable_audio_output=self.talker is not None)
 
 
+def _what_is_there(folder: Path, config: OmniConfig) -> OmniConfig:
+    """The config of what the files hold, by the tensors' names alone. It may describe a Talker that they lack, as where
+    a trainer saved the Thinker alone; the model then answers in text."""
+    keys, there = tensor_files(folder), defaultdict[str, list[str]](list)
+    table = KeyTable.of(config.family).for_files(keys)
+    for key in keys:
+        there[(table.from_hub(key) or "").partition(".")[0]].append(key)
+    if config.has_talker and "thinker" in there and not there.keys() & {"talker", "code2wav"}:
+        warn_user(f"{folder} holds a Thinker alone: the model answers in text; parts=('thinker',) says so beforehand")
+        config = config.replace(enable_audio_output=False)
+    return config
+
+
 def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
     """The speakers' ids that a checkpoint keeps beside their recordings."""
     return {name.lower(): voice.bos_token for name, voice in voices.items() if voice.bos_token is not None}
@@ -299,6 +317,18 @@ def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
 def _with_speakers(config: OmniConfig, ids: dict[str, int] | None) -> OmniConfig:
     talker = config.talker_config
     return config.replace(talker_config=talker.replace(speaker_id=ids)) if ids and talker is not None else config
+
+
+def _with_chat_ids(config: OmniConfig, processor: OmniProcessor | None) -> OmniConfig:
+    """The config with the chat's ids of the tokenizer, where config.json does not give them (a Thinker's own does not)
+    and the family's usual ones lie outside the vocabulary."""
+    if processor is None or config.thinker_config is None or config.im_end_token_id < config.vocabulary:
+        return config
+    ids = {name: processor.chat.added_ids.get(f"<|{name}|>") for name in ("im_start", "im_end")}
+    for role in ("system", "user", "assistant"):
+        written = processor.encode_text(role)
+        ids[role] = written[0] if len(written) == 1 else None
+    return config.replace(**{f"{name}_token_id": value for name, value in ids.items() if value is not None})
 
 
 def _as_inputs(inputs: OmniInputs) -> OmniInputs:

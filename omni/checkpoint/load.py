@@ -33,7 +33,9 @@ from omni.checkpoint.placement import (
     plan_devices,
 )
 from omni.checkpoint.reading import DTYPES, FLOATS, ShardReader
-from omni.checkpoint.shards import TensorInfo, read_contents
+from omni.checkpoint.refusals import refuse_quantised
+from omni.checkpoint.shards import TensorInfo, read_contents, tensor_files
+from omni.config.reading import warn_user
 from omni.layers.quantized import DEFAULT_PARTS, Quantizer
 
 _RUN_BYTES = 64 << 20  # what a thread reads before it takes the next piece of work
@@ -129,6 +131,7 @@ def load_weights(
         raise ValueError("quantize= and device_map= do not go together; pass device=, a packed model is small")
     quantizer = None if quantize is None else Quantizer(model, quantize, quantize_parts)
     targets = model.state_dict(keep_vars=True)  # tied tensors under each of their names
+    adapter_table, table = table, table.for_files(tensor_files(folder))
     slot_of = cache(table.slot)
 
     def wanted(key: str) -> bool:
@@ -136,7 +139,9 @@ def load_weights(
         return slot is not None and slot.name in targets
 
     files, headers = read_contents(folder, wanted)
-    plan = _plan_reads(targets, {key: slot_of(key) for key in files}, headers, table)
+    slots = {key: slot_of(key) for key in files}
+    _refuse_quantised(folder, slots, targets)
+    plan = _plan_reads(targets, slots, headers, table)
     if strict:
         plan.report.raise_if_any(folder)
     elif plan.incomplete and initialise is None:
@@ -154,14 +159,24 @@ def load_weights(
         assert initialise is not None
         filler.make_room(plan.incomplete)
         initialise(set(plan.incomplete))
+        drawn = sorted(table.to_hub(name) for name in plan.incomplete)
+        warn_user(f"{len(drawn)} tensors of the model were not in {folder} and are drawn at random: {_few(drawn)}")
     left = [name for name, t in _tensors(model) if t.device.type == "meta"]
     assert not left, f"{left[0]} has no value: it is neither a parameter nor a persistent buffer"
     if adapter is not None:
-        apply_adapter(model, adapter, table=table)
+        apply_adapter(model, adapter, table=adapter_table)
     if quantizer is not None:
         quantizer.finish()
     dispatch(model)
     return plan.report
+
+
+def _refuse_quantised(folder: Path, slots: Mapping[str, Slot | None], targets: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where what is loaded is quantised."""
+    loaded = {name.partition(".")[0] for name in targets}
+    of_loaded = {key for key, slot in slots.items() if slot is None or slot.name.partition(".")[0] in loaded}
+    strange = [key for key in of_loaded if (slot := slots[key]) is None or slot.name not in targets]
+    refuse_quantised(folder, strange, slots.keys() - of_loaded)
 
 
 def resolve_dtype(

@@ -14,6 +14,7 @@ from typing import Any
 
 from omni.config.family import Family, find_family
 from omni.config.locate import PROCESSOR_FILES, locate
+from omni.config.model import whole_config
 from omni.config.positions import PositionRule
 from omni.config.reading import read_json
 
@@ -120,7 +121,7 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(missing)}; copy the tokenizer and preprocessor files of the release there"
         )
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = whole_config(read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
     classes = [values.get("processor_class") for values in json_files.values()]
     classes.append(read_json(folder / "tokenizer_config.json").get("processor_class"))
     family = find_family(config.get("model_type"), classes)
