@@ -32,6 +32,7 @@ from omni.layers.init import MetaBuild
 from omni.layers.quantized import DEFAULT_PARTS
 from omni.layers.quantized import quantize as pack_weights
 from omni.parts import PARTS, ModelParts, check_parts
+from omni.processing.files import build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.thinker.thinker import ThinkerOutput
@@ -256,7 +257,8 @@ class OmniModel(ModelParts):
         )  # fmt: skip
         path = folder / "generation_config.json"
         model.generation_config = read_json(path) if path.is_file() else {}
-        model.processor = _attached_processor(folder)
+        resized = model.config is not config
+        model.processor = _attached_processor(folder, Path(adapter) if adapter is not None and resized else None)
         model.config = _with_chat_ids(model.config, model.processor)
         model.voices = voices if model.code2wav is not None else {}
         return model.eval()
@@ -346,8 +348,13 @@ def _to_columns(x: Tensor, columns: Tensor, lengths: list[int], width: int) -> T
     return x.new_zeros(x.shape[0], width, x.shape[2]).scatter(1, index, x * valid[..., None])
 
 
-def _attached_processor(folder: Path) -> OmniProcessor | None:
-    """The checkpoint's processor, or None where the folder holds no tokenizer."""
+def _attached_processor(folder: Path, adapter: Path | None = None) -> OmniProcessor | None:
+    """The checkpoint's processor, or None where the folder holds no tokenizer.
+
+    adapter: of a vocabulary of its own; if it holds a tokenizer, that one is taken.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         return None
+    if adapter is not None and (adapter / "tokenizer.json").is_file():
+        return OmniProcessor(build_tokenizer(adapter), load_files(folder))
     return OmniProcessor.from_pretrained(folder)

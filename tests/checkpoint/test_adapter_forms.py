@@ -79,7 +79,6 @@ FORMS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="keys with .base_layer are not understood")
 @pytest.mark.parametrize("family", list(VALUES))
 @pytest.mark.parametrize("form", ["embedding", "embedding, head and layers", "bias lora_only", "bias all"])
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers", "ignore:Unsupported layer type")
@@ -92,7 +91,6 @@ def test_whatever_peft_saves_is_merged(form, family, reference, tmp_path: Path) 
     assert_merged(folder, tmp_path, peft.merge_and_unload())
 
 
-@pytest.mark.xfail(strict=True, reason="keys with the adapter's name in them are not understood")
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers")
 def test_the_wrapped_models_own_tensors_are_merged(form, reference, tmp_path: Path) -> None:
@@ -115,7 +113,6 @@ def wrapped_merge(peft: nn.Module) -> nn.Module:
     return copy.deepcopy(peft).merge_and_unload()
 
 
-@pytest.mark.xfail(strict=True, reason="two adapters in one file are mixed")
 def test_two_adapters_in_one_file_are_refused(reference, tmp_path: Path) -> None:
     model, folder = reference("first")
     peft = wrapped(folder, model, r=2, target_modules=["q_proj"])
@@ -127,7 +124,6 @@ def test_two_adapters_in_one_file_are_refused(reference, tmp_path: Path) -> None
         OmniModel.from_pretrained(folder, device="cpu", adapter=tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="a vocabulary of another size is refused")
 @pytest.mark.parametrize("rows", [VOCABULARY + 5, VOCABULARY + 64, VOCABULARY - 3])
 @pytest.mark.parametrize("saved", ["modules_to_save", "embedding layers"])
 @pytest.mark.filterwarnings("ignore:.*embedding.*", "ignore:.*mean_resizing.*")
@@ -151,7 +147,6 @@ def test_a_resized_vocabulary_resizes_the_model(saved, rows, reference, tmp_path
     assert torch.equal(again.generate(again.processor(chat("hi")), max_new_tokens=3).sequences, out.sequences)
 
 
-@pytest.mark.xfail(strict=True, reason="the tokenizer beside the adapter is not read")
 def test_the_tokenizer_of_a_resized_vocabulary_comes_with_the_adapter(tiny_checkpoint, tmp_path: Path) -> None:
     plain = OmniModel.from_pretrained(tiny_checkpoint, device="cpu", parts=("thinker",))
     rows, width = plain.thinker.embed_tokens.weight.shape
@@ -193,12 +188,10 @@ def hand_written(folder: Path, **config: Any) -> Path:
     return folder
 
 
-@pytest.mark.xfail(strict=True, reason="patterns are matched without an end, alpha is not looked at")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"alpha_pattern": {"(.*)*(.*)*(.*)*(.*)*x": 4}}, "takes too long"),
-        ({"alpha_pattern": {r"(\w+\.?)+!": 4}}, "takes too long"),
+        ({"alpha_pattern": {r"(\w|\.|[a-z]|_)*[!-#]": 4}}, "takes too long"),
         ({"alpha_pattern": {"q_proj(": 4}}, "no pattern"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha of q_proj must be a finite number"),
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha of q_proj must be a finite number"),
@@ -215,6 +208,15 @@ def test_values_that_cannot_be(config, message, tmp_path: Path) -> None:
     assert torch.equal(model.thinker.layers[0].self_attn.q_proj.weight, before)
 
 
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*(.*)*x", r"(\w+\.?)+!"])
+def test_patterns_of_many_stars_end(pattern, tmp_path: Path) -> None:
+    model = tiny_model("thinker")
+    with within(6):  # they match nothing: the layer's alpha is the usual 8
+        apply_adapter(model, hand_written(tmp_path, alpha_pattern={pattern: 400}), table=model.key_table)
+    before = tiny_model("thinker").thinker.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(model.thinker.layers[0].self_attn.q_proj.weight, before + 8)
+
+
 # ---- saving with LoRA in the model ----
 
 
@@ -226,7 +228,6 @@ def trained(model: OmniModel) -> OmniModel:
     return model
 
 
-@pytest.mark.xfail(strict=True, reason="the updates are saved beside the weights, under names of their own")
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}, {"experts": "fused"}], ids=["", "shards", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_with_updates_is_saved_merged_and_stays_as_it_is(dtype, options, tmp_path: Path) -> None:
@@ -254,7 +255,6 @@ INJECTED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="the updates are saved beside the weights, under names of their own")
 @pytest.mark.parametrize("form", list(INJECTED))
 @pytest.mark.filterwarnings("ignore:.*")
 def test_whatever_peft_puts_into_a_model_is_saved_merged(form, tmp_path: Path) -> None:
