@@ -14,16 +14,18 @@ from torch import Tensor
 from omni.checkpoint.atomic import atomic_folder
 from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
+from omni.checkpoint.refusals import check_counts
 from omni.checkpoint.save import save_weights
 from omni.checkpoint.shards import tensor_files
 from omni.code2wav.voices import Voice, find_voices, save_voice_files
 from omni.config.keywords import names_keywords
 from omni.config.locate import locate
 from omni.config.model import OmniConfig
-from omni.config.reading import read_json, warn_user
+from omni.config.reading import warn_user
 from omni.generation import generate as generation
 from omni.generation.compilation import compile_steps
 from omni.generation.events import Event
+from omni.generation.generation_config import read_generation_config
 from omni.generation.output import OmniOutput
 from omni.generation.prompt import encode_prompt
 from omni.generation.steps import Steps
@@ -31,7 +33,7 @@ from omni.generation.streaming_config import StreamingConfig
 from omni.layers.init import MetaBuild
 from omni.layers.quantized import DEFAULT_PARTS
 from omni.layers.quantized import quantize as pack_weights
-from omni.parts import PARTS, ModelParts, check_parts
+from omni.parts import CHILDREN, PARTS, ModelParts, check_parts
 from omni.processing.files import build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
@@ -141,6 +143,8 @@ class OmniModel(ModelParts):
         `generate`; sessions do it by default). A codec decoder that draws sound by windows gives what its
         schedule of chunks gives, an approximation of `generate`'s sound (`streaming.codec_schedule`).
         """
+        if not (streaming is None or isinstance(streaming, StreamingConfig)):
+            raise TypeError(f"streaming must be a StreamingConfig or None, got {type(streaming).__name__}")
         return generation.stream(
             self,
             _as_inputs(inputs),
@@ -243,21 +247,22 @@ class OmniModel(ModelParts):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config = OmniConfig.from_pretrained(folder)
-        if everything:
-            config = _what_is_there(folder, config)
+        config = _check_files(folder, OmniConfig.from_pretrained(folder), parts, everything)
         voices = {} if parts == ("thinker",) else find_voices(folder)
         config = _with_speakers(config, _speaker_ids(voices))
-        with MetaBuild():
-            model = cls(config, parts)
+        try:
+            with MetaBuild():
+                model = cls(config, parts)
+        except (RuntimeError, OverflowError) as error:  # of sizes whose product no tensor can have
+            raise ValueError(f"no model can be built from config.json in {folder}: {error}") from error
         model.load_report = load_weights(
             model, folder, table=model.key_table, dtype=dtype, device=device, device_map=device_map, strict=strict,
             adapter=adapter, offload_folder=offload_folder, quantize=quantize,
             initialise=model._initialise_only, config_dtype=config.dtype,
         )  # fmt: skip
-        path = folder / "generation_config.json"
-        model.generation_config = read_json(path) if path.is_file() else {}
         resized = model.config is not config
+        vocabulary = None if model.thinker is None else model.config.vocabulary
+        model.generation_config = read_generation_config(folder, vocabulary)
         model.processor = _attached_processor(folder, Path(adapter) if adapter is not None and resized else None)
         model.config = _with_chat_ids(model.config, model.processor)
         model.voices = voices if model.code2wav is not None else {}
@@ -298,16 +303,22 @@ class OmniModel(ModelParts):
         return self.config.replace(enable_audio_output=self.talker is not None)
 
 
-def _what_is_there(folder: Path, config: OmniConfig) -> OmniConfig:
-    """The config of what the files hold, by the tensors' names alone. It may describe a Talker that they lack, as where
-    a trainer saved the Thinker alone; the model then answers in text."""
+def _check_files(folder: Path, config: OmniConfig, parts: Sequence[str], everything: bool) -> OmniConfig:
+    """The config of what can be loaded, from the tensors' names alone. Raises ValueError for sizes without weights.
+
+    everything: no parts were asked for. A config may describe a Talker that the files lack, as where a trainer saved
+    the Thinker alone; the model then answers in text.
+    """
     keys, there = tensor_files(folder), defaultdict[str, list[str]](list)
     table = KeyTable.of(config.family).for_files(keys)
     for key in keys:
         there[(table.from_hub(key) or "").partition(".")[0]].append(key)
-    if config.has_talker and "thinker" in there and not there.keys() & {"talker", "code2wav"}:
+    if everything and config.has_talker and "thinker" in there and not there.keys() & {"talker", "code2wav"}:
         warn_user(f"{folder} holds a Thinker alone: the model answers in text; parts=('thinker',) says so beforehand")
         config = config.replace(enable_audio_output=False)
+    wanted = {*parts, *(CHILDREN[:2] if "thinker" in parts else ())}
+    for name in wanted & config.parts.keys():
+        check_counts(folder, name, config.parts[name], there.get(name, []))
     return config
 
 

@@ -121,7 +121,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((dim,), start))
+        self.scale = nn.Parameter(torch.full((dim,), float(start)))
         self.start = start
 
     def initialise(self, std: float) -> None:

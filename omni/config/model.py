@@ -66,6 +66,8 @@ class ThinkerConfig(Config):
         require(self.position_id_per_seconds > 0, f"{where}.position_id_per_seconds must be positive")
         names = ("audio_token_id", "image_token_id", "video_token_id")
         not_negative(self, where, *names)
+        kinds = ("audio", "image", "video", "audio_start", "vision_start")
+        check_ids(self, where, self.text_config.vocab_size, *kinds)
         ids = [getattr(self, name) for name in names]
         require(len(set(ids)) == 3, f"{where}: {', '.join(names)} must differ from each other, got {ids}")
         text = self.text_config
@@ -160,7 +162,9 @@ class OmniConfig(Config):
         require(self.extra.get("thinker_config", ()) is not None, "thinker_config must be a JSON object, got NoneType")
         if self.thinker_config is None:
             require(bool(self.parts), "config.json describes no part: it has no thinker_config, talker_config or codec")
-        elif self.enable_audio_output:
+        else:
+            check_ids(self, where, self.vocabulary, "im_start", "im_end", "system", "user", "assistant")
+        if self.thinker_config is not None and self.enable_audio_output:
             require(
                 self.talker_config is not None and self.code2wav_config is not None,
                 "enable_audio_output is true but talker_config or code2wav_config is absent; "
@@ -229,6 +233,17 @@ class OmniConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         return {"architectures": [self._architecture], **super().to_dict()}
+
+
+def check_ids(config: Config, where: str, vocabulary: int, *names: str) -> None:
+    """Raise ValueError for token ids outside the vocabulary; a default stands for an id that the file does not give."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in (f"{name}_token_id" for name in names):
+        value = getattr(config, name)
+        require(
+            value == defaults[name] or 0 <= value < vocabulary,
+            f"{where}: {config._spellings.get(name, name)} {value} lies outside the vocabulary of {vocabulary}",
+        )
 
 
 def whole_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
