@@ -233,7 +233,8 @@ class OmniModel(ModelParts):
         """Load a checkpoint in the Hub's layout from a folder or a Hub id.
 
         dtype: "auto" (as saved) or a torch dtype or its name; device: None is CUDA if present, else the CPU;
-        device_map: placement by accelerate, instead of device (offload_folder takes what it puts on disk); parts:
+        device_map: modules to devices, or a strategy of accelerate's; each computes where its weights are, and those on
+        "disk" stay in files of offload_folder, mapped into memory, for the CPU; parts:
         load less and read less; adapter: a PEFT LoRA folder, merged while loading; strict=False accepts missing tensors
         (drawn at random) and unexpected ones, and leaves the account in `load_report`; quantize: "int8", "int4" or
         "fp8", see `quantize` (it takes no device_map). Raises FileNotFoundError, OSError or ValueError, each with the

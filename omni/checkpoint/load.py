@@ -6,6 +6,7 @@ place, dtype and device; experts are stacked on the way. So the peak of memory i
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ from omni.config.reading import warn_user
 from omni.layers.quantized import DEFAULT_PARTS, Quantizer
 
 _RUN_BYTES = 64 << 20  # what a thread reads before it takes the next piece of work
+_MOST_TIMES = 1000  # that a tensor drawn at random may be larger than the file's that does not fit
 _THREADS = 8  # at most; beyond, neither page cache nor disk gets faster
 Initialise = Callable[[set[str]], None]
 
@@ -146,6 +148,12 @@ def load_weights(
         plan.report.raise_if_any(folder)
     elif plan.incomplete and initialise is None:
         raise ValueError(f"{_few(sorted(plan.incomplete))} cannot be read from {folder}; pass initialise= to fill them")
+    for key, found, wanted_shape in plan.report.mismatched:
+        if math.prod(wanted_shape) > _MOST_TIMES * max(1, math.prod(found)):
+            raise ValueError(
+                f"config.json in {folder} asks for {key} of shape {list(wanted_shape)} and the file has {list(found)}; "
+                "check that it belongs to these files"
+            )
     target_dtype = resolve_dtype(dtype, config_dtype, (headers[key] for key in files if wanted(key)))
     if device_map is None:
         device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"

@@ -55,7 +55,8 @@ def _declared(folder: Path) -> str | None:
     for name, inner in _FILES.items():
         if (folder / name).is_file():
             values = read_json(folder / name)
-            return _in_words(values.get(inner) if isinstance(values.get(inner), Mapping) else values) or name
+            nested = values.get(inner)
+            return _in_words(nested if isinstance(nested, Mapping) else values) or name
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return next((_in_words(found) or "quantization_config" for found in _quantisations(config)), None)
 

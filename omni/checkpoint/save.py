@@ -160,7 +160,7 @@ def _merged(module: nn.Module) -> dict[str, Tensor]:
     return {name: values[name].to(tensor.dtype) for name, tensor in _weights(module).items()}
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _unwrapped(module: Any) -> nn.Module:
     """The layer inside PEFT's: the trained copy of `modules_to_save`, else the innermost base layer."""
     while True:
         copies = getattr(module, "modules_to_save", None)
@@ -170,7 +170,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         elif hasattr(module, "base_layer"):
             module = module.base_layer
         else:
-            return module
+            found: nn.Module = module
+            return found
 
 
 def _pack(entries: list[Entry], limit: int) -> list[list[Entry]]:

@@ -41,8 +41,9 @@ def locate(
         path = Path(folder_or_hub_id).expanduser()
     except RuntimeError as error:  # of a user that this machine does not have
         raise FileNotFoundError(f"folder {name!r} does not exist: {error}") from error
+    if name and path.parent.is_dir():
+        recover(path.parent if path.suffix == ".json" else path)
     if name and path.is_dir():
-        recover(path)
         return path
     if name and path.exists():
         if files == CONFIG_FILES:

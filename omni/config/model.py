@@ -250,7 +250,7 @@ def whole_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json holds; around the config of a Thinker that was saved alone, that of a model that answers in
     text."""
     for family in families():
-        kind = kinds_of(family.config_class).get("thinker_config", (None,))[0]
+        kind = kinds_of(family.config_class).get("thinker_config", (None,))[0]  # type: ignore[arg-type]
         if values.get("model_type") and values["model_type"] == getattr(kind, "model_type", None):
             break
     else:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Files of which a folder holds one set: where one of a set is written, the older files of the set go.
 _SETS = (
     re.compile(r"model\.safetensors(\.index\.json)?|model-\d+-of-\d+\.safetensors"),
-    re.compile(r"chat_template\.(json|jinja)"),
+    re.compile(r"chat_template\.(json|jinja)|additional_chat_templates"),
 )
 
 

@@ -77,10 +77,14 @@ class ProcessorFiles:
         return value
 
     @property
+    def _where(self) -> str:
+        return f"the preprocessor files of {self.folder}"
+
+    @property
     def audio_settings(self) -> dict[str, Any]:
         """Values of the mel front end. Raises ValueError for those that cannot be followed."""
         values = self._part("feature_extractor")
-        check_audio(values, self.folder, own="feature_extractor" in self.settings)
+        check_audio(values, self._where, own="feature_extractor" in self.settings)
         return values
 
     @property
@@ -97,7 +101,7 @@ class ProcessorFiles:
 
     def _pixel_settings(self, values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
         """Those of the values that pictures are prepared by. Raises ValueError for what cannot be followed."""
-        check_pixels(values, self.folder)
+        check_pixels(values, self._where)
         return {key: values[key] for key in keys if values.get(key) is not None}
 
     def _part(self, name: str) -> dict[str, Any]:

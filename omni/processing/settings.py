@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 SAMPLE_RATE = 16000  # of all sound inside the library
@@ -25,7 +24,7 @@ _ABSENT: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 
 
-def check_audio(values: Mapping[str, Any], where: Path, *, own: bool) -> None:
+def check_audio(values: Mapping[str, Any], where: str, *, own: bool) -> None:
     """Values of the mel front end. own: they stand apart from those for pictures. Raises ValueError."""
     rate = values.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE or isinstance(rate, bool):
@@ -40,7 +39,7 @@ def check_audio(values: Mapping[str, Any], where: Path, *, own: bool) -> None:
     _check_absent(values, absent, where)
 
 
-def check_pixels(values: Mapping[str, Any], where: Path) -> None:
+def check_pixels(values: Mapping[str, Any], where: str) -> None:
     """Values for pictures or videos. Raises ValueError."""
     for name, usual in (("patch_size", 14), ("merge_size", 2), ("temporal_patch_size", 2)):
         _whole(values, name, usual, 1, _LARGEST_PATCH, where)
@@ -71,7 +70,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(values: Mapping[str, Any], name: str, usual: int, least: int, most: int, where: Path) -> int:
+def _whole(values: Mapping[str, Any], name: str, usual: int, least: int, most: int, where: str) -> int:
     value = values.get(name)
     value = usual if value is None else value
     if isinstance(value, float) and value.is_integer():
@@ -81,7 +80,7 @@ def _whole(values: Mapping[str, Any], name: str, usual: int, least: int, most: i
     return value
 
 
-def _check_absent(values: Mapping[str, Any], absent: Mapping[str, tuple[Any, ...]], where: Path) -> None:
+def _check_absent(values: Mapping[str, Any], absent: Mapping[str, tuple[Any, ...]], where: str) -> None:
     for name, neutral in absent.items():
         if name in values and values[name] not in neutral:
             raise ValueError(

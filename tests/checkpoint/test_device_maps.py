@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omni import AudioChunk, OmniConfig, OmniEngine, OmniModel, OmniProcessor, OmniSession, StreamingConfig
-from omni.checkpoint import load_weights
+from omni.checkpoint import load_weights, placement
 from omni.checkpoint.placement import dispatch
 from omni.code2wav.chunk_schedule import ChunkSchedule
 from omni.code2wav.contract import CodecDecoder
@@ -127,6 +127,22 @@ def test_a_model_partly_on_disk_says_what_it_says_in_memory(family, places, fold
     model = OmniModel.from_pretrained(folders(family), device_map=places, offload_folder=tmp_path / "offload")
     assert any(p.is_meta for p in model.parameters())
     assert_same(said(model), expected(family))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_what_accelerate_plans_for_little_memory_says_the_same(
+    family, folders, expected, tmp_path, monkeypatch
+) -> None:
+    whole = OmniModel.from_pretrained(folders(family), device="cpu")
+    size = sum(p.numel() * p.element_size() for p in whole.parameters())
+    for share in (0.2, 0.9):
+        memory = {"cpu": int(share * size)}
+        monkeypatch.setattr("accelerate.utils.get_balanced_memory", lambda *_, memory=memory, **__: memory)
+        model = OmniModel.from_pretrained(folders(family), device_map="auto", offload_folder=tmp_path / str(share))
+        on_disk = sum(p.numel() * p.element_size() for p in model.parameters() if p.is_meta)
+        assert on_disk > 0
+        assert_same(said(model), expected(family))
+    assert on_disk < size
 
 
 class Copying(ModelHook):
@@ -239,6 +255,41 @@ def test_what_the_files_lack_is_drawn_on_disk_too(folders, tmp_path: Path) -> No
             copy, device_map={"": "cpu", "thinker": "disk"}, offload_folder=tmp_path / "offload", strict=False
         )
     assert model.thinker.lm_head.weight.std() > 0.001
+
+
+def parts_alone(name: str) -> str | None:
+    return name.partition(".")[0]
+
+
+def every_layer_alone(name: str) -> str | None:
+    """Parts that are stepped layer by layer lie on as many devices, the others on one each."""
+    first, *rest = name.split(".")
+    if first not in ("thinker", "talker"):
+        return first
+    return None if not rest or rest == ["layers"] else ".".join([first, *rest[: 2 if rest[0] == "layers" else 1]])
+
+
+@pytest.mark.parametrize("place_of", [parts_alone, every_layer_alone])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_calls_across_devices_copy_tensors_and_nothing_else(family, place_of, folders, expected, monkeypatch) -> None:
+    """Here a device is a label, and what comes from another one arrives as a copy."""
+    model = OmniModel.from_pretrained(folders(family), device="cpu")
+    crossed = []
+
+    def copied(value: Any, place: Any) -> Any:
+        if isinstance(value, Tensor):
+            crossed.append(place)
+            return value.clone()
+        return original(value, place) if isinstance(value, (tuple, list)) else value
+
+    original = placement._moved
+    monkeypatch.setattr(placement, "_moved", copied)
+    for name, module in model.named_modules():
+        if name and (place := place_of(name)) is not None:
+            for method in placement._public_methods(type(module)):
+                setattr(module, method, placement._aligned(getattr(module, method), place, "home"))
+    assert_same(said(model), expected(family))
+    assert len(set(crossed)) >= (4 if place_of is parts_alone else 8)
 
 
 class Elsewhere(nn.Module):
