@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,15 +14,18 @@ from torch import Tensor
 from omni.checkpoint.atomic import atomic_folder
 from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
+from omni.checkpoint.refusals import check_counts
 from omni.checkpoint.save import save_weights
+from omni.checkpoint.shards import tensor_files
 from omni.code2wav.voices import Voice, find_voices, save_voice_files
 from omni.config.keywords import names_keywords
 from omni.config.locate import locate
 from omni.config.model import OmniConfig
-from omni.config.reading import read_json
+from omni.config.reading import warn_user
 from omni.generation import generate as generation
 from omni.generation.compilation import compile_steps
 from omni.generation.events import Event
+from omni.generation.generation_config import read_generation_config
 from omni.generation.output import OmniOutput
 from omni.generation.prompt import encode_prompt
 from omni.generation.steps import Steps
@@ -29,7 +33,8 @@ from omni.generation.streaming_config import StreamingConfig
 from omni.layers.init import MetaBuild
 from omni.layers.quantized import DEFAULT_PARTS
 from omni.layers.quantized import quantize as pack_weights
-from omni.parts import PARTS, ModelParts, check_parts
+from omni.parts import CHILDREN, PARTS, ModelParts, check_parts
+from omni.processing.files import build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.thinker.thinker import ThinkerOutput
@@ -138,6 +143,8 @@ class OmniModel(ModelParts):
         `generate`; sessions do it by default). A codec decoder that draws sound by windows gives what its
         schedule of chunks gives, an approximation of `generate`'s sound (`streaming.codec_schedule`).
         """
+        if not (streaming is None or isinstance(streaming, StreamingConfig)):
+            raise TypeError(f"streaming must be a StreamingConfig or None, got {type(streaming).__name__}")
         return generation.stream(
             self,
             _as_inputs(inputs),
@@ -226,13 +233,14 @@ class OmniModel(ModelParts):
         """Load a checkpoint in the Hub's layout from a folder or a Hub id.
 
         dtype: "auto" (as saved) or a torch dtype or its name; device: None is CUDA if present, else the CPU;
-        device_map: placement by accelerate, instead of device (offload_folder takes what it puts on disk); parts:
+        device_map: modules to devices, or a strategy of accelerate's; each computes where its weights are, and those on
+        "disk" stay in files of offload_folder, mapped into memory, for the CPU; parts:
         load less and read less; adapter: a PEFT LoRA folder, merged while loading; strict=False accepts missing tensors
         (drawn at random) and unexpected ones, and leaves the account in `load_report`; quantize: "int8", "int4" or
         "fp8", see `quantize` (it takes no device_map). Raises FileNotFoundError, OSError or ValueError, each with the
         remedy.
         """
-        parts = check_parts(parts)
+        parts, everything = check_parts(parts), parts is PARTS
         folder = locate(
             folder_or_hub_id,
             revision=revision,
@@ -240,19 +248,24 @@ class OmniModel(ModelParts):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config = OmniConfig.from_pretrained(folder)
+        config = _check_files(folder, OmniConfig.from_pretrained(folder), parts, everything)
         voices = {} if parts == ("thinker",) else find_voices(folder)
         config = _with_speakers(config, _speaker_ids(voices))
-        with MetaBuild():
-            model = cls(config, parts)
+        try:
+            with MetaBuild():
+                model = cls(config, parts)
+        except (RuntimeError, OverflowError) as error:  # of sizes whose product no tensor can have
+            raise ValueError(f"no model can be built from config.json in {folder}: {error}") from error
         model.load_report = load_weights(
             model, folder, table=model.key_table, dtype=dtype, device=device, device_map=device_map, strict=strict,
             adapter=adapter, offload_folder=offload_folder, quantize=quantize,
             initialise=model._initialise_only, config_dtype=config.dtype,
         )  # fmt: skip
-        path = folder / "generation_config.json"
-        model.generation_config = read_json(path) if path.is_file() else {}
-        model.processor = _attached_processor(folder)
+        resized = model.config is not config
+        vocabulary = None if model.thinker is None else model.config.vocabulary
+        model.generation_config = read_generation_config(folder, vocabulary)
+        model.processor = _attached_processor(folder, Path(adapter) if adapter is not None and resized else None)
+        model.config = _with_chat_ids(model.config, model.processor)
         model.voices = voices if model.code2wav is not None else {}
         return model.eval()
 
@@ -291,6 +304,25 @@ class OmniModel(ModelParts):
         return self.config.replace(enable_audio_output=self.talker is not None)
 
 
+def _check_files(folder: Path, config: OmniConfig, parts: Sequence[str], everything: bool) -> OmniConfig:
+    """The config of what can be loaded, from the tensors' names alone. Raises ValueError for sizes without weights.
+
+    everything: no parts were asked for. A config may describe a Talker that the files lack, as where a trainer saved
+    the Thinker alone; the model then answers in text.
+    """
+    keys, there = tensor_files(folder), defaultdict[str, list[str]](list)
+    table = KeyTable.of(config.family).for_files(keys)
+    for key in keys:
+        there[(table.from_hub(key) or "").partition(".")[0]].append(key)
+    if everything and config.has_talker and "thinker" in there and not there.keys() & {"talker", "code2wav"}:
+        warn_user(f"{folder} holds a Thinker alone: the model answers in text; parts=('thinker',) says so beforehand")
+        config = config.replace(enable_audio_output=False)
+    wanted = {*parts, *(CHILDREN[:2] if "thinker" in parts else ())}
+    for name in wanted & config.parts.keys():
+        check_counts(folder, name, config.parts[name], there.get(name, []))
+    return config
+
+
 def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
     """The speakers' ids that a checkpoint keeps beside their recordings."""
     return {name.lower(): voice.bos_token for name, voice in voices.items() if voice.bos_token is not None}
@@ -299,6 +331,18 @@ def _speaker_ids(voices: dict[str, Voice]) -> dict[str, int]:
 def _with_speakers(config: OmniConfig, ids: dict[str, int] | None) -> OmniConfig:
     talker = config.talker_config
     return config.replace(talker_config=talker.replace(speaker_id=ids)) if ids and talker is not None else config
+
+
+def _with_chat_ids(config: OmniConfig, processor: OmniProcessor | None) -> OmniConfig:
+    """The config with the chat's ids of the tokenizer, where config.json does not give them (a Thinker's own does not)
+    and the family's usual ones lie outside the vocabulary."""
+    if processor is None or config.thinker_config is None or config.im_end_token_id < config.vocabulary:
+        return config
+    ids = {name: processor.chat.added_ids.get(f"<|{name}|>") for name in ("im_start", "im_end")}
+    for role in ("system", "user", "assistant"):
+        written = processor.encode_text(role)
+        ids[role] = written[0] if len(written) == 1 else None
+    return config.replace(**{f"{name}_token_id": value for name, value in ids.items() if value is not None})
 
 
 def _as_inputs(inputs: OmniInputs) -> OmniInputs:
@@ -316,8 +360,13 @@ def _to_columns(x: Tensor, columns: Tensor, lengths: list[int], width: int) -> T
     return x.new_zeros(x.shape[0], width, x.shape[2]).scatter(1, index, x * valid[..., None])
 
 
-def _attached_processor(folder: Path) -> OmniProcessor | None:
-    """The checkpoint's processor, or None where the folder holds no tokenizer."""
+def _attached_processor(folder: Path, adapter: Path | None = None) -> OmniProcessor | None:
+    """The checkpoint's processor, or None where the folder holds no tokenizer.
+
+    adapter: of a vocabulary of its own; if it holds a tokenizer, that one is taken.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         return None
+    if adapter is not None and (adapter / "tokenizer.json").is_file():
+        return OmniProcessor(build_tokenizer(adapter), load_files(folder))
     return OmniProcessor.from_pretrained(folder)

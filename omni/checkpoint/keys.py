@@ -7,7 +7,7 @@ parameters a layer: gate_up_proj [E, 2I, D] (gate rows first) and down_proj [E, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,19 @@ class KeyTable(KeyNames):
             default=None,
         )
         return match[0] + key[len(match[1]) :] if match else None
+
+    def for_files(self, keys: Iterable[str]) -> KeyTable:
+        """The table for the keys of a folder. A Thinker that was saved alone, by its own class as the usual trainers
+        do, has no `thinker.` in front of any of them."""
+        keys = list(keys)
+        if any(self.from_hub(key) is not None for key in keys):
+            return self
+        shorter = {
+            name: tuple((own, hub.removeprefix("thinker.")) for own, hub in pairs if hub.startswith("thinker."))
+            for name, pairs in (("renames", self.renames), ("also_read", self.also_read))
+        }
+        alone = KeyTable(**{**vars(self), **shorter})
+        return alone if any(alone.from_hub(key) is not None for key in keys) else self
 
     def to_hub(self, name: str) -> str:
         """The file's key for one of our names; a name without a rename (a swapped-in module) stays as it is."""

@@ -6,6 +6,7 @@ place, dtype and device; experts are stacked on the way. So the peak of memory i
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +23,24 @@ from tqdm import tqdm
 
 from omni.checkpoint.adapters import apply_adapter, check_adapter
 from omni.checkpoint.keys import KeyTable, Slot, is_stacked
-from omni.checkpoint.placement import Device, DeviceMap, DiskOffload, check_device, device_of, dispatch, plan_devices
+from omni.checkpoint.placement import (
+    Device,
+    DeviceMap,
+    DiskOffload,
+    OnDisk,
+    check_device,
+    device_of,
+    dispatch,
+    plan_devices,
+)
 from omni.checkpoint.reading import DTYPES, FLOATS, ShardReader
-from omni.checkpoint.shards import TensorInfo, read_contents
+from omni.checkpoint.refusals import refuse_quantised
+from omni.checkpoint.shards import TensorInfo, read_contents, tensor_files
+from omni.config.reading import warn_user
 from omni.layers.quantized import DEFAULT_PARTS, Quantizer
 
 _RUN_BYTES = 64 << 20  # what a thread reads before it takes the next piece of work
+_MOST_TIMES = 1000  # that a tensor drawn at random may be larger than the file's that does not fit
 _THREADS = 8  # at most; beyond, neither page cache nor disk gets faster
 Initialise = Callable[[set[str]], None]
 
@@ -120,6 +133,7 @@ def load_weights(
         raise ValueError("quantize= and device_map= do not go together; pass device=, a packed model is small")
     quantizer = None if quantize is None else Quantizer(model, quantize, quantize_parts)
     targets = model.state_dict(keep_vars=True)  # tied tensors under each of their names
+    adapter_table, table = table, table.for_files(tensor_files(folder))
     slot_of = cache(table.slot)
 
     def wanted(key: str) -> bool:
@@ -127,19 +141,25 @@ def load_weights(
         return slot is not None and slot.name in targets
 
     files, headers = read_contents(folder, wanted)
-    plan = _plan_reads(targets, {key: slot_of(key) for key in files}, headers, table)
+    slots = {key: slot_of(key) for key in files}
+    _refuse_quantised(folder, slots, targets)
+    plan = _plan_reads(targets, slots, headers, table)
     if strict:
         plan.report.raise_if_any(folder)
     elif plan.incomplete and initialise is None:
         raise ValueError(f"{_few(sorted(plan.incomplete))} cannot be read from {folder}; pass initialise= to fill them")
+    for key, found, wanted_shape in plan.report.mismatched:
+        if math.prod(wanted_shape) > _MOST_TIMES * max(1, math.prod(found)):
+            raise ValueError(
+                f"config.json in {folder} asks for {key} of shape {list(wanted_shape)} and the file has {list(found)}; "
+                "check that it belongs to these files"
+            )
     target_dtype = resolve_dtype(dtype, config_dtype, (headers[key] for key in files if wanted(key)))
     if device_map is None:
         device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
         places: dict[str, Any] = {"": check_device(device)}
     else:
         places = plan_devices(model, device_map, target_dtype)
-    if plan.incomplete and "disk" in places.values():
-        raise ValueError(f"{folder} lacks {len(plan.incomplete)} tensors, which disk offload cannot fill; use 'cpu'")
     offload = DiskOffload(offload_folder, places)
     filler = _Filler(model, targets, target_dtype, places, offload, quantizer if adapter is None else None)
     filler.read(plan, progress)
@@ -147,14 +167,24 @@ def load_weights(
         assert initialise is not None
         filler.make_room(plan.incomplete)
         initialise(set(plan.incomplete))
-    left = [name for name, t in _tensors(model) if t.is_meta and name not in offload.index]
+        drawn = sorted(table.to_hub(name) for name in plan.incomplete)
+        warn_user(f"{len(drawn)} tensors of the model were not in {folder} and are drawn at random: {_few(drawn)}")
+    left = [name for name, t in _tensors(model) if t.device.type == "meta"]
     assert not left, f"{left[0]} has no value: it is neither a parameter nor a persistent buffer"
     if adapter is not None:
-        apply_adapter(model, adapter, table=table)
+        apply_adapter(model, adapter, table=adapter_table)
     if quantizer is not None:
         quantizer.finish()
-    dispatch(model, places, offload)
+    dispatch(model)
     return plan.report
+
+
+def _refuse_quantised(folder: Path, slots: Mapping[str, Slot | None], targets: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where what is loaded is quantised."""
+    loaded = {name.partition(".")[0] for name in targets}
+    of_loaded = {key for key, slot in slots.items() if slot is None or slot.name.partition(".")[0] in loaded}
+    strange = [key for key in of_loaded if (slot := slots[key]) is None or slot.name not in targets]
+    refuse_quantised(folder, strange, slots.keys() - of_loaded)
 
 
 def resolve_dtype(
@@ -306,8 +336,10 @@ class _Filler:
         if target.is_floating_point():
             dtype = torch.float32 if name.startswith(self.in_float32) else self.dtype
         place = device_of(name, self.places)
+        if place == "disk":
+            return self.offload.empty(name, target.shape, dtype)
         try:
-            return torch.empty(target.shape, dtype=dtype, device="cpu" if place == "disk" else place)
+            return torch.empty(target.shape, dtype=dtype, device=place)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = target.numel() * dtype.itemsize / 2**30
             raise OSError(
@@ -323,13 +355,11 @@ class _Filler:
     def _place(self, name: str, value: Tensor) -> None:
         """Put a tensor under every name it has."""
         target = self.targets[name]
-        final = nn.Parameter(value) if isinstance(target, nn.Parameter) else value
+        if isinstance(target, nn.Parameter):
+            value = (OnDisk if device_of(name, self.places) == "disk" else nn.Parameter)(value)
         for alias in self.names[id(target)]:
             module, _, leaf = alias.rpartition(".")
-            if device_of(alias, self.places) == "disk":
-                self.offload.write(alias, value)
-                final = nn.Parameter(value.to("meta")) if isinstance(target, nn.Parameter) else value.to("meta")
-            setattr(self.model.get_submodule(module), leaf, final)
+            setattr(self.model.get_submodule(module), leaf, value)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

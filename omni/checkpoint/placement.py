@@ -1,12 +1,16 @@
-"""Spreading a big model over devices with accelerate; nothing else in the library knows about it.
+"""Spreading a big model over devices; nothing else in the library knows about it.
 
-accelerate is imported where it is used: most loads need none of it.
+accelerate plans which module goes where, and is imported where it is used: most loads need none of it.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +97,16 @@ def device_of(name: str, device_map: Mapping[str, Any]) -> Any:
         name = name.rpartition(".")[0]
 
 
+class OnDisk(nn.Parameter):
+    """A weight in a mapped file. It says `is_meta`, so that nothing merges into it, packs it or saves it."""
+
+    is_meta = True
+
+
 class DiskOffload:
-    """Writes the weights that stay on disk into a folder that accelerate reads from; made when first needed."""
+    """Weights that rest in files of a folder, mapped into memory: read when used, dropped when memory is short."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, device_map: Mapping[str, Any]) -> None:
-        self.index: dict[str, Any] = {}
         if "disk" not in device_map.values():
             return
         if folder is None:
@@ -105,20 +114,78 @@ class DiskOffload:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, name: str, value: Tensor) -> None:
-        """Put one finished tensor on disk."""
-        from accelerate.utils import offload_weight
+    def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor that lies in a file of its own. Raises OSError where the disk has no room for it."""
+        values = math.prod(shape)
+        if not values:
+            return torch.empty(shape, dtype=dtype)
+        path = self.folder / f"{name}.bin"
+        path.unlink(missing_ok=True)  # a model that was loaded before may still read the old file
+        with path.open("xb") as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process at the first write
+                os.posix_fallocate(file.fileno(), 0, values * dtype.itemsize)
+            else:
+                file.truncate(values * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=values, dtype=dtype).view(shape)
 
-        offload_weight(value, name, str(self.folder), self.index)
 
+def dispatch(model: nn.Module) -> None:
+    """Let the modules of a model whose weights lie on several devices be called with tensors of its first device.
 
-def dispatch(model: nn.Module, device_map: dict[str, Any], offload: DiskOffload) -> None:
-    """Attach accelerate's hooks, which bring inputs to each module's device, if there is more than one device."""
-    if len(set(device_map.values())) < 2 and not offload.index:
+    A module computes where its weights are (those on disk: on the CPU). Whoever calls one from outside hands over and
+    gets back tensors of the model's device. States and all other objects stay as they are, the caller's own: what a
+    module writes into them has to reach the caller, so they are no business of hooks that copy.
+    """
+    home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    home = getattr(model, "device", home)
+    if all(tensor.device == home for tensor in _tensors(model)):
         return
-    from accelerate import dispatch_model
-    from accelerate.utils import save_offload_index
+    for module in model.modules():
+        devices = {tensor.device for tensor in _tensors(module)}
+        if module is model or len(devices) != 1:
+            continue
+        for name in _public_methods(type(module)):
+            setattr(module, name, _aligned(getattr(module, name), devices.copy().pop(), home))
 
-    if offload.index:
-        save_offload_index(offload.index, str(offload.folder))
-    dispatch_model(model, device_map, offload_dir=offload.folder if offload.index else None)
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _public_methods(cls: type[nn.Module]) -> list[str]:
+    """`forward` and the methods that a class has beyond those of every module."""
+    own = [name for name in dir(cls) if name[0] != "_" and not hasattr(nn.Module, name)]
+    return ["forward", *(name for name in own if inspect.isfunction(inspect.getattr_static(cls, name)))]
+
+
+_inside = threading.local()  # `device`: of the module whose method runs in this thread, if any
+
+
+def _aligned(method: Callable[..., Any], device: torch.device, home: torch.device) -> Callable[..., Any]:
+    """The method, called from outside with its tensors on `device`, its results brought `home`."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = getattr(_inside, "device", None)
+        if before == device:
+            return method(*args, **kwargs)
+        _inside.device = device
+        try:
+            result = method(*_moved(args, device), **{key: _moved(value, device) for key, value in kwargs.items()})
+        finally:
+            _inside.device = before
+        return _moved(result, home)
+
+    return call
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, also in tuples (and in lists of tensors alone), on a device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        items = [_moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list) and value and all(isinstance(item, Tensor) for item in value):
+        return [item.to(device) for item in value]
+    return value

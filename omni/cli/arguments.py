@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omni.config.writing import check_can_write
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -62,7 +64,7 @@ def consoles() -> tuple[Console, Console]:
 
 
 def check_sound_path(path: Path) -> None:
-    """Fail before the model is loaded rather than after it has spoken. Raises FileNotFoundError or ValueError."""
+    """Fail before the model is loaded rather than after it has spoken. Raises OSError or ValueError."""
     import soundfile
 
     if not path.parent.is_dir():
@@ -71,6 +73,7 @@ def check_sound_path(path: Path) -> None:
         raise ValueError(f"--out {path} is a folder; name a file in it, such as {path / 'out.wav'}")
     if path.suffix.lstrip(".").upper() not in soundfile.available_formats():
         raise ValueError(f"--out {path} must end in .wav, .flac, .ogg or .mp3")
+    check_can_write(path)
 
 
 def load_model(args: argparse.Namespace, console: Console, parts: Sequence[str]) -> OmniModel:

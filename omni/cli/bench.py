@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from omni.bench.rows import PARTS, ROWS, measure
 from omni.cli.arguments import count_value
 from omni.config.keywords import nearest
+from omni.config.writing import check_can_write
 
 if TYPE_CHECKING:
     from omni.bench.result import Row
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
     files = [path for path in (args.json, args.out and args.out / "results.json") if path]
     for path in files:
         read_rows(path)  # fail before measuring rather than after
+        check_can_write(path)
     from omni.bench.workbench import first_line
 
     console = Console() if sys.stdout.isatty() else Console(width=160)

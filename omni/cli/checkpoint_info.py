@@ -62,9 +62,9 @@ def sizes_from_files(folder: Path, family: Family) -> tuple[dict[str, PartSize],
     """Sizes of the parts on disk, and the number of weight files. Raises as `read_headers`."""
     from omni.checkpoint.shards import read_headers
 
-    table = KeyTable.of(family)
     sizes: dict[str, PartSize] = {}
     headers = read_headers(folder)
+    table = KeyTable.of(family).for_files(headers)
     for key, tensor in headers.items():
         size = sizes.setdefault(part_of(table.from_hub(key) or ""), PartSize())
         size.add(tensor.shape, _NAMES.get(tensor.dtype, tensor.dtype), tensor.bytes)

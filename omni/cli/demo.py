@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni.cli.arguments import consoles
+from omni.config.writing import check_can_write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +43,8 @@ def run_demo(console: Console, progress: Console, out_dir: Path) -> None:
     console receives the results, progress the stages as they pass. Raises OSError when a file cannot be written.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("answer_1.wav", "answer_2.wav", "answer_3.wav", "out.wav", "out.png"):
+        check_can_write(out_dir / name)
     with progress.status("loading omni-nano ..."):
         import torch
 

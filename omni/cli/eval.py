@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni.cli.arguments import count_value
+from omni.config.writing import check_can_write
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -132,6 +133,8 @@ def _check_out(path: Path | None) -> None:
         raise FileNotFoundError(f"folder {path.parent} does not exist; create it or choose another --out")
     if path is not None and path.is_dir():
         raise ValueError(f"--out {path} is a folder; name a file in it, such as {path / 'results.jsonl'}")
+    if path is not None:
+        check_can_write(path)
 
 
 def _transcriber(name: str | None) -> Callable[[Tensor, int], str] | None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from omni.config.keywords import nearest
+from omni.config.writing import write_tensors
 
 RELEASED_FILE, SAFE_FILE = "spk_dict.pt", "voices.safetensors"
 _PARTS = ("cond", "ref_mel")
@@ -145,7 +145,7 @@ def save_voices(voices: Mapping[str, Voice], path: str | Path) -> Path:
                 f"{name}.{key}": getattr(voice, key).contiguous() for name, voice in voices.items() for key in _PARTS
             }
             bos = {name: voice.bos_token for name, voice in voices.items() if voice.bos_token is not None}
-            save_file(tensors, part, metadata={"format": "pt", _BOS: json.dumps(bos)})
+            write_tensors(tensors, part, {"format": "pt", _BOS: json.dumps(bos)})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

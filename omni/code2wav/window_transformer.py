@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from omni.rope.rotary import Rotary
 _FRAMES_AT_ONCE = 256  # bounds the mask: 256 x (256 + W) entries however long the signal
 
 
-class Window(NamedTuple):
+@dataclass(eq=False)
+class Window:
     """What the frames of a whole signal see: each itself and the `size` - 1 frames before it."""
 
     size: int
@@ -41,12 +42,13 @@ class Window(NamedTuple):
         return torch.cat(done, dim=2)
 
 
-class LayerRing(NamedTuple):
+@dataclass(eq=False)
+class LayerRing:
     """What one layer's attention reads and writes for a piece of T frames: views of the state, what all layers share.
 
     keys, values [B, Hkv, W, hd]; places int64 [B, Hkv, min(T, W), hd] of the last new frames; visible bool
     [B, 1, T, W] over the ring as it is after writing (decode), or [B, 1, T, W + T] over the ring before it and the new
-    frames; active bool [B, 1, 1, 1] or None; decode: one frame comes.
+    frames; active bool [B, 1, 1, 1] or None; decode: one frame comes. No tuple, so that hooks leave it as it is.
     """
 
     keys: Tensor
@@ -119,7 +121,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((dim,), start))
+        self.scale = nn.Parameter(torch.full((dim,), float(start)))
         self.start = start
 
     def initialise(self, std: float) -> None:

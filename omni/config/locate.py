@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni.config.writing import recover
+
 CONFIG_FILES = ("config.json",)
 PROCESSOR_FILES = ("*.json", "*.txt", "*.jinja", "*.model")  # tokenizer, chat template, values of the preprocessors
 # also weights; of pickles only the voices, which are read as tensors and nothing else
@@ -39,6 +41,8 @@ def locate(
         path = Path(folder_or_hub_id).expanduser()
     except RuntimeError as error:  # of a user that this machine does not have
         raise FileNotFoundError(f"folder {name!r} does not exist: {error}") from error
+    if name and path.parent.is_dir():
+        recover(path.parent if path.suffix == ".json" else path)
     if name and path.is_dir():
         return path
     if name and path.exists():

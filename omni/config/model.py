@@ -5,6 +5,7 @@ A family's own classes (`omni.config.qwen3_omni`, `omni.config.qwen2_5_omni`, or
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from omni.config.family import Family, families, find_family
 from omni.config.keywords import names_keywords
 from omni.config.locate import CONFIG_FILES, locate
 from omni.config.positions import PositionRule
-from omni.config.reading import Config, extra_field, not_negative, optional, read_json, require
+from omni.config.reading import Config, extra_field, kinds_of, not_negative, optional, read_json, require
+from omni.config.writing import atomic_folder
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class ThinkerConfig(Config):
         require(self.position_id_per_seconds > 0, f"{where}.position_id_per_seconds must be positive")
         names = ("audio_token_id", "image_token_id", "video_token_id")
         not_negative(self, where, *names)
+        kinds = ("audio", "image", "video", "audio_start", "vision_start")
+        check_ids(self, where, self.text_config.vocab_size, *kinds)
         ids = [getattr(self, name) for name in names]
         require(len(set(ids)) == 3, f"{where}: {', '.join(names)} must differ from each other, got {ids}")
         text = self.text_config
@@ -119,6 +123,11 @@ class OmniConfig(Config):
         return self.thinker_config
 
     @property
+    def vocabulary(self) -> int:
+        """Text ids that the Thinker knows."""
+        return self.thinker.text_config.vocab_size
+
+    @property
     def has_talker(self) -> bool:
         """Whether this variant answers in speech."""
         return self.enable_audio_output and self.thinker_config is not None
@@ -153,7 +162,9 @@ class OmniConfig(Config):
         require(self.extra.get("thinker_config", ()) is not None, "thinker_config must be a JSON object, got NoneType")
         if self.thinker_config is None:
             require(bool(self.parts), "config.json describes no part: it has no thinker_config, talker_config or codec")
-        elif self.enable_audio_output:
+        else:
+            check_ids(self, where, self.vocabulary, "im_start", "im_end", "system", "user", "assistant")
+        if self.thinker_config is not None and self.enable_audio_output:
             require(
                 self.talker_config is not None and self.code2wav_config is not None,
                 "enable_audio_output is true but talker_config or code2wav_config is absent; "
@@ -168,9 +179,27 @@ class OmniConfig(Config):
     def from_dict(cls, values: Mapping[str, Any], where: str = "") -> OmniConfig:
         """The config of the family that `model_type` names; see `Config.from_dict`."""
         if cls is not OmniConfig:
-            return super().from_dict(values, where)
+            values, unread = cls._without_what_is_absent(values)
+            config = super().from_dict(values, where)
+            return dataclasses.replace(config, extra={**config.extra, **unread}) if unread else config
+        values = whole_config(values) if isinstance(values, Mapping) else values
         model_type = values.get("model_type") if isinstance(values, Mapping) else None
         return find_family(model_type).config_class.from_dict(values, where)
+
+    @classmethod
+    def _without_what_is_absent(cls, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """The values, and apart from them the parts that a model without speech does not have and that cannot be read:
+        other writers put the defaults of their classes there, which need not fit each other."""
+        unread = {}
+        if isinstance(values, Mapping) and values.get("enable_audio_output") is False and "thinker_config" in values:
+            for name in ("talker_config", "code2wav_config"):
+                key, kind = cls._spellings.get(name, name), kinds_of(cls)[name][0]  # type: ignore[arg-type]
+                try:
+                    if values.get(key) is not None:
+                        kind.from_dict(values[key], key)
+                except ValueError:
+                    unread[key] = values[key]
+        return {key: value for key, value in values.items() if key not in unread} if unread else values, unread
 
     @classmethod
     @names_keywords
@@ -198,9 +227,37 @@ class OmniConfig(Config):
         return cls.from_dict(read_json(path / "config.json" if path.is_dir() else path))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` into an existing or new folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write `config.json` into an existing or new folder, whole or not at all. Raises OSError."""
+        with atomic_folder(folder) as fresh:
+            (fresh / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         return {"architectures": [self._architecture], **super().to_dict()}
+
+
+def check_ids(config: Config, where: str, vocabulary: int, *names: str) -> None:
+    """Raise ValueError for token ids outside the vocabulary; a default stands for an id that the file does not give."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in (f"{name}_token_id" for name in names):
+        value = getattr(config, name)
+        require(
+            value == defaults[name] or 0 <= value < vocabulary,
+            f"{where}: {config._spellings.get(name, name)} {value} lies outside the vocabulary of {vocabulary}",
+        )
+
+
+def whole_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json holds; around the config of a Thinker that was saved alone, that of a model that answers in
+    text."""
+    for family in families():
+        kind = kinds_of(family.config_class).get("thinker_config", (None,))[0]  # type: ignore[arg-type]
+        if values.get("model_type") and values["model_type"] == getattr(kind, "model_type", None):
+            break
+    else:
+        return values
+    shared = ("dtype", "torch_dtype", "transformers_version", "quantization_config")
+    outer = {key: values[key] for key in shared if key in values}
+    inner = {key: value for key, value in values.items() if key not in (*shared, "architectures")}
+    if "user_token_id" in values:
+        outer["user_token_id"] = values["user_token_id"]
+    return {"model_type": family.model_type, "enable_audio_output": False, **outer, "thinker_config": inner}

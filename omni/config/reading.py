@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -228,6 +229,14 @@ def check_theta(value: Any, path: str) -> None:
     """A rotary base, where it is given, is a positive number."""
     ok = value is None or (type(value) in (int, float) and 0 < value < math.inf)
     require(ok, f"{path} must be a positive number, got {value!r}")
+
+
+def warn_user(message: str) -> None:
+    """A UserWarning that points to the line outside omni that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "omni":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def stop_ids(model: ModelParts) -> frozenset[int]:
     """The ids that end a reply: `im_end_token_id` and generation_config's eos_token_id."""
     eos = model.generation_config.get("eos_token_id")
     more = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
-    return frozenset((model.config.im_end_token_id, *more))
+    return frozenset((model.config.im_end_token_id, *map(int, more)))
 
 
 def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:

@@ -37,12 +37,21 @@ class TextState(State):
     hidden: Tensor
 
     @classmethod
-    def create(cls, thinker: ThinkerContract, rows: int, capacity: int, *, keep_hidden: bool = False) -> TextState:
-        """Nothing read yet."""
+    def create(
+        cls,
+        thinker: ThinkerContract,
+        rows: int,
+        capacity: int,
+        *,
+        keep_hidden: bool = False,
+        device: torch.device | None = None,
+    ) -> TextState:
+        """Nothing read yet. device: the model's (None: that of the head's weight, as everywhere in a whole model)."""
         weight = thinker.lm_head.weight
-        logits = weight.new_zeros(rows, weight.shape[0])
-        steps = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        hidden = weight.new_zeros(rows, weight.shape[1] if keep_hidden else 0)
+        device = device or weight.device
+        logits = weight.new_zeros(rows, weight.shape[0], device=device)
+        steps = torch.zeros(rows, dtype=torch.int64, device=device)
+        hidden = weight.new_zeros(rows, weight.shape[1] if keep_hidden else 0, device=device)
         seen = torch.zeros_like(logits, dtype=torch.bool)
         return cls(thinker.init_state(rows, capacity), logits, seen, steps, hidden)
 
@@ -64,18 +73,21 @@ class SpeechState(State):
     frame: Tensor
 
     @classmethod
-    def create(cls, talker: TalkerContract, rows: int, capacity: int) -> SpeechState:
-        """Nothing read yet."""
+    def create(
+        cls, talker: TalkerContract, rows: int, capacity: int, device: torch.device | None = None
+    ) -> SpeechState:
+        """Nothing read yet; device as in `TextState`."""
         weight = talker.codec_head.weight
-        logits, hidden = weight.new_zeros(rows, weight.shape[0]), weight.new_zeros(rows, weight.shape[1])
+        device = device or weight.device
+        logits, hidden = (weight.new_zeros(rows, size, device=device) for size in weight.shape)
         return cls(
             decoder=talker.init_state(rows, capacity),
             mtp=talker.mtp.init_cache(rows),
             logits=logits,
             hidden=hidden,
             seen=torch.zeros_like(logits, dtype=torch.bool),
-            steps=torch.zeros(rows, dtype=torch.int64, device=weight.device),
-            frame=weight.new_zeros(rows, talker.codec_embedding.embedding_dim),
+            steps=torch.zeros(rows, dtype=torch.int64, device=device),
+            frame=weight.new_zeros(rows, talker.codec_embedding.embedding_dim, device=device),
         )
 
 
@@ -118,7 +130,7 @@ def draw_frame(
     draws = (state.steps * per_frame + torch.arange(per_frame, device=first.device)[:, None]).unbind(0)
 
     def sample(logits: Tensor, i: int) -> Tensor:
-        return steps.draw(residual, logits, draws[i])
+        return steps.draw(residual, logits.to(first.device), draws[i]).to(logits.device)
 
     rest, total = talker.mtp.generate(state.hidden, embedding, sample, state.mtp, step=steps.residual)
     state.frame.copy_(torch.where(active[:, None], embedding + total, state.frame))

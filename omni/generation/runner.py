@@ -41,8 +41,9 @@ class Runner:
         talker = model.talker
         self.layout = None if talker is None else turn_layout(model.config)
         keep_hidden = self.layout is not None and self.layout.text_by_hidden
-        self.text = TextState.create(model.require("thinker"), rows, capacity, keep_hidden=keep_hidden)
-        self.speech = None if talker is None else SpeechState.create(talker, rows, capacity)
+        thinker, device = model.require("thinker"), model.device
+        self.text = TextState.create(thinker, rows, capacity, keep_hidden=keep_hidden, device=device)
+        self.speech = None if talker is None else SpeechState.create(talker, rows, capacity, device)
         self.banned = None if talker is None else _banned(model)
         self.seen_at_first = None if talker is None else talker.seen_at_first()
         self._ids = torch.zeros(rows, dtype=torch.int64, device=model.device)  # drawn last

@@ -45,7 +45,7 @@ class SamplingConfig:
                 raise TypeError(f"SamplingConfig.{f.name} must be a number, got {value!r}")
         checks = (
             ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "must be 0 (greedy) or more"),
-            ("top_k", self.top_k >= 0 and int(self.top_k) == self.top_k, "must be a whole number, 0 (off) or more"),
+            ("top_k", self.top_k >= 0 and self.top_k % 1 == 0, "must be a whole number, 0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be positive (1 is off)"),
         )

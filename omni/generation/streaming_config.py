@@ -36,7 +36,8 @@ class StreamingConfig:
     codec_ode: ODEConfig | None = None
 
     def __post_init__(self) -> None:
-        if not self.chunk_frames or any(type(n) is not int or n < 1 for n in self.chunk_frames):
+        frames = self.chunk_frames if isinstance(self.chunk_frames, (tuple, list)) else ()
+        if not frames or any(type(n) is not int or n < 1 for n in frames):
             raise ValueError(f"chunk_frames must be whole numbers of at least 1, got {self.chunk_frames!r}")
         for name in ("text_ahead", "prefill_tokens"):
             value = getattr(self, name)
@@ -44,7 +45,7 @@ class StreamingConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("audio_window_s", "silence_s", "loop_frames"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
                 raise ValueError(f"{name} must be positive or None, got {value!r}")
         kinds: dict[str, Any] = {"codec_schedule": ChunkSchedule, "codec_ode": ODEConfig}
         for name, kind in kinds.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from omni.layers.state import State
 Pass = Literal["first", "prefill", "decode"]
 
 
-class LayerCache(NamedTuple):
+@dataclass(eq=False)
+class LayerCache:
     """What one layer's attention reads and writes in one pass over T new tokens. Tensors only, but for `kind`.
+
+    No tuple: hooks that move a module's arguments rebuild tuples with copies, and the cache must stay the caller's. It
+    may lie on another device than the layer; then the new tokens travel, and not the cache.
 
     keys, values [B, Hkv, S, hd]: views of the cache as far as any row may look; slots int64 [B, T]: where the new
     tokens of each row lie; kind: "first" where nothing was in the cache before, so that the new tokens see each other
@@ -33,6 +37,9 @@ class LayerCache(NamedTuple):
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of the new tokens, q [B, H, T, hd] and k, v [B, Hkv, T, hd] -> [B, H, T, hd], over what the
         cache holds of their row and themselves; keeps k and v."""
+        layer, home = q.device, self.keys.device
+        if layer != home:
+            return self.attention(q.to(home), k.to(home), v.to(home)).to(layer)
         self.write(k, v)
         if self.kind == "first":
             return attention(q, k, v, causal=True)

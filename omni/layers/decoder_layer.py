@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from omni.config.decoder import DecoderConfig
 from omni.layers.attention_backends import attention
-from omni.layers.moe import MoE
+from omni.layers.moe import MoE, RouterLog
 from omni.layers.norm import RMSNorm
 from omni.rope.rotary import apply_rotary
 
@@ -74,7 +74,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         tables: Tables,
         context: Context | None = None,
-        router_logits: list[Tensor] | None = None,
+        router_logits: RouterLog | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]. To `router_logits` a sparse layer appends those of its router, [B * T, E]."""
         x = x + self.self_attn(self.input_layernorm(x), tables, context)
@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
 
 
 def run_layer(
-    layer: nn.Module, x: Tensor, tables: Tables, context: Context | None, router_logits: list[Tensor] | None = None
+    layer: nn.Module, x: Tensor, tables: Tables, context: Context | None, router_logits: RouterLog | None = None
 ) -> Tensor:
     """One step of one layer; the function that compiled decoding puts in its place runs them all."""
     y: Tensor = layer(x, tables, context, router_logits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +39,8 @@ class DecoderState(State):
 
     def step(self, active: Tensor) -> None:
         """Count on the device one further token of every row where `active` bool [B] is True."""
-        self.cache.length += active
-        self.next_position += active
+        self.cache.length += active.to(self.cache.length.device)
+        self.next_position += active.to(self.next_position.device)
 
     def count_step(self, active: Sequence[bool] | None) -> None:
         """Count one further token of every row that is `active` (None: of all)."""
@@ -50,7 +49,8 @@ class DecoderState(State):
         self.cache.count(moves)
 
 
-class PackedRow(NamedTuple):
+@dataclass(eq=False)
+class PackedRow:
     """The one row holds several sequences, and each token sees those before it in its own."""
 
     blocks: PackedBlocks

@@ -112,6 +112,16 @@ def set_experts_backend(model: nn.Module, backend: str | None) -> None:
             module.backend = None if backend is None else _known(backend)
 
 
+class RouterLog:
+    """Takes the router logits [N, E] of one sparse layer after the other. No list: hooks rebuild those."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def append(self, logits: Tensor) -> None:
+        self.logits.append(logits)
+
+
 class MoE(nn.Module):
     """Router and experts, plus one always-on shared expert behind a sigmoid gate where the config has one."""
 
@@ -125,8 +135,8 @@ class MoE(nn.Module):
             self.shared_expert = SwiGLU(config.hidden_size, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; appends this layer's router logits [B * T, E] to the list if one is given."""
+    def forward(self, x: Tensor, router_logits: RouterLog | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; appends this layer's router logits [B * T, E] to the log if one is given."""
         flat = x.reshape(-1, x.shape[-1])
         routing = self.gate(flat)
         if router_logits is not None:

@@ -26,9 +26,26 @@ class State:
         """An independent copy."""
         return self._map(Tensor.clone)
 
-    def to(self: S, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> S:
-        """A copy on another device or with floating tensors in another dtype."""
-        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+    def to(
+        self: S,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool | None = None,
+    ) -> S:
+        """A copy on another device or with floating tensors in another dtype; itself where nothing would change.
+
+        Hooks that bring a module's arguments to its device (accelerate's) pass `non_blocking`. What they moved would be
+        a copy, and what the module then writes into it would be lost to the caller: a state stays as it is.
+        """
+        changed: list[bool] = []
+
+        def move(t: Tensor) -> Tensor:
+            moved = t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+            changed.append(moved is not t)
+            return moved
+
+        new = self if non_blocking is not None else self._map(move)
+        return new if any(changed) else self
 
     def rows(self: S, start: int, stop: int) -> S:
         """Rows start .. stop - 1 as a state of their own that shares this one's memory (but not its host lists)."""

@@ -14,11 +14,14 @@ from typing import Any
 
 from omni.config.family import Family, find_family
 from omni.config.locate import PROCESSOR_FILES, locate
+from omni.config.model import whole_config
 from omni.config.positions import PositionRule
 from omni.config.reading import read_json
+from omni.processing.settings import check_audio, check_pixels
 
 _JSON_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder of further ones, each by its name
 
 # What the image and video processors are built from; anything else in a shared file belongs to another part.
 _PIXEL_KEYS = (
@@ -39,6 +42,7 @@ class ProcessorFiles:
     folder: Path
     json_files: dict[str, dict[str, Any]] = field(default_factory=dict)
     chat_template: str | None = None
+    tool_template: str | None = None  # for conversations with tools, where that is another one
     model: dict[str, Any] = field(default_factory=dict)
     family: Family = field(default_factory=find_family)
 
@@ -73,20 +77,32 @@ class ProcessorFiles:
         return value
 
     @property
+    def _where(self) -> str:
+        return f"the preprocessor files of {self.folder}"
+
+    @property
     def audio_settings(self) -> dict[str, Any]:
-        """Values of the mel front end."""
-        return self._part("feature_extractor")
+        """Values of the mel front end. Raises ValueError for those that cannot be followed."""
+        values = self._part("feature_extractor")
+        check_audio(values, self._where, own="feature_extractor" in self.settings)
+        return values
 
     @property
     def image_settings(self) -> dict[str, Any]:
         """Arguments of the image processor."""
-        return _pick(self._part("image_processor"), _PIXEL_KEYS)
+        return self._pixel_settings(self._part("image_processor"), _PIXEL_KEYS)
 
     @property
     def video_settings(self) -> dict[str, Any]:
         """Arguments of the video processor; the released layout has none of its own and shares the images'."""
         own = self.json_files.get("video_preprocessor_config.json")
-        return _pick(self._part("video_processor") if own is None else own, (*_PIXEL_KEYS, *_FRAME_KEYS))
+        own = self._part("video_processor") if own is None else own
+        return self._pixel_settings(own, (*_PIXEL_KEYS, *_FRAME_KEYS))
+
+    def _pixel_settings(self, values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the values that pictures are prepared by. Raises ValueError for what cannot be followed."""
+        check_pixels(values, self._where)
+        return {key: values[key] for key in keys if values.get(key) is not None}
 
     def _part(self, name: str) -> dict[str, Any]:
         part = self.settings.get(name)
@@ -96,12 +112,14 @@ class ProcessorFiles:
             raise ValueError(f"{self.folder / 'processor_config.json'}: {name} must be a JSON object")
         return dict(part)
 
-    def save(self, folder: Path, chat_template: str) -> None:
-        """Write the preprocessor files and the chat template into an existing folder."""
+    def save(self, folder: Path, chat_template: str, tool_template: str | None = None) -> None:
+        """Write the preprocessor files and the chat templates into an existing folder, as transformers does."""
         for name, values in self.json_files.items():
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        (folder / "chat_template.json").unlink(missing_ok=True)  # an older copy would contradict the one just written
+        if tool_template is not None:
+            (folder / _MORE_TEMPLATES).mkdir(exist_ok=True)
+            (folder / _MORE_TEMPLATES / "tool_use.jinja").write_text(tool_template, encoding="utf-8")
 
 
 def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFiles:
@@ -121,7 +139,7 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(missing)}; copy the tokenizer and preprocessor files of the release there"
         )
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = whole_config(read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
     classes = [values.get("processor_class") for values in json_files.values()]
     classes.append(read_json(folder / "tokenizer_config.json").get("processor_class"))
     family = find_family(config.get("model_type"), classes)
@@ -130,27 +148,43 @@ def load_files(folder_or_hub_id: str | Path, **hub_options: Any) -> ProcessorFil
         json_files["preprocessor_config.json"] = read_json(family.preprocessor)
     thinker = family.config_class.by_field(config).get("thinker_config")
     model = dict(thinker) if isinstance(thinker, Mapping) else {}
-    return ProcessorFiles(folder, json_files, _read_template(folder), model, family)
+    return ProcessorFiles(folder, json_files, *_read_templates(folder), model, family)
 
 
-def _read_template(folder: Path) -> str | None:
-    """The checkpoint's chat template, if it has a file of its own."""
+def _read_templates(folder: Path) -> tuple[str | None, str | None]:
+    """The checkpoint's chat template, if it has a file of its own, and the one for conversations with tools."""
     jinja, legacy = (folder / name for name in _TEMPLATE_FILES)
     if jinja.is_file():
-        try:
-            return jinja.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{jinja} is not UTF-8 text: {error}") from error
+        more = folder / _MORE_TEMPLATES / "tool_use.jinja"
+        return _read_text(jinja), _read_text(more) if more.is_file() else None
     if legacy.is_file():
-        template = read_json(legacy).get("chat_template")
-        if not isinstance(template, str):
-            raise ValueError(f"{legacy} must hold the template under the key 'chat_template'")
-        return template
-    return None
+        return choose_templates(read_json(legacy).get("chat_template"), f"{legacy}, key 'chat_template',")
+    return None, None
 
 
-def _pick(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: values[key] for key in keys if values.get(key) is not None}
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def choose_templates(found: Any, where: str) -> tuple[str, str | None]:
+    """The template for conversations and the one for those with tools (None: the same), of one or of several by name.
+
+    Several are a mapping or a list of {"name", "template"}: those called default and tool_use count. Raises ValueError
+    where there is neither one template nor a default.
+    """
+    if isinstance(found, list) and all(isinstance(one, Mapping) for one in found):
+        found = {one.get("name"): one.get("template") for one in found}
+    named = dict(found) if isinstance(found, Mapping) else {"default": found}
+    if len(named) == 1:
+        named = {"default": next(iter(named.values()))}
+    usual, tools = named.get("default"), named.get("tool_use")
+    if not isinstance(usual, str) or not (tools is None or isinstance(tools, str)):
+        names = ", ".join(map(str, named)) if isinstance(found, Mapping) else type(found).__name__
+        raise ValueError(f"{where} must hold a template, or several by name with one called 'default'; got {names}")
+    return usual, tools
 
 
 def build_tokenizer(folder: Path) -> Any:

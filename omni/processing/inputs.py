@@ -72,7 +72,7 @@ class OmniInputs:
         _check_ids(self.input_ids)
         if self.attention_mask is None:
             self.attention_mask = torch.ones_like(self.input_ids)
-        if self.input_features is not None and self.feature_attention_mask is None:
+        if self.input_features is not None and self.feature_attention_mask is None and self.input_features.dim() == 3:
             clips, frames = self.input_features.shape[0], self.input_features.shape[-1]
             self.feature_attention_mask = torch.ones(clips, frames, dtype=torch.int64)
         _check_mask(self.input_ids, self.attention_mask)
@@ -96,6 +96,10 @@ class OmniInputs:
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"OmniInputs.to takes a device first, got {device}; write to(dtype={device})")
+        try:
+            device = None if device is None else torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} is not available here; 'cpu' always is") from error
         moved = copy.copy(self)
         for name in (*_INTEGERS, *_FEATURES):
             value = getattr(self, name)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from omni.config.keywords import nearest
+from omni.config.writing import atomic_folder
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
-from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
+from omni.processing.files import ProcessorFiles, build_tokenizer, choose_templates, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.messages import Medium, read_conversation, split_batch
 from omni.processing.sources import describe
@@ -76,9 +77,12 @@ class OmniProcessor:
     def __init__(self, tokenizer: Any, files: ProcessorFiles) -> None:
         self.tokenizer = tokenizer
         self.files = files
-        own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        usual, tools = files.chat_template, files.tool_template
+        if usual is None and tokenizer.chat_template:
+            usual, tools = choose_templates(tokenizer.chat_template, f"the tokenizer of {files.folder}")
         family = files.family
-        self.chat = ChatTokenizer(tokenizer, files.chat_template or own or built_in_template(family.tokens))
+        self.chat = ChatTokenizer(tokenizer, usual or built_in_template(family.tokens))
+        self.tool_chat = self.chat if tools is None else ChatTokenizer(tokenizer, tools)
         self.vision = VisionProcessor(files.image_settings, files.video_settings, family.frame_pixels)
         audio = files.audio_settings
         self.log_mel = LogMel(
@@ -127,10 +131,13 @@ class OmniProcessor:
         return cls(build_tokenizer(files.folder), files)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer, template and preprocessor files, which transformers and `from_pretrained` read."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(folder))
-        self.files.save(Path(folder), self.chat.template)
+        """Write tokenizer, template and preprocessor files, which transformers and `from_pretrained` read.
+
+        All or none of them are written. Raises OSError.
+        """
+        with atomic_folder(folder) as fresh:
+            self.tokenizer.save_pretrained(str(fresh))
+            self.files.save(fresh, self.chat.template, None if self.tool_chat is self.chat else self.tool_chat.template)
 
     def __call__(
         self,
@@ -182,7 +189,8 @@ class OmniProcessor:
         for conversation in map(read_conversation, split_batch(messages)):
             first = conversation.messages[0]
             self.check_speech_system(first["content"] if first["role"] == "system" else None)
-            ids = self.chat.encode_chat(conversation.messages, tools, **template_options)
+            chat = self.tool_chat if tools else self.chat
+            ids = chat.encode_chat(conversation.messages, tools, **template_options)
             rows.append(self._expand(ids, conversation.media, options, batch))
         if use_audio_in_video and batch.silent and not batch.with_sound:
             raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")

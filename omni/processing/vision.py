@@ -120,6 +120,8 @@ class VisionProcessor:
         picture = load_image(value)
         low, high = budget.within(*self._image_limits)
         size = {"shortest_edge": low, "longest_edge": high}
+        if not self.image_processor.do_resize:
+            self._check_sides(picture.height, picture.width, self.image_processor, f"picture {describe(value)}")
         out = self.image_processor(images=[picture], size=size, return_tensors="pt", device=device)
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
 
@@ -183,6 +185,15 @@ class VisionProcessor:
         """Patches and grid [1, h, w] of the frames of one temporal patch; a missing last one is shown twice."""
         return self._patches(torch.stack(frames))
 
+    def _check_sides(self, height: int, width: int, values: Any, what: str) -> None:
+        """Raise ValueError for a size that cannot stay as it is, where the preprocessor files switch resizing off."""
+        factor = values.patch_size * values.merge_size
+        if height % factor or width % factor:
+            raise ValueError(
+                f"{what} has {width} x {height} pixels, and the preprocessor files say do_resize false: both must "
+                f"then be multiples of {factor}; write do_resize true, or resize it"
+            )
+
     def _resize(self, frame: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
         """One frame uint8 [3, height, width] at the size that the model sees."""
         from torchvision.transforms.v2 import InterpolationMode
@@ -191,6 +202,9 @@ class VisionProcessor:
 
         height, width = frame.shape[-2:]
         factor = self.video_processor.patch_size * self.video_processor.merge_size
+        if not self.video_processor.do_resize:
+            self._check_sides(height, width, self.video_processor, "a video frame")
+            return frame.to(torch.uint8)
         assert max(height, width) <= MAX_ASPECT_RATIO * min(height, width)
         target = list(smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels))
         if target == [height, width]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from omni.checkpoint.atomic import atomic_folder
+from omni.checkpoint.atomic import atomic_folder, recover
 from omni.config.reading import read_json
 from omni.encoders.resample import StreamingResampler
 from omni.generation.streaming_config import StreamingConfig
@@ -76,6 +76,7 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
 def load_session(session: OmniSession, folder: str | Path) -> None:
     """Fill a new session of the same model with what `save_session` wrote; see `OmniSession.load`."""
     folder = Path(folder).expanduser()
+    recover(folder)
     values, path = read_json(folder / "session.json"), folder / "session.safetensors"
     if values.get("format") not in (1, FORMAT):
         raise ValueError(f"{folder} holds a session of format {values.get('format')!r}; this version reads {FORMAT}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from omni.layers.cache import LayerCache
 from omni.layers.decoder_layer import Context, Tables, run_layer
 from omni.layers.decoder_state import DecoderState, prefill_contexts
+from omni.layers.moe import RouterLog
 from omni.layers.packing import PackedBlocks
 from omni.talker.contract import TalkerContract, TalkerOutput
 
@@ -49,12 +50,13 @@ class TalkerDecoder(TalkerContract):
         do not see each other (training; takes no state). Without `with_logits` they are [B, 0, V].
         """
         rows, tokens, _ = embeds.shape
-        router_logits: list[Tensor] | None = [] if with_router_logits else None
+        routers = RouterLog() if with_router_logits else None
         contexts = prefill_contexts(state, blocks, len(self.layers), tokens)
-        hidden = self._read(self.project_input(embeds), positions, contexts, router_logits)
+        hidden = self._read(self.project_input(embeds), positions, contexts, routers)
         if state is not None:
             state.cache.advance(lengths or [tokens] * rows)
-        return TalkerOutput(self.codec_head(hidden if with_logits else hidden[:, :0]), hidden, router_logits)
+        logits = self.codec_head(hidden if with_logits else hidden[:, :0])
+        return TalkerOutput(logits, hidden, None if routers is None else routers.logits)
 
     def step(self, embeds: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
         """One further frame a row: embeds [B, Di] -> (logits of codebook 0 [B, V], hidden [B, D]).
@@ -84,7 +86,7 @@ class TalkerDecoder(TalkerContract):
         x: Tensor,
         positions: Tensor,
         contexts: Sequence[Context | None],
-        router_logits: list[Tensor] | None = None,
+        router_logits: RouterLog | None = None,
         run: Callable[..., Tensor] = run_layer,
     ) -> Tensor:
         """All layers and the final norm, x [B, T, D] -> [B, T, D]."""

@@ -16,7 +16,7 @@ from omni.config.model import ThinkerConfig
 from omni.layers.cache import LayerCache
 from omni.layers.decoder_layer import Context, DecoderLayer, Tables, run_layer
 from omni.layers.decoder_state import DecoderState, prefill_contexts
-from omni.layers.moe import MoE
+from omni.layers.moe import MoE, RouterLog
 from omni.layers.norm import RMSNorm
 from omni.layers.packing import PackedBlocks
 from omni.layers.swiglu import SwiGLU
@@ -77,9 +77,9 @@ class Thinker(ThinkerContract):
         head would read). Without a state nothing is remembered. The caller sets `state.next_position` after a prefill.
         """
         rows, tokens, _ = embeds.shape
-        router_logits: list[Tensor] | None = [] if with_router_logits else None
+        routers = RouterLog() if with_router_logits else None
         contexts = prefill_contexts(state, blocks, len(self.layers), tokens)
-        hidden, final = self._read(embeds, positions, contexts, taps=taps, router_logits=router_logits)
+        hidden, final = self._read(embeds, positions, contexts, taps=taps, router_logits=routers)
         counts = lengths or [tokens] * rows
         if state is not None:
             state.cache.advance(counts)
@@ -88,7 +88,7 @@ class Thinker(ThinkerContract):
             read = torch.stack([final[row, (n or 1) - 1] for row, n in enumerate(counts)]).unsqueeze(1)
         elif logits == "none":
             read = final[:, :0]
-        return ThinkerOutput(self.lm_head(read), hidden, router_logits, final)
+        return ThinkerOutput(self.lm_head(read), hidden, None if routers is None else routers.logits, final)
 
     def step(self, ids: Tensor, state: DecoderState, active: Sequence[bool] | None = None) -> Tensor:
         """One further text token a row: ids int64 [B] -> logits of the next one [B, V].
@@ -123,7 +123,7 @@ class Thinker(ThinkerContract):
         contexts: Sequence[Context | None],
         *,
         taps: Tensor | None = None,
-        router_logits: list[Tensor] | None = None,
+        router_logits: RouterLog | None = None,
         run: Callable[..., Tensor] = run_layer,
     ) -> tuple[Tensor, Tensor]:
         """All layers and the final norm over x [B, T, D]: `hidden` and `final` of `ThinkerOutput`, each [B, T, D]."""
@@ -134,6 +134,6 @@ class Thinker(ThinkerContract):
             if i == self.accept_layer:
                 hidden = x
             if taps is not None and i <= len(taps):
-                x = x + taps[i - 1].to(x.dtype)
+                x = x + taps[i - 1].to(x)
         final = self.norm(x)
         return final if self.accept_layer >= len(self.layers) else hidden, final

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from omni.code2wav.code2wav import Code2Wav
+from omni.config.writing import write_tensors
 from omni.processing.audio_file import read_array
 from omni.processing.sources import describe, open_source
 from omni.training.data.sound import AUDIO_SUFFIXES, medium_of, read_speech
@@ -324,10 +324,8 @@ def _write_entry(path: Path, codes: Tensor) -> None:
     small = codes.to(torch.int32).contiguous()
     fresh = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        save_file({"codes": small}, fresh, metadata={"sha256": _codes_hash(small)})
+        write_tensors({"codes": small}, fresh, {"sha256": _codes_hash(small)})
         os.replace(fresh, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}; check the free space and the folder's rights") from error
     finally:
         fresh.unlink(missing_ok=True)
 

@@ -241,13 +241,13 @@ class TrainConfig:
         toml = _toml()
         try:
             values = toml.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of TOML or of UTF-8
+        except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of tables in tables without end
             raise ValueError(f"{path} is not valid TOML: {error}") from error
         try:
             for override in overrides:
                 override_key(values, override)
             return cls.from_dict(values)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -281,7 +281,7 @@ def override_key(values: dict[str, Any], override: str) -> None:
             raise ValueError(f"override {override!r}: {table} is not a table; set the whole of it")
     try:
         values[key] = _toml().loads(f"value = {text}")["value"]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not _BARE.fullmatch(text.strip()):
             raise ValueError(f"override {override!r}: {text!r} is not a TOML value ({error}); quote text") from error
         values[key] = text.strip()
