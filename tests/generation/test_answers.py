@@ -15,8 +15,6 @@ from torch import Tensor
 from omni import OmniInputs, OmniModel, TextDelta
 from omni.generation.graphs import GraphPool
 
-pytestmark = pytest.mark.xfail(strict=True, reason="generate does not take these options")
-
 WARM = {"temperature": 1.3, "top_k": 40, "repetition_penalty": 1.2}
 END = 258
 
