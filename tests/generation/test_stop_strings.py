@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni import OmniModel, StreamingConfig, TextDelta, TurnEnd
+from omni.generation.stop_strings import StopStrings
 
 SPEECH: dict[str, Any] = {"audio_sampling": {"temperature": 0, "repetition_penalty": 1.3}, "residual_sampling": GREEDY}
 SPEECH |= {"max_new_tokens": 40, "max_frames": 24, "seed": 3}
@@ -74,9 +75,31 @@ def test_what_never_occurs_changes_nothing(model: OmniModel, second: OmniModel) 
 
 
 def cut_at(text: str, stops: list[str]) -> str:
-    """Up to the stop string that is complete first, of several that end there the longest."""
-    end = next(i for i in range(1, len(text) + 1) if any(text[:i].endswith(stop) for stop in stops))
-    return text[: end - max(len(stop) for stop in stops if text[:end].endswith(stop))]
+    """Up to the stop string that is complete first, of several that end there the longest; all if there is none."""
+    ends = (i for i in range(1, len(text) + 1) if any(text[:i].endswith(stop) for stop in stops))
+    end = next(ends, None)
+    return text if end is None else text[: end - max(len(s) for s in stops if text[:end].endswith(s))]
+
+
+@given(
+    st.lists(st.tuples(st.text("abc", max_size=3), st.booleans()), max_size=9),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+@settings(max_examples=150)
+def test_every_way_in_which_tokens_divide_a_text(tokens: list[tuple[str, bool]], stops: list[str]) -> None:
+    """Tokens that end inside a character (False) go with those that follow; all that is let go adds up to the text."""
+    search, pieces, shown, kept, cut = StopStrings(stops), [piece for piece, _ in tokens], "", 0, None
+    for piece, whole in tokens:
+        decided = search.push(piece, whole=whole)
+        shown, kept, cut = shown + decided.text, kept + decided.tokens, decided.cut
+        assert shown.startswith("".join(pieces[:kept])) and kept + search.tokens <= len(tokens)
+        if cut is not None:
+            break
+    else:
+        decided = search.finish("")
+        shown, kept, cut = shown + decided.text, kept + decided.tokens, decided.cut
+        assert cut is not None or search.tokens == 0
+    assert shown == cut_at("".join(pieces), stops) == "".join(pieces[:kept]) + (cut or "")
 
 
 @given(st.data())
