@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omni.config.model import OmniConfig
-    from omni.generation.events import AudioChunk, TextDelta, TurnEnd
+    from omni.generation.events import AudioChunk, TextDelta, TokenLogprob, TurnEnd
     from omni.generation.output import OmniOutput
     from omni.generation.sampling import SamplingConfig
     from omni.generation.streaming_config import StreamingConfig
@@ -29,6 +29,7 @@ _HOMES = {
     "SamplingConfig": "omni.generation.sampling",
     "StreamingConfig": "omni.generation.streaming_config",
     "TextDelta": "omni.generation.events",
+    "TokenLogprob": "omni.generation.events",
     "TurnEnd": "omni.generation.events",
 }
 
@@ -44,6 +45,7 @@ __all__ = [
     "SamplingConfig",
     "StreamingConfig",
     "TextDelta",
+    "TokenLogprob",
     "TurnEnd",
 ]
 

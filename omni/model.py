@@ -41,6 +41,7 @@ from omni.thinker.thinker import ThinkerOutput
 
 if TYPE_CHECKING:
     from omni.generation.arguments import PerRow
+    from omni.generation.text_options import Stop
 
 
 class OmniModel(ModelParts):
@@ -64,13 +65,16 @@ class OmniModel(ModelParts):
         """How this family's files name the weights."""
         return KeyTable.of(self.config.family)
 
-    def forward(self, inputs: OmniInputs, with_router_logits: bool = False) -> ThinkerOutput:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, inputs: OmniInputs, with_router_logits: bool = False, allow_long: bool = False
+    ) -> ThinkerOutput:
         """One pass of the Thinker over whole prompts: logits [B, T, V] and hidden [B, T, D] as in `ThinkerOutput`.
 
-        B rows of T tokens as in `inputs.input_ids`; entries at padding are zero. Differentiable.
+        B rows of T tokens as in `inputs.input_ids`; entries at padding are zero. allow_long: warn of positions beyond
+        the model's instead of refusing them. Differentiable.
         """
         inputs = _as_inputs(inputs)
-        prompt = encode_prompt(self, inputs)
+        prompt = encode_prompt(self, inputs, allow_long=allow_long)
         assert self.thinker is not None
         out = self.thinker(
             prompt.embeds,
@@ -98,6 +102,13 @@ class OmniModel(ModelParts):
         audio_sampling: PerRow = None,
         residual_sampling: PerRow = None,
         seed: PerRow = None,
+        stop: Stop = None,
+        logprobs: int | None = None,
+        n: int = 1,
+        min_new_tokens: PerRow = 0,
+        logits_processor: PerRow = None,
+        allow_long: bool = False,
+        speak_prefill: bool = False,
     ) -> OmniOutput:
         """Answer a batch of prompts in text and, if the model can and `return_audio` is not False, in speech.
 
@@ -106,20 +117,21 @@ class OmniModel(ModelParts):
         text_sampling, audio_sampling (codebook 0), residual_sampling: `SamplingConfig` or a dict of its fields; None
         is what generation_config.json says, else the release's way. speaker: a name of the config, in any case; None is
         the checkpoint's default. seed: makes sampling reproducible; None draws one from torch's global generator.
-        speaker, samplings and seed are one value or a list with one a row. Raises ValueError for impossible requests.
+
+        stop: a string or strings that end the answer (not a thought) where the first of them is complete; they are cut
+        from text and sound. logprobs: report each token's log-probability, and so many of the likeliest ones, as the
+        model has them before anything shapes what is drawn. n: answers to each prompt, which is read once; the rows of
+        a prompt follow each other, and answer j is drawn with its seed + j. min_new_tokens: ids that come before one
+        that ends the reply (0: as generation_config.json says). logits_processor: a function of the ids so far int64
+        [n] and the logits fp32 [V] of the next one, which changes these in place or returns others; penalties and
+        temperature come after it. allow_long: warn of positions beyond the model's instead of refusing a prompt and
+        ending a reply there. speak_prefill: speak the beginning of the reply that the prompt holds, too.
+
+        speaker, samplings, seed, min_new_tokens and logits_processor are one value or a list with one a prompt or one a
+        row; stop may be a list of lists. Raises ValueError for impossible requests, and what logits_processor raises.
         """
-        return generation.generate(
-            self,
-            _as_inputs(inputs),
-            max_new_tokens=max_new_tokens,
-            text_sampling=text_sampling,
-            return_audio=return_audio,
-            speaker=speaker,
-            max_frames=max_frames,
-            audio_sampling=audio_sampling,
-            residual_sampling=residual_sampling,
-            seed=seed,
-        )
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "inputs")}
+        return generation.generate(self, _as_inputs(inputs), **arguments)
 
     @names_keywords
     def stream(
@@ -133,6 +145,13 @@ class OmniModel(ModelParts):
         audio_sampling: PerRow = None,
         residual_sampling: PerRow = None,
         seed: PerRow = None,
+        stop: Stop = None,
+        logprobs: int | None = None,
+        n: int = 1,
+        min_new_tokens: PerRow = 0,
+        logits_processor: PerRow = None,
+        allow_long: bool = False,
+        speak_prefill: bool = False,
         streaming: StreamingConfig | None = None,
     ) -> Iterator[Event]:
         """As `generate`, but what it says comes as it happens: `TextDelta`, `AudioChunk` and one `TurnEnd` a row.
@@ -145,19 +164,8 @@ class OmniModel(ModelParts):
         """
         if not (streaming is None or isinstance(streaming, StreamingConfig)):
             raise TypeError(f"streaming must be a StreamingConfig or None, got {type(streaming).__name__}")
-        return generation.stream(
-            self,
-            _as_inputs(inputs),
-            streaming,
-            max_new_tokens=max_new_tokens,
-            text_sampling=text_sampling,
-            return_audio=return_audio,
-            speaker=speaker,
-            max_frames=max_frames,
-            audio_sampling=audio_sampling,
-            residual_sampling=residual_sampling,
-            seed=seed,
-        )
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "inputs")}
+        return generation.stream(self, _as_inputs(inputs), **arguments)
 
     @names_keywords
     def speak(

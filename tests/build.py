@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
@@ -243,6 +243,42 @@ def make_token2wav(seed: int = 0) -> Token2Wav:
 def make_voice(seed: int = 0, frames: int = 9) -> Voice:
     rng = seeded(seed)
     return Voice(torch.randn(1, 3, generator=rng), torch.randn(1, frames, 5, generator=rng), 7)
+
+
+def second_config() -> OmniConfig:
+    """A config of the second family with a codec that speaks, two voices and the toy's vocabulary."""
+    values = {**config_values(1, vocabulary=640), "token2wav_config": SIZES, "system_token_id": 276}
+    values["talker_config"]["speaker_id"] = {"ann": 300, "bob": 301}
+    return OmniConfig.from_dict(values)
+
+
+@torch.no_grad()
+@fixed(1)
+def second_model() -> OmniModel:
+    """A random model of the second family whose greedy speech goes on to its limit, with its processor."""
+    model = widen(OmniModel(second_config()), 10)
+    draw_token2wav(model.code2wav)
+    model.talker.codec_head.weight[[80, 82]] = 0
+    model.processor = OmniProcessor.from_pretrained(TOY_DATA)
+    model.voices = {"Ann": make_voice(1), "bob": make_voice(2)}
+    for name, token in (("Ann", 300), ("bob", 301)):
+        object.__setattr__(model.voices[name], "bos_token", token)
+    return model
+
+
+@contextmanager
+def saying(model: OmniModel, ids: Sequence[int]) -> Iterator[None]:
+    """Every row of a batch says these ids, then stops: one set of logits for a prompt, one for each token read."""
+    said = iter([*ids, *[258] * 99])
+
+    def force(_: Any, __: Any, logits: Tensor) -> Tensor:
+        return torch.full_like(logits, -1e4).index_fill(-1, torch.tensor([next(said)]), 1e4)
+
+    hook = model.thinker.lm_head.register_forward_hook(force)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ---- conversations and media ----

@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,6 +36,22 @@ def _edit_distance(a: str, b: str) -> int:
         for j, cb in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (ca != cb))
     return row[-1]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def takes_arguments_of(
+    other: Callable[P, Any],
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Show and check the signature of `other` for a method that hands all its keywords on to it."""
+
+    def show(function: Callable[..., R]) -> Callable[P, R]:
+        function.__signature__ = inspect.signature(other)  # type: ignore[attr-defined]
+        return names_keywords(function)
+
+    return show
 
 
 def names_keywords(function: F) -> F:

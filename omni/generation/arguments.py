@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from omni.generation.sampling import SamplingConfig
+from omni.generation.text_options import Stop, TextOptions, read_stops
+from omni.layers.splitmix import signed
 from omni.parts import ModelParts
 from omni.talker.layout import turn_layout
 
 if TYPE_CHECKING:
     from omni.code2wav.voices import Voice
 
-PerRow = Any  # a value, or a list with one value a row
+PerRow = Any  # a value, or a list with one value a row, or one a prompt
 
 
 @dataclass
@@ -24,6 +27,8 @@ class TurnArguments:
     """Checked arguments of one batch of turns.
 
     speakers: ids of the voices, None without speech; voices: what the codec needs of each, None where it needs nothing.
+    options: of the texts; answers: rows a prompt; allow_long, speak_prefill: as in `generate`; warned: that positions
+    beyond the model's may be reached.
     """
 
     max_new_tokens: int
@@ -35,11 +40,16 @@ class TurnArguments:
     voices: list[Voice | None]
     seeds: list[int]
     stop_ids: frozenset[int]
+    options: list[TextOptions]
+    answers: int = 1
+    allow_long: bool = False
+    speak_prefill: bool = False
+    warned: bool = False
 
 
 def resolve(
     model: ModelParts,
-    rows: int,
+    prompts: int,
     *,
     max_new_tokens: int,
     max_frames: int,
@@ -49,28 +59,75 @@ def resolve(
     audio_sampling: PerRow,
     residual_sampling: PerRow,
     seed: PerRow,
+    stop: Stop = None,
+    logprobs: int | None = None,
+    n: int = 1,
+    min_new_tokens: PerRow = 0,
+    logits_processor: PerRow = None,
+    allow_long: bool = False,
+    speak_prefill: bool = False,
 ) -> TurnArguments:
-    """Check and complete the arguments of `generate`. Raises ValueError or TypeError."""
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_frames", max_frames, 0)):
+    """Check and complete the arguments of `generate` for n answers a prompt. Raises ValueError or TypeError."""
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_frames", max_frames, 0), ("n", n, 1)):
         if not _whole(value) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    for name, flag in (("allow_long", allow_long), ("speak_prefill", speak_prefill)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    rows = prompts * n
+    each = partial(per_row, rows=prompts, answers=n)
+    options = _options(model, rows, each, stop, logprobs, min_new_tokens, logits_processor, max_new_tokens)
     speakers: list[int] | None = None
     voices: list[Voice | None] = [None] * rows
     if wants_audio(model, return_audio):
-        names = [speaker_name(model, v) for v in per_row(speaker, rows, "speaker")]
+        names = [speaker_name(model, v) for v in each(speaker, name="speaker")]
         speakers, voices = [speaker_ids(model)[name] for name in names], [_voice(model, name) for name in names]
         _check_text_ids(model, dict(zip(names, speakers)))
     return TurnArguments(
         max_new_tokens,
         max_frames,
-        _samplings(text_sampling, default_text(model), rows, "text_sampling"),
-        _samplings(audio_sampling, default_codes(model), rows, "audio_sampling"),
-        _samplings(residual_sampling, default_residual(model), rows, "residual_sampling"),
+        _samplings(each(text_sampling, name="text_sampling"), default_text(model)),
+        _samplings(each(audio_sampling, name="audio_sampling"), default_codes(model)),
+        _samplings(each(residual_sampling, name="residual_sampling"), default_residual(model)),
         speakers,
         voices,
-        _seeds(seed, rows),
+        _seeds(seed, prompts, n),
         stop_ids(model),
+        options,
+        n,
+        allow_long,
+        speak_prefill,
     )
+
+
+def _options(
+    model: ModelParts,
+    rows: int,
+    each: Callable[..., list[Any]],
+    stop: Stop,
+    logprobs: int | None,
+    min_new_tokens: PerRow,
+    logits_processor: PerRow,
+    max_new_tokens: int,
+) -> list[TextOptions]:
+    """What each row asks of its text."""
+    if logprobs is not None and not (_whole(logprobs) and 0 <= logprobs <= model.config.thinker.text_config.vocab_size):
+        raise ValueError(
+            f"logprobs {logprobs!r} must be None or a whole number from 0 (the drawn token alone) to the vocabulary's "
+            f"{model.config.thinker.text_config.vocab_size}"
+        )
+    usual = model.generation_config.get("min_new_tokens") or 0
+    lengths, functions = each(min_new_tokens, name="min_new_tokens"), each(logits_processor, name="logits_processor")
+    for least, function in zip(lengths, functions):
+        if not _whole(least) or least < 0:
+            raise ValueError(f"min_new_tokens must be a whole number of at least 0, got {least!r}")
+        if least > max_new_tokens:
+            raise ValueError(f"min_new_tokens {least} is more than max_new_tokens {max_new_tokens}")
+        if function is not None and not callable(function):
+            raise TypeError(f"logits_processor must be a function of ids and logits, got {function!r}")
+    stops = read_stops(stop, rows, lambda value, name: each(value, name=name))
+    found = zip(stops, lengths, functions)
+    return [TextOptions(own, logprobs, int(least or usual), function) for own, least, function in found]
 
 
 def wants_audio(model: ModelParts, return_audio: bool | None) -> bool:
@@ -100,17 +157,23 @@ def _check_text_ids(model: ModelParts, speakers: dict[str, int]) -> None:
             )
 
 
-def per_row(value: PerRow, rows: int, name: str) -> list[Any]:
-    """One value a row from a value or a list of them."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != rows:
-            raise ValueError(f"{name} is a list of {len(value)} for a batch of {rows}; give one value or {rows}")
+def per_row(value: PerRow, rows: int, name: str, answers: int = 1) -> list[Any]:
+    """One value for each of so many answers to each of the prompts, of which there are `rows`.
+
+    value: one for all, a list with one a prompt, or a list with one an answer.
+    """
+    if not isinstance(value, (list, tuple)):
+        return [value] * (rows * answers)
+    if len(value) == rows * answers:
         return list(value)
-    return [value] * rows
+    if len(value) == rows:
+        return [own for own in value for _ in range(answers)]
+    lists = f"one value or {rows}" if answers == 1 else f"one value, {rows} or {rows * answers}"
+    raise ValueError(f"{name} is a list of {len(value)} for a batch of {rows}; give {lists}")
 
 
-def _samplings(value: PerRow, default: SamplingConfig, rows: int, name: str) -> list[SamplingConfig]:
-    return [default if v is None else SamplingConfig.of(v) for v in per_row(value, rows, name)]
+def _samplings(values: list[Any], default: SamplingConfig) -> list[SamplingConfig]:
+    return [default if value is None else SamplingConfig.of(value) for value in values]
 
 
 def _whole(value: Any) -> bool:
@@ -199,15 +262,20 @@ def stop_ids(model: ModelParts) -> frozenset[int]:
     return frozenset((model.config.im_end_token_id, *map(int, more)))
 
 
-def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
-    """One a row; without a seed they are drawn from torch's global generator."""
-    seeds = per_row(seed, rows, "seed")
-    drawn = [0] * rows
-    for row, value in enumerate(seeds):
-        if value is None:
-            drawn[row] = int(torch.randint(2**62, ()))
-            continue
-        if not _whole(value) or not -(2**63) <= value < 2**63:
+def _seeds(seed: int | Sequence[int] | None, prompts: int, answers: int) -> list[int]:
+    """One an answer: a prompt's seed plus 0, 1, ..., unless each has its own.
+
+    Without a seed they are drawn from torch's global generator.
+    """
+    own = isinstance(seed, (list, tuple)) and len(seed) == prompts * answers
+    drawn: list[int] = []
+    for row, value in enumerate(per_row(seed, prompts, "seed", answers)):
+        if row % answers and not own:
+            drawn.append(signed(drawn[-1] + 1))
+        elif value is None:
+            drawn.append(int(torch.randint(2**62, ())))
+        elif not _whole(value) or not -(2**63) <= value < 2**63:
             raise ValueError(f"seed must be a whole number of 64 bits, got {value!r}")
-        drawn[row] = int(value)
+        else:
+            drawn.append(int(value))
     return drawn

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union
+from typing import NamedTuple, Union
 
 from torch import Tensor
+
+
+class TokenLogprob(NamedTuple):
+    """A token of a reply: its id and its log-probability; top: the (id, log-probability) of the likeliest ones.
+
+    They are the model's own, before temperature, penalties, filters and anything else that shapes what is drawn.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class TextDelta:
     """Text that has become complete, and the ids drawn since the last delta (row of the batch first).
 
-    text never ends inside a character, and is "" for a reply without a processor. reasoning: it belongs to what a
-    thinking reply thinks before its answer, which is never spoken.
+    text never ends inside a character, nor in what may be the beginning of a stop string, and is "" for a reply without
+    a processor. reasoning: it belongs to what a thinking reply thinks before its answer, which is never spoken.
+    logprobs: one entry an id, if they were asked for.
     """
 
     row: int
     text: str
     token_ids: tuple[int, ...]
     reasoning: bool = False
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +14,7 @@ from torch import Tensor
 from omni.generation.arguments import TurnArguments, resolve
 from omni.generation.events import AudioChunk, Event
 from omni.generation.output import OmniOutput
-from omni.generation.prompt import Prompt, encode_prompt
+from omni.generation.prompt import Prompt, encode_prompt, warn_beyond
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
@@ -35,7 +37,9 @@ def stream(
 
     def events() -> Iterator[Event]:
         while rows.running():
-            yield from rows.tick()
+            happened = rows.tick()
+            rows.raise_errors()
+            yield from happened
 
     return events()
 
@@ -49,8 +53,9 @@ def generate(model: ModelParts, inputs: OmniInputs, **arguments: Any) -> OmniOut
     replies = [turn.text.ids for turn in turns]
     spoken = args.speakers is not None
     codec = model.code2wav
+    prompts = inputs.input_ids.repeat_interleave(args.answers, dim=0)
     return OmniOutput(
-        sequences=_sequences(inputs.input_ids, replies, model.config.im_end_token_id),
+        sequences=_sequences(prompts, replies, model.config.im_end_token_id),
         replies=replies,
         text=[turn.text.answer for turn in turns] if model.processor is not None else None,
         reasoning=[turn.text.reasoning.strip() if turn.text.reader.reasoned else None for turn in turns],
@@ -59,27 +64,47 @@ def generate(model: ModelParts, inputs: OmniInputs, **arguments: Any) -> OmniOut
         sample_rate=None if codec is None else int(codec.sample_rate),
         reason=[turn.reason for turn in turns],
         timing=dict(rows.seconds),
+        logprobs=None if args.options[0].logprobs is None else [turn.text.logprobs for turn in turns],
     )
 
 
 @torch.no_grad()
 def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming: StreamingConfig) -> Rows:
-    """Read the prompts and begin a turn in every row."""
-    began = time.perf_counter()
-    rows = Rows(model, len(inputs.input_ids))
+    """Read each prompt once and begin a turn for each of its answers."""
+    if model.processor is None and any(options.stop for options in args.options):
+        raise ValueError("stop needs text: load the model with its tokenizer files, or set model.processor")
+    began, prompts, speaks = time.perf_counter(), len(inputs.input_ids), args.speakers is not None
+    rows = Rows(model, prompts)
     with rows.stage("encoders"):
-        prompt = encode_prompt(model, inputs)
+        prompt = encode_prompt(model, inputs, allow_long=args.allow_long)
     with rows.stage("thinker_prefill"):
         hidden = rows.prefill_batch(prompt)
-    for row in range(len(rows.turns)):
+    following, turns = prompt.next_position.tolist(), []
+    args.warned = max(*following, *prompt.lengths) > model.config.thinker.text_config.max_position_embeddings
+    for row in range(prompts):
         ids, prompt_end = prompt.row_ids(row), PromptEnd()
-        beginning = reply_beginning(model, ids, speaks=args.speakers is not None)
-        if args.speakers is not None:
+        begins = None if prompt.reply_start is None else prompt.reply_start[row]
+        beginning = reply_beginning(model, ids, speaks=speaks, start=begins)
+        given = beginning.given if speaks and args.speak_prefill else 0
+        spoken: Sequence[Any] = ids[len(ids) - given :]
+        if speaks:
             with rows.stage("talker_prefill"):
-                prompt_end = _prefill_talker(rows, prompt, hidden[row], row)
-        request = make_request(model, args, row, streaming, len(ids), beginning.header, prompt_end)
-        rows.begin(row, make_turn(request, beginning.reader, model.processor, beginning.spoken), began, {})
+                prompt_end = _prefill_talker(rows, prompt, hidden[row], row, given)
+            spoken = given_texts(rows, spoken, prompt.embeds[row, : len(ids)], hidden[row, : len(ids)])
+        for answer in range(row * args.answers, (row + 1) * args.answers):
+            request = make_request(model, args, answer, streaming, ids, following[row], beginning.header, prompt_end)
+            turns.append(make_turn(request, copy.copy(beginning.reader), model.processor, spoken))
+    rows = rows if args.answers == 1 else rows.repeated(args.answers)
+    for row, turn in enumerate(turns):
+        rows.begin(row, turn, began, {})
     return rows
+
+
+def given_texts(rows: Rows, ids: Sequence[int], embeds: Tensor, hidden: Tensor) -> Sequence[Any]:
+    """The texts of a reply's given beginning as a Talker takes them; embeds and hidden [T, D] end with its `ids`."""
+    if rows.layout is None or not rows.layout.text_by_hidden or not ids:
+        return ids
+    return list(rows.model.require("talker").text_vectors(embeds[-len(ids) :], hidden[-len(ids) :]))
 
 
 def run_to_end(rows: Rows) -> list[Tensor]:
@@ -89,6 +114,7 @@ def run_to_end(rows: Rows) -> list[Tensor]:
         for event in rows.tick():
             if isinstance(event, AudioChunk):
                 sounds[event.row].append(event.samples)
+        rows.raise_errors()
     return [torch.cat(pieces) if pieces else torch.zeros(0) for pieces in sounds]
 
 
@@ -100,24 +126,38 @@ def join_codes(model: ModelParts, turn: Turn) -> Tensor:
 
 
 class ReplyBeginning(NamedTuple):
-    """What a prompt says of the reply that follows it: the ids of its header that the Talker's prefix needs (none for a
-    silent reply), those of its first words that are spoken though the prompt holds them, and its reader."""
+    """What a prompt says of the reply that follows it.
+
+    header: the ids that the Talker's prefix needs (none for a silent reply); given: how many of the prompt's last ids
+    are the beginning of the answer; reader: of what follows.
+    """
 
     header: list[int]
-    spoken: list[int]
+    given: int
     reader: ReplyReader
 
 
-def reply_beginning(model: ModelParts, ids: list[int], *, speaks: bool) -> ReplyBeginning:
-    """Read the beginning of a reply from the ids of its prompt. Raises ValueError as `assistant_header`."""
-    processor, c = model.processor, model.config
+def reply_beginning(
+    model: ModelParts,
+    ids: list[int],
+    *,
+    speaks: bool,
+    start: int | None = None,
+    processor: OmniProcessor | None = None,
+) -> ReplyBeginning:
+    """Read the beginning of a reply from the ids of its prompt, of which those from `start` on belong to it.
+
+    start: None finds it. Raises ValueError as `assistant_header`.
+    """
+    processor, c = processor if processor is not None else model.processor, model.config
     think = processor.think_token_ids if processor is not None else None
     decode = processor.decode if processor is not None else None
-    head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode)
+    head = assistant_head(ids, c.im_start_token_id, c.assistant_token_id, think, decode, start)
     reader = ReplyReader(think, opened=head.opened, decode=decode)
-    if speaks and turn_layout(c).whole_prompt:  # then all of it is in the Talker's prompt
-        return ReplyBeginning([], [], reader)
-    return ReplyBeginning(assistant_header(model, head.header) if speaks else [], head.prefill, reader)
+    if head.prefill:
+        reader.state, reader.first = ANSWER, False
+    needs_header = speaks and not turn_layout(c).whole_prompt
+    return ReplyBeginning(assistant_header(model, head.header) if needs_header else [], len(head.prefill), reader)
 
 
 def make_request(
@@ -125,25 +165,36 @@ def make_request(
     args: TurnArguments,
     row: int,
     streaming: StreamingConfig,
-    prompt_tokens: int,
+    ids: Sequence[int],
+    position: float,
     header: Sequence[int],
     prompt_end: PromptEnd,
 ) -> TurnRequest:
-    """What `row` of the arguments asks for, after a prompt that has been read; prompt_end: the Talker's.
+    """What `row` of the arguments asks for, after a prompt of `ids` that has been read; the reply begins at `position`.
 
-    There are no more ids than the Thinker, and no more frames than the Talker has positions for. Raises ValueError if
-    the Talker has none.
+    prompt_end: the Talker's. There are no more ids than the Thinker, and no more frames than the Talker has positions
+    for, unless that is allowed. Raises ValueError if the Talker has none.
     """
     layout = None if model.talker is None else turn_layout(model.config)
-    frame_limit = args.max_frames
+    limit = model.config.thinker.text_config.max_position_embeddings
+    begin, text_limit, frame_limit = max(len(ids), math.ceil(position)), args.max_new_tokens, args.max_frames
+    if not args.allow_long:
+        text_limit = min(text_limit, max(1, limit - begin))
+    elif begin + text_limit > limit:
+        _warn_once(args, f"the reply may reach position {begin + text_limit}", limit)
     if args.speakers is not None and layout is not None:
-        frame_limit = min(frame_limit, check_talker_room(layout, prompt_end.tokens))
-    text_room = model.config.thinker.text_config.max_position_embeddings - prompt_tokens
+        room = layout.room(prompt_end)
+        if not args.allow_long:
+            frame_limit = min(frame_limit, check_talker_room(layout, prompt_end))
+        elif frame_limit > room:
+            _warn_once(args, f"the speech may take {frame_limit - room} positions more than the Talker has", room)
     return TurnRequest(
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=len(ids),
         stop_ids=args.stop_ids,
-        text_limit=min(args.max_new_tokens, max(1, text_room)),
+        text_limit=text_limit,
         frame_limit=frame_limit,
+        options=args.options[row],
+        prompt_ids=tuple(ids) if args.options[row].logits_processor is not None else (),
         seed=args.seeds[row],
         streaming=streaming,
         text_sampling=args.text[row],
@@ -157,6 +208,13 @@ def make_request(
     )
 
 
+def _warn_once(args: TurnArguments, what: str, limit: int) -> None:
+    """Warn of positions that the caller has allowed, in one place of a call."""
+    if not args.warned:
+        args.warned = True
+        warn_beyond(what, limit)
+
+
 def make_turn(
     request: TurnRequest, reader: ReplyReader, processor: OmniProcessor | None, spoken: Sequence[Any] = ()
 ) -> Turn:
@@ -164,13 +222,16 @@ def make_turn(
     return Turn(request, reader, None if processor is None else TextStream(processor), spoken)
 
 
-def _prefill_talker(rows: Rows, prompt: Prompt, hidden: Tensor, row: int, to_row: int | None = None) -> PromptEnd:
+def _prefill_talker(
+    rows: Rows, prompt: Prompt, hidden: Tensor, row: int, given: int = 0, to_row: int | None = None
+) -> PromptEnd:
     """Let the Talker read its prompt; the prefix follows with the first word of the reply.
 
-    hidden [T, D] of the prompt's `row`, which is read in `to_row` (None: the same).
+    hidden [T, D] of the prompt's `row`, which is read in `to_row` (None: the same) but for its last `given` tokens.
     """
     assert rows.layout is not None
-    tokens, positions, end = rows.layout.prompt(prompt.row_ids(row), prompt.segments[row])
+    ids = prompt.row_ids(row)
+    tokens, positions, end = rows.layout.prompt(ids[: len(ids) - given], prompt.segments[row])
     at = tokens.to(prompt.ids.device)
     if len(at):
         vectors = rows.model.require("talker").prompt_vectors(prompt.embeds[row, at], hidden[at], prompt.media[row, at])
@@ -178,14 +239,14 @@ def _prefill_talker(rows: Rows, prompt: Prompt, hidden: Tensor, row: int, to_row
     return end
 
 
-def check_talker_room(layout: TurnLayout, prompt_tokens: int) -> int:
-    """Frames that the Talker has positions for after so many tokens of its prompt. Raises ValueError if none."""
-    room = layout.room(prompt_tokens)
+def check_talker_room(layout: TurnLayout, end: PromptEnd) -> int:
+    """Frames that the Talker has positions for after the end of its prompt. Raises ValueError if none."""
+    room = layout.room(end)
     if room < 1:
         part = "prompt" if layout.whole_prompt else "user's part"
         raise ValueError(
-            f"the {part} has {prompt_tokens} tokens, which leaves the Talker no position to speak at; shorten the "
-            "conversation, or pass return_audio=False"
+            f"the {part} has {end.tokens} tokens up to position {math.ceil(end.start)}, which leaves the Talker no "
+            "position to speak at; shorten the conversation, or pass return_audio=False or allow_long=True"
         )
     return room
 
@@ -234,7 +295,7 @@ def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Ten
         header, prompt_end, spoken = assistant_header(model, None), PromptEnd(), list[Any](ids)
         if rows.layout.text_by_hidden:
             prompt_end, spoken = _read_given_reply(rows, row, ids, processor)
-        turn = make_turn(make_request(model, args, row, OFFLINE, 0, header, prompt_end), reader, processor, spoken)
+        turn = make_turn(make_request(model, args, row, OFFLINE, [], 0, header, prompt_end), reader, processor, spoken)
         turn.text.reason = "stop"
         rows.begin(row, turn)
     return run_to_end(rows)
@@ -259,7 +320,7 @@ def _read_given_reply(rows: Rows, row: int, ids: list[int], processor: OmniProce
     messages = [] if system is None else [{"role": "system", "content": system}]
     prompt = encode_prompt(model, processor([*messages, {"role": "user", "content": ""}]))
     hidden = rows.prefill_thinker(row, prompt.row_ids(0), prompt.embeds[0], prompt.positions[:, 0])
-    end = _prefill_talker(rows, prompt, hidden, 0, row)
+    end = _prefill_talker(rows, prompt, hidden, 0, to_row=row)
     embeds = model.require("thinker").embed_tokens(torch.tensor(ids, device=model.device))
     positions = (prompt.next_position + torch.arange(len(ids), device=model.device)).expand(3, -1)
     return end, list(model.require("talker").text_vectors(embeds, rows.prefill_thinker(row, ids, embeds, positions)))

@@ -5,6 +5,8 @@ Shapes: B rows, T tokens of the longest row, D Thinker width.
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from itertools import islice
 
@@ -23,7 +25,8 @@ class Prompt:
 
     ids int64 [B, T]; lengths: tokens of each row; embeds [B, T, D]; positions fp32 [3, B, T]; next_position fp32 [B],
     where the reply begins; media bool [B, T], placeholder tokens; taps [n, B, T, D] for DeepStack or None; columns
-    int64 [B, T], the place of each token in the inputs as they were given.
+    int64 [B, T], the place of each token in the inputs as they were given; reply_start: how many tokens of each row
+    come before its reply, None where the inputs do not say.
     """
 
     ids: Tensor
@@ -35,36 +38,67 @@ class Prompt:
     taps: Tensor | None
     segments: list[list[Segment]]
     columns: Tensor
+    reply_start: list[int] | None = None
 
     def row_ids(self, row: int) -> list[int]:
         """The prompt ids of one row without padding."""
         return self.ids[row, : self.lengths[row]].tolist()
 
 
-def encode_prompt(model: ModelParts, inputs: OmniInputs, *, touch_absent: bool = False) -> Prompt:
+def encode_prompt(
+    model: ModelParts, inputs: OmniInputs, *, touch_absent: bool = False, allow_long: bool = False
+) -> Prompt:
     """Encode media and lay out the batch for the Thinker.
 
     touch_absent: an encoder that the batch has nothing for is called too, with a gradient of zero (training).
-    Raises ValueError for media that the model has no encoder for, ids outside the vocabulary, prompts longer than the
-    model's positions, or media that do not fit the placeholders.
+    allow_long: warn of prompts that reach beyond the model's positions instead of refusing them. Raises ValueError for
+    those, for media that the model has no encoder for, ids outside the vocabulary, or media that do not fit the
+    placeholders.
     """
     thinker = model.require("thinker")
     config, device = model.config.thinker, model.device
     _check(model, inputs)
     segments = inputs.segments(config, None if model.audio_encoder is None else model.audio_encoder.num_tokens)
+    laid_out = [prompt_positions(own, config.position_rule)[0] for own in segments]
+    following = [reply_position(own) for own in laid_out]
+    check_reach(model, int(inputs.attention_mask.sum(1).max()), math.ceil(max(following)), allow_long)
     inputs = inputs.to(device)
     ids, lengths, columns = _left_align(inputs)
     valid = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     embeds = thinker.embed_tokens(ids) * valid[..., None]
     embeds, taps, media = _merge_media(model, inputs, ids, embeds, valid, touch_absent)
     positions = torch.zeros(3, *ids.shape)
-    following = []
-    for row, row_segments in enumerate(segments):
-        row_positions, _ = prompt_positions(row_segments, config.position_rule)
-        positions[:, row, : row_positions.shape[1]] = row_positions
-        following.append(reply_position(row_positions))
+    for row, own in enumerate(laid_out):
+        positions[:, row, : own.shape[1]] = own
     next_position = torch.tensor(following, dtype=torch.float32, device=device)
-    return Prompt(ids, lengths.tolist(), embeds, positions.to(device), next_position, media, taps, segments, columns)
+    starts = None
+    if inputs.reply_start is not None:
+        starts = ((columns < inputs.reply_start[:, None]) & valid).sum(1).tolist()
+    return Prompt(
+        ids, lengths.tolist(), embeds, positions.to(device), next_position, media, taps, segments, columns, starts
+    )
+
+
+def check_reach(model: ModelParts, tokens: int, position: int, allow_long: bool) -> None:
+    """Refuse a prompt of so many tokens before `position` that is beyond the model's positions, or warn of it.
+
+    Seconds take positions too, so a long film reaches far with few tokens.
+    """
+    limit = model.config.thinker.text_config.max_position_embeddings
+    if max(tokens, position) <= limit:
+        return
+    what = f"has {tokens} tokens" if tokens > limit else f"reaches position {position}"
+    if not allow_long:
+        raise ValueError(
+            f"the prompt {what}, the model has positions for {limit}; shorten it, lower fps, max_pixels or max_frames "
+            "of its media, or pass allow_long=True"
+        )
+    warn_beyond(f"the prompt {what}", limit)
+
+
+def warn_beyond(what: str, limit: int) -> None:
+    """Warn of positions that the caller has allowed."""
+    warnings.warn(f"{what}, beyond the {limit} positions that the model was made for; it may fail there", stacklevel=2)
 
 
 def _check(model: ModelParts, inputs: OmniInputs) -> None:
@@ -79,12 +113,6 @@ def _check(model: ModelParts, inputs: OmniInputs) -> None:
         bad = int(ids.max()) if int(ids.max()) >= text.vocab_size else int(ids.min())
         raise ValueError(
             f"token id {bad} lies outside the vocabulary of {text.vocab_size}; was another tokenizer used?"
-        )
-    longest = ids.shape[1] if inputs.attention_mask is None else int(inputs.attention_mask.sum(1).max())
-    if longest > text.max_position_embeddings:
-        raise ValueError(
-            f"the prompt has {longest} tokens, the model has positions for {text.max_position_embeddings}; "
-            "shorten it, or lower fps, max_pixels or max_frames of its media"
         )
 
 

@@ -45,8 +45,8 @@ class ReplyReader:
 class AssistantHead(NamedTuple):
     """The assistant's turn as far as the prompt holds it.
 
-    header: the three ids `<|im_start|>assistant\\n`, None if the prompt has none. prefill: ids of the reply that the
-    prompt already holds (spoken like the rest), reasoning left out. opened: it ends inside a think block.
+    header: the three ids `<|im_start|>assistant\\n`, None if the prompt has none. prefill: the last ids of the prompt
+    where they begin the answer, reasoning left out. opened: it ends inside a think block.
     """
 
     header: list[int] | None
@@ -55,18 +55,25 @@ class AssistantHead(NamedTuple):
 
 
 def assistant_head(
-    ids: Sequence[int], im_start: int, assistant: int, think: tuple[int, int] | None, decode: Decode | None = None
+    ids: Sequence[int],
+    im_start: int,
+    assistant: int,
+    think: tuple[int, int] | None,
+    decode: Decode | None = None,
+    start: int | None = None,
 ) -> AssistantHead:
-    """Read the assistant's head from the ids of one prompt."""
+    """Read the assistant's head from the ids of one prompt; start: where the reply begins, if that is known."""
     turns = [i for i, token in enumerate(ids) if token == im_start]
     starts = [i for i in turns if i + 2 < len(ids)]
     headers = [i for i in starts if ids[i + 1] == assistant]
-    if not headers:
+    if headers:
+        header: list[int] | None = list(ids[headers[-1] : headers[-1] + 3])
+    else:
         header = [im_start, assistant, ids[starts[-1] + 2]] if starts else None  # the newline of another turn
-        return AssistantHead(header, [], False)
-    header = list(ids[headers[-1] : headers[-1] + 3])
-    if headers[-1] != turns[-1]:
-        return AssistantHead(header, [], False)  # the assistant's turn is not the open one
+    if start is None:
+        if not headers or headers[-1] != turns[-1]:
+            return AssistantHead(header, [], False)  # the assistant's turn is not the open one
+        start = headers[-1] + 3
     reader = ReplyReader(think, decode=decode)
-    prefill = [token for token in ids[headers[-1] + 3 :] if reader.feed(token) == ANSWER]
+    prefill = [token for token in ids[start:] if reader.feed(token) == ANSWER]
     return AssistantHead(header, prefill, reader.state == REASONING)

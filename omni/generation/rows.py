@@ -16,10 +16,11 @@ from torch import Tensor
 
 from omni.generation.events import Event, TextDelta, TurnEnd
 from omni.generation.prompt import Prompt
-from omni.generation.reply import REASONING
+from omni.generation.reply import ANSWER, REASONING
 from omni.generation.runner import Runner
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
 from omni.generation.sound import decode_sound
+from omni.generation.text_options import token_logprob
 from omni.generation.turn import GREEDY, IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
 from omni.parts import ModelParts
 from omni.talker.layout import PAD
@@ -94,6 +95,12 @@ class Rows:
                 events.append(self.end(row, turn))
         return events
 
+    def raise_errors(self) -> None:
+        """Raise what a caller's function of the logits has raised; `tick` has ended that turn alone."""
+        for turn in self.turns:
+            if turn is not None and turn.error is not None:
+                raise turn.error
+
     def end(self, row: int, turn: Turn, reason: str | None = None) -> TurnEnd:
         """The last event of a row, with the times of the whole turn."""
         if turn.sound.samples == 0:
@@ -113,16 +120,44 @@ class Rows:
         while any(active := [t is not None and t.wants_token(n) for t, n in zip(self.turns, drawn)]):
             first = any(t is not None and a and not t.text.ids for t, a in zip(self.turns, active))
             with self.stage("thinker_first_token" if first else "thinker"):
+                log_probs = self._shape_logits(active, events)
+                if not any(active):
+                    continue
                 unread, kinds = [False] * len(active), [""] * len(active)
                 for row, token in enumerate(self.runner.draw_token(self.sampling[0], active)):
                     turn = self.turns[row]
                     if turn is not None and active[row]:
                         drawn[row] += 1
-                        kind, unread[row] = turn.append_token(token)
-                        kinds[row], text = kind, turn.text.decode(token, kind)
-                        events.append(TextDelta(row, text, (token,), kind == REASONING))
+                        kinds[row], text, unread[row] = turn.append_token(token)
+                        likely = None
+                        if (own := log_probs.get(row)) is not None:
+                            likely = (token_logprob(own, token, turn.request.options.logprobs or 0),)
+                            turn.text.logprobs += likely
+                        events.append(TextDelta(row, text, (token,), kinds[row] == REASONING, likely))
+                        if turn.text.rest and turn.request.text_by_hidden and turn.speech.expected:
+                            self._read_rest(row, turn)
                 if any(unread):
                     self._read_tokens(unread, kinds)
+
+    def _shape_logits(self, active: list[bool], events: list[Event]) -> dict[int, Tensor]:
+        """Change the logits of the rows that ask for it; the model's own log-probabilities where they are wanted.
+
+        A row whose function raises ends, and is active no more.
+        """
+        log_probs: dict[int, Tensor] = {}
+        for row, turn in enumerate(self.turns):
+            if turn is None or not active[row]:
+                continue
+            options, reply, logits = turn.request.options, turn.text.ids, self.text.logits[row]
+            if options.logprobs is not None:
+                log_probs[row] = logits.float().log_softmax(-1)
+            if options.shapes(reply):
+                try:
+                    logits.copy_(options.shape(logits, turn.request.prompt_ids, reply, turn.request.stop_ids))
+                except Exception as error:  # the caller's, and no matter of the other rows
+                    turn.error, active[row] = error, False
+                    events.append(self.end(row, turn, "error"))
+        return log_probs
 
     def _read_tokens(self, unread: list[bool], kinds: list[str]) -> None:
         """Let the Thinker read what was drawn, and the turns have its vectors where text enters by hidden states."""
@@ -132,6 +167,19 @@ class Rows:
                 if turn is not None and read:
                     turn.append_vector(vector.clone(), kind)
 
+    def _read_rest(self, row: int, turn: Turn) -> None:
+        """Let the Thinker read what stays of the token in which a stop string begins, in place of what was cut off."""
+        cache, text = self.text.decoder.cache, turn.text
+        ids = torch.tensor(text.rest, device=self.model.device)
+        surplus = cache.lengths[row] - turn.request.prompt_tokens - text.read
+        cache.truncate(row, turn.request.prompt_tokens + text.read)
+        positions = self.text.decoder.next_position[row] - surplus + torch.arange(len(ids), device=ids.device)
+        embeds = self.model.require("thinker").embed_tokens(ids)
+        hidden = self.prefill_thinker(row, text.rest, embeds, positions.expand(3, -1))
+        for vector in self.model.require("talker").text_vectors(embeds, hidden):
+            turn.append_vector(vector, ANSWER)
+        text.read += len(ids)
+
     # speech
 
     def _prefill_prefixes(self) -> None:
@@ -139,10 +187,10 @@ class Rows:
         assert self.speech is not None and self.layout is not None
         for row, turn in self.running():
             text, speech, request = turn.text, turn.speech, turn.request
-            if speech.state != SPEECH_WAITS or not (text.answered or text.reason):
+            if speech.state != SPEECH_WAITS or not (speech.spoken or text.reason):
                 continue
-            if not text.answered or request.frame_limit < 1:  # nothing to speak
-                speech.stop("stop" if not text.answered else "max_frames")
+            if not speech.spoken or request.frame_limit < 1:  # nothing to speak
+                speech.stop("stop" if not speech.spoken else "max_frames")
                 continue
             assert request.speaker is not None
             with self.stage("talker_first_code"):
@@ -250,7 +298,7 @@ class Rows:
 
     @torch.no_grad()
     def copy_row(self, row: int, other: Rows, to: int) -> None:
-        """Copy what a row has read into an empty row `to` of `other`. No turn may be running in either."""
+        """Copy all that a row has read into an empty row `to` of `other`. No turn may be running in either."""
         assert self.turns[row] is None and other.turns[to] is None
         for own, new in ((self.text, other.text), (self.speech, other.speech)):
             if own is None or new is None:
@@ -261,7 +309,17 @@ class Rows:
             target.keys[:, to, :, :tokens] = source.keys[:, row, :, :tokens]
             target.values[:, to, :, :tokens] = source.values[:, row, :, :tokens]
             target.grow(to, tokens)
-            new.seen[to] = own.seen[row]
+            new.seen[to], new.logits[to] = own.seen[row], own.logits[row]
+            new.decoder.next_position[to] = own.decoder.next_position[row]
+
+    @torch.no_grad()
+    def repeated(self, times: int) -> Rows:
+        """Rows in which each of these stands so many times, one after the other, with all that it has read."""
+        rows = Rows(self.model, len(self.turns) * times, max(256, self.text.decoder.cache.longest + 1))
+        rows.seconds.update(self.seconds)
+        for to in range(len(rows.turns)):
+            self.copy_row(to // times, rows, to)
+        return rows
 
     @property
     def sampling(self) -> tuple[RowSampling, RowSampling, RowSampling]:

@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from omni.generation.events import TurnEnd
+from omni.generation.events import TokenLogprob, TurnEnd
 from omni.generation.reply import ANSWER, REASONING, ReplyReader
 from omni.generation.sampling import SamplingConfig
+from omni.generation.stop_strings import Decided, StopStrings
 from omni.generation.streaming_config import StreamingConfig
+from omni.generation.text_options import TextOptions
 from omni.processing.text_stream import TextStream
 from omni.talker.layout import PromptEnd, TurnLayout
 
@@ -29,9 +31,10 @@ class TurnRequest:
     """What was asked for.
 
     prompt_tokens: ids that the Thinker has read; stop_ids end the reply; text_limit: reply ids at most, frame_limit:
-    frames at most. layout: the family's (None without a Talker); speaker: None for a silent turn; header: the ids of
-    `<|im_start|>assistant\\n` as the prefix needs them; prompt_end: where the Talker's prompt ends; voice: what the
-    codec needs of the speaker, if anything.
+    frames at most. options: of its text; prompt_ids: those ids, for options that look at them. layout: the family's
+    (None without a Talker); speaker: None for a silent turn; header: the ids of `<|im_start|>assistant\\n` as the
+    prefix needs them; prompt_end: where the Talker's prompt ends; voice: what the codec needs of the speaker, if
+    anything.
     """
 
     prompt_tokens: int
@@ -43,6 +46,8 @@ class TurnRequest:
     text_sampling: SamplingConfig = GREEDY
     code_sampling: SamplingConfig = GREEDY
     residual_sampling: SamplingConfig = GREEDY
+    options: TextOptions = TextOptions()
+    prompt_ids: tuple[int, ...] = ()
     layout: TurnLayout | None = None
     speaker: int | None = None
     header: tuple[int, ...] = ()
@@ -61,7 +66,9 @@ class TextProgress:
 
     reader tells reasoning from answer; stream makes text of ids, None without a processor. ids: drawn so far; read: how
     many of them the Thinker has read; vectors [Di]: of those, where text enters the Talker by hidden states too;
-    reason: why the reply ended, "" while it goes on.
+    reason: why the reply ended, "" while it goes on. stops: the search for stop strings, None without any; decided:
+    tokens of the answer that are certain to stay and have not been given to the Talker; cut: whether a stop string was
+    found, rest: the ids of what stays of the token in which it begins; logprobs: of all ids, if asked for.
     """
 
     request: TurnRequest
@@ -73,11 +80,24 @@ class TextProgress:
     reasoning: str = ""
     answer: str = ""
     reason: str = ""
+    stops: StopStrings | None = None
+    decided: int = 0
+    cut: bool = False
+    rest: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.request.options.stop and self.stream is not None:
+            self.stops = StopStrings(self.request.options.stop)
 
     @property
-    def answered(self) -> bool:
-        """Whether the reply has a word of answer yet (a prefilled beginning alone is none)."""
-        return self.reader.state == ANSWER
+    def kept(self) -> list[int]:
+        """The ids that count: of what a stop string has not cut off, and cannot any more."""
+        return self.ids if self.stops is None else [*self.ids[: self._whole(self.stops)], *self.rest]
+
+    def _whole(self, stops: StopStrings) -> int:
+        """How many ids count whole."""
+        return len(self.ids) - stops.tokens - (self.cut and self.ids[-1] in self.request.stop_ids)
 
     def wants_token(self, drawn: int, speech: SpeechProgress) -> bool:
         """Whether the Thinker is to draw a token now; `drawn` counts those of the same tick."""
@@ -86,28 +106,53 @@ class TextProgress:
         if not speech.expected:
             return drawn == 0
         if not speech.codes:  # nothing spoken yet: no further than the first word
-            return not self.answered and drawn == 0
+            return not speech.spoken and drawn == 0
         return len(speech.spoken) - len(speech.codes) < self.request.streaming.text_ahead
 
-    def append(self, token: int) -> str:
-        """Record a drawn token: what it is, "stop" for one that ends the reply."""
+    def append(self, token: int) -> tuple[str, str]:
+        """Record a drawn token: (what it is, "stop" for one that ends the reply; the text that it completes).
+
+        The text is empty while a character is incomplete, or while it may be the beginning of a stop string.
+        """
         self.ids.append(token)
         if token in self.request.stop_ids:
-            self.reason = "stop"
-            return "stop"
-        kind = self.reader.feed(token)
-        if len(self.ids) >= self.request.text_limit:
-            self.reason = "max_new_tokens"
-        return kind
-
-    def decode(self, token: int, kind: str) -> str:
-        """The text that a drawn token completes, empty while a character is incomplete."""
+            kind, self.reason = "stop", "stop"
+        else:
+            kind = self.reader.feed(token)
+            if len(self.ids) >= self.request.text_limit:
+                self.reason = "max_new_tokens"
         text = self.stream.push(token) if self.stream is not None and kind in (ANSWER, REASONING) else ""
         if kind == REASONING:
             self.reasoning += text
+            return kind, text
+        if self.stops is not None:
+            text = self._search(self.stops, text, kind)
         else:
-            self.answer += text
-        return text
+            self.decided += kind == ANSWER
+        self.answer += text
+        return kind, text
+
+    def _search(self, stops: StopStrings, text: str, kind: str) -> str:
+        """Look for stop strings in what a token adds to the answer; the text that is certain to stay."""
+        assert self.stream is not None
+        counts, certain = len(self.ids) >= self.request.options.min_new_tokens, ""
+        if kind == ANSWER:
+            certain = self._take(stops.push(text, whole=self.stream.whole, counts=counts))
+        if self.reason and not self.cut:
+            certain += self._take(stops.finish(self.stream.finish(), counts=counts))
+        return certain
+
+    def _take(self, decided: Decided) -> str:
+        """Note what has been decided; its text."""
+        self.decided += decided.tokens
+        if decided.cut is not None:
+            assert self.stops is not None and self.stream is not None
+            self.cut, self.reason = True, "stop"
+            self.rest = self.stream.processor.encode_text(decided.cut)
+            whole = self._whole(self.stops)
+            self.read = min(self.read, whole)
+            del self.vectors[whole:]
+        return decided.text
 
     def flush(self) -> str:
         """The end of a reply that stops inside a character."""
@@ -220,9 +265,11 @@ class SoundProgress:
 class Turn:
     """A row's turn: the request, and the progress of text, speech and sound.
 
-    spoken: the part of the reply that the prompt already holds. paused: its events are not read fast enough; over: no
-    step is left to do. interruption: the last event of a turn that was interrupted. delivered_ids, delivered_frames and
-    delivered_end: what of the reply has reached the reader of its events. timing: seconds by name.
+    spoken: the part of the reply that the prompt already holds and that is to be spoken, `given` texts; held: texts of
+    the answer that are not decided. paused: its events are not read fast enough; over: no step is left to do; error:
+    what the caller's function of the logits raised. interruption: the last event of a turn that was interrupted.
+    delivered_ids, delivered_frames and delivered_end: what of the reply has reached the reader of its events. timing:
+    seconds by name.
     """
 
     def __init__(
@@ -232,6 +279,9 @@ class Turn:
         self.text = TextProgress(request, reader, stream)
         self.speech = SpeechProgress(request, list(spoken))
         self.sound = SoundProgress(request)
+        self.given = len(spoken)
+        self.held: list[Any] = []
+        self.error: Exception | None = None
         self.paused = False
         self.over = False
         self.interruption: TurnEnd | None = None
@@ -256,27 +306,37 @@ class Turn:
         """Whether the Talker is to draw a frame now."""
         return self.runs and self.speech.wants_frame
 
-    def append_token(self, token: int) -> tuple[str, bool]:
-        """Record a drawn token: (what it is, whether the Thinker has to read it).
+    def append_token(self, token: int) -> tuple[str, str, bool]:
+        """Record a drawn token: (what it is, the text that it completes, whether the Thinker has to read it).
 
         The last token of a reply is read only if it could not be spoken otherwise.
         """
-        kind = self.text.append(token)
-        if kind == "stop":
-            return kind, False
-        spoken = kind == ANSWER
-        if spoken and not self.request.text_by_hidden:
-            self.speech.spoken.append(token)
-        read_to_speak = spoken and self.request.text_by_hidden and self.speech.expected
-        reads = not self.text.reason or read_to_speak
-        self.text.read += reads
-        return kind, reads
+        by_hidden, text = self.request.text_by_hidden, self.text
+        kind, certain = text.append(token)
+        if kind == ANSWER and not by_hidden:
+            self.held.append(token)
+        if text.cut:
+            self.held[text.decided :] = [] if by_hidden else text.rest
+            text.decided += len(text.rest)
+        self._speak_decided()
+        read_to_speak = kind == ANSWER and by_hidden and self.speech.expected and not text.cut
+        reads = not text.reason or read_to_speak
+        text.read += reads
+        return kind, certain, reads
 
     def append_vector(self, vector: Tensor, kind: str) -> None:
         """Record the vector of a reply token that the Thinker has read, where text enters by hidden states too."""
         self.text.vectors.append(vector)
         if kind == ANSWER:
-            self.speech.spoken.append(vector)
+            self.held.append(vector)
+            self._speak_decided()
+
+    def _speak_decided(self) -> None:
+        """Give the Talker the texts that are certain to stay."""
+        free = self.held[: self.text.decided]
+        self.speech.spoken += free
+        self.text.decided -= len(free)
+        del self.held[: len(free)]
 
     def next_text(self) -> Any:
         """The text that the Talker is to read now with the pending frame; None if it cannot or has none to read."""

@@ -118,7 +118,7 @@ def _speech(model: OmniModel, ids: list[int], reply: list[int], codes: Tensor, s
     """What was spoken in a turn, from the ids of its prompt and reply."""
     beginning, stops = reply_beginning(model, ids, speaks=True), stop_ids(model)
     written = [i for i, token in enumerate(reply) if token not in stops and beginning.reader.feed(token) == ANSWER]
-    spoken = [*beginning.spoken, *(reply[i] for i in written)]
+    spoken = [reply[i] for i in written]
     return Speech(codes, spoken, written, beginning.header, speaker_id(model, speaker))
 
 

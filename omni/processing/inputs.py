@@ -24,7 +24,10 @@ from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, 
 _PASSED_OVER = frozenset(
     {"num_audio_tokens", "mm_token_type_ids", "token_type_ids", "video_metadata", "text_replacement_offsets"}
 )
-_INTEGERS = ("input_ids", "attention_mask", "feature_attention_mask", "image_grid_thw", "video_grid_thw")
+_INTEGERS = (
+    *("input_ids", "attention_mask", "feature_attention_mask", "image_grid_thw", "video_grid_thw"),
+    "reply_start",
+)
 _FEATURES = ("input_features", "pixel_values", "pixel_values_videos")
 
 
@@ -46,6 +49,8 @@ class OmniInputs:
         use_audio_in_video: None reads from the ids which videos have sound; True or False checks it.
         video_grid_times: per video the real time in seconds of every grid step (its first frame's time);
             wins over `video_second_per_grid`.
+        reply_start: int64 [B], the column of `input_ids` at which the reply begins where the prompt holds its beginning
+            (None: found in the ids; T: the prompt holds none of it).
     """
 
     input_ids: Tensor
@@ -59,6 +64,7 @@ class OmniInputs:
     video_second_per_grid: Tensor | None = None
     use_audio_in_video: bool | None = None
     video_grid_times: list[Tensor] | None = None
+    reply_start: Tensor | None = None
 
     def __init__(self, input_ids: Any, attention_mask: Any = None, **media: Any) -> None:
         known = [field.name for field in fields(self)]
@@ -76,6 +82,7 @@ class OmniInputs:
             clips, frames = self.input_features.shape[0], self.input_features.shape[-1]
             self.feature_attention_mask = torch.ones(clips, frames, dtype=torch.int64)
         _check_mask(self.input_ids, self.attention_mask)
+        _check_starts(self.input_ids, self.reply_start)
         _check_audio(self)
         _check_grid("pixel_values", self.pixel_values, "image_grid_thw", self.image_grid_thw)
         _check_grid("pixel_values_videos", self.pixel_values_videos, "video_grid_thw", self.video_grid_thw)
@@ -240,6 +247,14 @@ def _check_mask(ids: Tensor, mask: Tensor) -> None:
     for row in torch.where(empty | broken)[0].tolist():
         what = "is empty" if bool(empty[row]) else "has gaps; pad on the left or on the right only"
         raise ValueError(f"row {row} of attention_mask {what}")
+
+
+def _check_starts(ids: Tensor, starts: Tensor | None) -> None:
+    rows, width = ids.shape
+    if starts is not None and (starts.shape != (rows,) or not bool(((starts >= 0) & (starts <= width)).all())):
+        raise ValueError(
+            f"reply_start must be [{rows}] columns of input_ids, each in 0..{width}, got {starts.tolist()}"
+        )
 
 
 def _check_audio(inputs: OmniInputs) -> None:

@@ -27,6 +27,7 @@ from omni.processing.template import ChatTokenizer, built_in_template
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
+from omni.talker.layout import HEADER_LENGTH
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class OmniProcessor:
         messages: Any,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         enable_thinking: bool | None = None,
         use_audio_in_video: bool | None = None,
@@ -161,7 +163,9 @@ class OmniProcessor:
         `{"type": "audio", "audio": path, address, bytes or array}` (also image, video and the OpenAI spellings).
 
         Args:
-            add_generation_prompt: end with the header of the assistant's reply.
+            add_generation_prompt: end with the header of the assistant's reply. continue_final_message: end with the
+            text of the last message, which is the assistant's, for the model to go
+                on from there; `OmniInputs.reply_start` tells where the reply begins.
             tools: JSON schemas or documented functions, for the template.
             enable_thinking: passed to the template when set; False asks for a reply without reasoning.
             use_audio_in_video: True uses the sound of every video that has one; items may set it for themselves.
@@ -181,7 +185,10 @@ class OmniProcessor:
         options = CallOptions(
             use_audio_in_video, fps, min_pixels, max_pixels, total_pixels, max_frames, mel_level, _usable(device)
         )
-        template_options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        template_options: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final": continue_final_message,
+        }
         if enable_thinking is not None:
             template_options["enable_thinking"] = enable_thinking
         batch = _Batch()
@@ -194,7 +201,27 @@ class OmniProcessor:
             rows.append(self._expand(ids, conversation.media, options, batch))
         if use_audio_in_video and batch.silent and not batch.with_sound:
             raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")
-        return self._pack(rows, batch).to(options.device)
+        inputs = self._pack(rows, batch)
+        if continue_final_message:
+            width = inputs.input_ids.shape[1]
+            inputs.reply_start = torch.tensor([width - len(row) + self._reply_start(row) for row in rows])
+        return inputs.to(options.device)
+
+    def begin_reply(self, text: str) -> list[int]:
+        """Ids that open the assistant's turn and begin its reply, which a model is to go on with.
+
+        The first `HEADER_LENGTH` of them are the turn's header.
+        """
+        messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
+        ids = self.chat.encode_chat(messages, add_generation_prompt=False, continue_final=True)
+        return ids[self._reply_start(ids) - HEADER_LENGTH :]
+
+    def _reply_start(self, ids: list[int]) -> int:
+        """Where the reply of the last turn begins, behind its header."""
+        opens = self.chat.added_ids.get("<|im_start|>")
+        if opens not in ids:
+            raise ValueError("the chat template opens turns without <|im_start|>, so no message can be continued")
+        return len(ids) - 1 - ids[::-1].index(opens) + HEADER_LENGTH
 
     def check_speech_system(self, system: Any) -> None:
         """Warn once where a conversation does not begin with the system text that the family's speech needs.

@@ -17,6 +17,7 @@ from typing import Any
 
 from omni.config.family import RELEASED, find_family
 
+_END = "\ufdd0\ufdd1"  # where a message that is to be continued ends; a blank follows
 # Private-use characters, from which those are taken that occur nowhere in the conversation.
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
@@ -63,14 +64,21 @@ class ChatTokenizer:
         return list(self.plain.encode(text, add_special_tokens=False).ids)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        continue_final: bool = False,
+        **options: Any,
     ) -> list[int]:
         """Ids of one conversation, each medium as the single placeholder that the template writes.
 
-        `options` go to the template (add_generation_prompt, enable_thinking, …). Raises ValueError where the template
-        refuses the messages.
+        continue_final: end where the text of the last message ends, which is the assistant's. `options` go to the
+        template (add_generation_prompt, enable_thinking, …). Raises ValueError where the template refuses the messages.
         """
         schemas = _tool_schemas(tools)
+        if continue_final:
+            messages = [*messages[:-1], _with_end(messages[-1])]
         try:
             written = json.dumps([list(messages), schemas], ensure_ascii=False, default=str)
         except (TypeError, ValueError, RecursionError) as error:
@@ -80,7 +88,7 @@ class ChatTokenizer:
         guard = self._private_characters(written)
         guarded = [self._guard_message(message, guard) for message in messages]
         prompt = self._render(guarded, None if schemas is None else _map_text(schemas, guard_text(guard)), options)
-        return self._encode_prompt(prompt, guard)
+        return self._encode_prompt(_up_to_end(prompt) if continue_final else prompt, guard)
 
     def _private_characters(self, written: str) -> dict[str, str]:
         """Edge character of added tokens -> a character that does not occur in what was written."""
@@ -121,6 +129,30 @@ class ChatTokenizer:
             ids.append(self.added_ids[token])
             ids.extend(plain.ids)
         return ids
+
+
+def _with_end(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message of a reply that is to be continued, its end marked. Raises ValueError where it cannot be."""
+    if message["role"] != "assistant":
+        raise ValueError(
+            f"continue_final_message needs a last message of the assistant, got one of the {message['role']}"
+        )
+    if message.get("tool_calls"):
+        raise ValueError("a last message with tool_calls cannot be continued; leave continue_final_message out")
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return {**message, "content": f"{content}{_END} "}
+    if content[-1].get("type") != "text":
+        raise ValueError("a message that is to be continued must end with text; put a text after the last medium")
+    return {**message, "content": [*content[:-1], {**content[-1], "text": f"{content[-1]['text']}{_END} "}]}
+
+
+def _up_to_end(prompt: str) -> str:
+    """A prompt up to the mark; without blanks before it where the template leaves blanks at the end of messages out."""
+    before, mark, after = prompt.rpartition(_END)
+    if not mark:
+        raise ValueError("the chat template leaves out the end of the last message, so it cannot be continued")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def guard_text(guard: Mapping[str, str], keep: Sequence[str] = ()) -> Callable[[str], str]:

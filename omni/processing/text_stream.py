@@ -38,6 +38,11 @@ class TextStream:
         table = _byte_of_character()
         return self.bytes.decode(bytes(table[c] for c in characters if c in table))
 
+    @property
+    def whole(self) -> bool:
+        """Whether no character is unfinished."""
+        return not self.bytes.getstate()[0]
+
     def finish(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed."""
         text = self.bytes.decode(b"", final=True)

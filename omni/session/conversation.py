@@ -6,8 +6,10 @@ the next segment begins, `highest` the largest position so far, after which a re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ from omni.generation.rows import Rows
 from omni.parts import ModelParts
 from omni.rope.positions import Segment, segment_positions
 from omni.talker.layout import PromptEnd
+
+
+def _one_each(tokens: int) -> Tensor:
+    """Offsets fp32 [3, n] of text: one position a token."""
+    return torch.arange(tokens, dtype=torch.float32).expand(3, -1)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class Conversation:
     ids: all token ids in the Thinker's cache; thinker and talker: where their prompts end (the Talker's may be the
     user's turns alone); in_user: whether a user turn is open; pending: ids of the last reply that are still to be read;
     queued: text to be read with what follows, and whether it is the user's; past: what was read, for `drop_turns`, with
-    media embeddings only if `keep_media`.
+    media embeddings only if `keep_media`; allow_long: positions beyond the model's may be used; given: vectors [Di] of
+    the beginning of a reply that the Talker speaks instead of reading it.
     """
 
     rows: Rows
@@ -59,6 +67,8 @@ class Conversation:
     between: Callable[[], None] | None = None  # called between the pieces of a long prompt
     keep_media: bool = False
     past: list[Entry] = field(default_factory=list)
+    allow_long: bool = False
+    given: list[Tensor] = field(default_factory=list)
     past_before_reply: int = 0  # entries of the past when the last reply began
     talker_before_reply: PromptEnd = PromptEnd()
 
@@ -66,15 +76,20 @@ class Conversation:
     def model(self) -> ModelParts:
         return self.rows.model
 
-    def check_room(self, tokens: int) -> None:
-        """Raise ValueError if that many more tokens have no position left."""
-        config = self.model.config
-        limit = config.thinker.text_config.max_position_embeddings
-        used = len(self.ids) + sum(len(ids) for ids, _ in self.queued)
-        if used + tokens >= limit:
+    def check_room(self, tokens: int, length: float | None = None) -> None:
+        """Raise ValueError if that many more tokens have no position left.
+
+        length: the positions that they take from where the next segment begins (None: one each).
+        """
+        limit = self.model.config.thinker.text_config.max_position_embeddings
+        queued = sum(len(ids) for ids, _ in self.queued)
+        begin = self.thinker.start + queued
+        used = max(len(self.ids) + queued, math.ceil(max(begin, self.thinker.highest + 1)))
+        needed = max(len(self.ids) + queued + tokens, math.ceil(begin + (tokens if length is None else length)))
+        if max(used, needed) >= limit and not self.allow_long:
             raise ValueError(
-                f"the session is full: {used} of {limit} positions are used and {tokens} more are needed; "
-                "make room with drop_oldest_turns(), or start a new session with a summary of this one"
+                f"the session is full: {used} of {limit} positions are used and {max(needed - used, 0)} more are "
+                "needed; make room with drop_oldest_turns(), or start a new session with a summary of this one"
             )
 
     def write_text(self, ids: list[int]) -> None:
@@ -99,7 +114,7 @@ class Conversation:
     def _prefill_text(self, ids: list[int], users: list[bool]) -> None:
         """One pass over text; `users` tells which tokens are the user's."""
         embeds = self.model.require("thinker").embed_tokens(torch.tensor(ids, device=self.model.device))
-        offsets = torch.arange(len(ids), dtype=torch.float32).expand(3, -1)
+        offsets = _one_each(len(ids))
         hidden = self._prefill_thinker(ids, offsets, embeds, None)
         self.thinker = self.thinker.moved(len(ids))
         if own := [i for i, by_user in enumerate(users) if self.in_talker_prompt(by_user)]:
@@ -132,7 +147,7 @@ class Conversation:
             )
         embeds = embeds.to(self.model.dtype)
         self.flush()
-        self.check_room(len(ids))
+        self.check_room(len(ids), float(offsets.max()) + 1 if len(ids) else 0.0)
         for first in range(0, len(ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
             own_taps = None if taps is None else taps[:, part]
@@ -192,13 +207,31 @@ class Conversation:
             self.between,
             self.keep_media,
             list(self.past),
+            allow_long=self.allow_long,
         )
 
-    def begin_reply(self) -> None:
-        """Read the queued text and set the position of the reply's first token."""
+    @torch.no_grad()
+    def begin_reply(self, given: list[int], spoken: int) -> Sequence[Any]:
+        """Read the queued text and `given`, the beginning of the reply, and set the position of the rest's first token.
+
+        spoken: how many of the last ids of `given` the Talker is to speak -> their texts, as it takes them.
+        """
+        silent, aloud = given[: len(given) - spoken], given[len(given) - spoken :]
+        layout = self.rows.layout
+        by_hidden = layout is not None and layout.text_by_hidden
+        self.write_text(silent if by_hidden else given)
         self.flush()
-        self.past_before_reply, self.talker_before_reply = len(self.past), self.talker
+        self.past_before_reply, self.talker_before_reply, self.given = len(self.past), self.talker, []
+        if by_hidden and aloud:
+            ids = torch.tensor(aloud, device=self.model.device)
+            embeds = self.model.require("thinker").embed_tokens(ids)
+            hidden = self._prefill_thinker(aloud, _one_each(len(aloud)), embeds, None)
+            self.thinker = self.thinker.moved(len(aloud))
+            self.past.append(Entry(aloud))
+            self.past_before_reply = len(self.past)
+            self.given = list(self.model.require("talker").text_vectors(embeds, hidden))
         self.rows.text.decoder.next_position[self.row] = self.thinker.highest + 1
+        return self.given if by_hidden else aloud
 
     @torch.no_grad()
     def end_reply(
@@ -215,6 +248,9 @@ class Conversation:
         if self.rows.speech is not None:
             self.talker = self.talker_before_reply
             self.rows.speech.decoder.cache.truncate(self.row, self.talker.tokens)
+            if self.given:
+                self._prefill_talker(_one_each(len(self.given)), torch.stack(self.given))
+                self.talker = self.talker.moved(len(self.given))
         if prompt.highest + 1 != prompt.start:
             read = 0
         self.rows.text.decoder.cache.truncate(self.row, prompt.tokens + read)
@@ -225,8 +261,7 @@ class Conversation:
         if kept:
             self.past.append(Entry(kept))
             if self.in_talker_prompt(False):
-                offsets = torch.arange(read, dtype=torch.float32).expand(3, -1)
-                self._prefill_talker(offsets, torch.stack(list(vectors[:read])))
+                self._prefill_talker(_one_each(read), torch.stack(list(vectors[:read])))
                 self.talker = self.talker.moved(read)
         self.pending = reply[read:] + tail
         seen = self.rows.text.seen

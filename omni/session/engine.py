@@ -14,12 +14,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-from omni.generation.events import Event
+from omni.generation.events import Event, TurnEnd
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
+from omni.session.begin_reply import begin_reply
 from omni.session.conversation import Conversation
 from omni.session.reply_events import ReplyEvents
 from omni.session.session import Kept, OmniSession
@@ -172,14 +173,14 @@ class EngineSession(OmniSession):
     drop_oldest_turns = _locked(OmniSession.drop_oldest_turns)
     save = _locked(OmniSession.save)
 
-    def respond(self, **arguments: Any) -> ReplyEvents:
-        """As `OmniSession.respond`; the engine's thread does the work."""
+    def _respond(self, arguments: dict[str, Any]) -> ReplyEvents:
+        """The engine's thread does the work."""
         with self.engine.changed:
             if self.closed:
                 raise ValueError("the session is closed")
             events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
             self._events = events
-            turn = self._begin(arguments)
+            turn = begin_reply(self, arguments)
             self.engine.changed.notify_all()
         return self._events_of(turn, lambda: self._next_events(turn, events))
 
@@ -190,6 +191,8 @@ class EngineSession(OmniSession):
             with self.engine.changed:
                 turn.paused = False
                 self.engine.changed.notify_all()
+        if isinstance(event, TurnEnd) and turn.error is not None:
+            raise turn.error
         return [] if event is None else [event]
 
     def deliver(self, event: Event) -> None:

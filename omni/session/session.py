@@ -10,8 +10,7 @@ import asyncio
 import copy
 import math
 import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,24 +18,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from omni.config.keywords import names_keywords, takes_arguments_of
 from omni.config.positions import PositionRule
-from omni.generation.arguments import resolve
 from omni.generation.events import Event
-from omni.generation.generate import assistant_header, check_talker_room, make_request, make_turn
-from omni.generation.reply import ReplyReader
 from omni.generation.rows import Rows
+from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import StreamingConfig
-from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
+from omni.generation.text_options import LogitsProcessor
+from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
+from omni.session.begin_reply import begin_reply
 from omni.session.conversation import Conversation
 from omni.session.file import load_session, save_session, streaming_of
 from omni.session.live_media import AudioFrontEnd, GridStep, OpenClip, OpenVideo
-from omni.session.reply_events import ReplyEvents
+from omni.session.reply_events import ReplyEvents, heard_ids
 from omni.talker.layout import PromptEnd
+
+Sampling = SamplingConfig | Mapping[str, Any] | None
 
 
 class Kept(NamedTuple):
@@ -243,14 +245,41 @@ class OmniSession:
 
     # replies
 
-    def respond(self, **arguments: Any) -> ReplyEvents:
-        """Answer what was pushed: the events of `OmniModel.stream`, with the same keyword arguments.
+    @names_keywords
+    def respond(
+        self,
+        max_new_tokens: int = 1024,
+        text_sampling: Sampling = None,
+        return_audio: bool | None = None,
+        speaker: str | None = None,
+        max_frames: int = 4095,
+        audio_sampling: Sampling = None,
+        residual_sampling: Sampling = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        logprobs: int | None = None,
+        min_new_tokens: int = 0,
+        logits_processor: LogitsProcessor | None = None,
+        allow_long: bool = False,
+        speak_prefill: bool = False,
+        prefill: str | None = None,
+        streaming: StreamingConfig | None = None,
+    ) -> ReplyEvents:
+        """Answer what was pushed: the events of `OmniModel.stream`, with the same arguments for one row.
+
+        speaker, streaming: None is the session's own. prefill: the beginning of the reply, which the model goes on
+        with; it becomes part of the history, and the reply's text is what follows it. allow_long: the session may go
+        beyond the model's positions from now on, until the next reply. The history holds a reply as far as it counts:
+        without what a stop string cut off.
 
         Without input since the last reply the user's turn is empty. The reply belongs to the history once all its
         events are taken; closing the iterator early interrupts it.
         """
+        return self._respond({name: value for name, value in locals().items() if name != "self"})
+
+    def _respond(self, arguments: dict[str, Any]) -> ReplyEvents:
         with self._lock:
-            turn = self._begin(arguments)
+            turn = begin_reply(self, arguments)
         return self._events_of(turn, self._tick)
 
     def _events_of(self, turn: Turn, produce: Callable[[], list[Event]]) -> ReplyEvents:
@@ -262,8 +291,11 @@ class OmniSession:
 
     def _tick(self) -> list[Event]:
         with self._lock:
-            return self._conversation.rows.tick() if self.responding else []
+            events = self._conversation.rows.tick() if self.responding else []
+            self._conversation.rows.raise_errors()
+            return events
 
+    @takes_arguments_of(respond)
     async def respond_async(self, **arguments: Any) -> AsyncIterator[Event]:
         """As `respond`, for `async for`; the model runs in a worker thread.
 
@@ -277,58 +309,12 @@ class OmniSession:
         finally:
             events.close()
 
-    def _begin(self, arguments: dict[str, Any]) -> Turn:
-        """Close the user's turn, open the assistant's and start to answer."""
-        streaming = arguments.pop("streaming", None) or self.streaming
-        if not isinstance(streaming, StreamingConfig):
-            raise TypeError(f"streaming must be a StreamingConfig, got {type(streaming).__name__}")
-        defaults: dict[str, Any] = {"max_new_tokens": 1024, "max_frames": 4095, "speaker": self.speaker}
-        for name in ("text_sampling", "return_audio", "audio_sampling", "residual_sampling", "seed"):
-            defaults[name] = None
-        unknown = [name for name in arguments if name not in defaults]
-        if unknown:
-            raise TypeError(f"respond has no argument {unknown[0]!r}; it takes streaming, {', '.join(defaults)}")
-        if self.responding:
-            raise ValueError("the session is responding already; take all its events, or interrupt it")
-        args = resolve(self.model, 1, **{**defaults, **arguments})
-        conversation = self._conversation
-        began, spent = time.perf_counter(), dict(conversation.rows.seconds)
-        self._check_room(args.speakers is not None)
-        self._open_user_turn()
-        self._close_media()
-        self._flush_text()
-        conversation.write_text(self._closing())
-        conversation.in_user = False
-        header = assistant_header(self.model, None, self.processor)
-        conversation.write_text(header)
-        conversation.begin_reply()
-        self._prompt = conversation.thinker
-        reader = ReplyReader(self.processor.think_token_ids, decode=self.processor.decode)
-        request = make_request(self.model, args, 0, streaming, len(conversation.ids), header, conversation.talker)
-        turn = make_turn(request, reader, self.processor)
-        conversation.rows.begin(conversation.row, turn, began, spent)  # the input's tail is part of the answer's delay
-        self._turn = turn
-        return turn
-
-    def _check_room(self, speaks: bool) -> None:
-        """Raise ValueError, before anything is changed, if the reply cannot begin for want of positions."""
-        conversation, closing = self._conversation, len(self._closing())
-        user = len(self.processor.encode_text("".join(self._text))) + closing
-        user += 0 if conversation.in_user else 2 + closing
-        conversation.check_room(user + len(conversation.pending) + 2 + closing)
-        layout = conversation.rows.layout
-        if speaks and layout is not None:
-            tokens = user + sum(len(ids) for ids, by_user in conversation.queued if layout.in_prompt(by_user))
-            if layout.in_prompt(False):
-                tokens += len(conversation.pending) + 2 + closing
-            check_talker_room(layout, conversation.talker.tokens + tokens)
-
     def _finish(self, kept: list[int] | None = None) -> None:
         """Release the turn's row and append its reply (or the part that is kept) to the history."""
         turn, prompt = self._turn, self._prompt
         assert turn is not None and prompt is not None
         text = turn.text
-        reply = text.ids if kept is None else kept
+        reply = text.kept if kept is None else kept
         closed = bool(reply) and reply[-1] in turn.request.stop_ids
         tail = self._closing()[1 if closed else 0 :]
         with self._lock:
@@ -347,28 +333,13 @@ class OmniSession:
         if turn is None or self._prompt is None:
             raise ValueError("there is no reply to interrupt: none was given, or input was pushed since")
         with self._lock:
-            kept = self._played_ids(turn, played_ms)
+            kept = heard_ids(turn, self.model.code2wav, played_ms)
             if not turn.delivered_end:
                 turn.interruption = self._conversation.rows.end(self._conversation.row, turn, "interrupted")
                 turn.delivered_end = True
             self._finish(kept)
             self._turn = None
         return Kept(kept, self.processor.decode(kept))
-
-    def _played_ids(self, turn: Turn, played_ms: float | None) -> list[int]:
-        """The ids of a reply that count as heard."""
-        if played_ms is not None and not (isinstance(played_ms, Real) and 0 <= played_ms < math.inf):
-            raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")
-        codec = self.model.code2wav
-        text, speech, stop_ids = turn.text, turn.speech, turn.request.stop_ids
-        silent = speech.state == SPEECH_OFF or codec is None or (speech.state == SPEECH_OVER and not speech.codes)
-        if silent:
-            return [token for token in text.ids[: turn.delivered_ids] if token not in stop_ids]
-        frames = turn.delivered_frames
-        if played_ms is not None:  # a multiple of a frame's length is that many frames, whatever the rounding
-            frames = min(frames, math.floor(float(played_ms) * codec.frame_rate / 1000 + 1e-6))
-        spoken = [token for token in text.ids if token not in stop_ids]
-        return spoken[: len(spoken) * frames // max(len(speech.codes), 1)]
 
     def drop_oldest_turns(self, count: int = 1) -> int:
         """Make room: forget the oldest user turns with their replies, read the rest again, return the ids freed.

@@ -19,6 +19,7 @@ Shapes: U tokens of the prompt, P slots, F frames.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,10 +146,15 @@ class TurnLayout(ABC):
         end = PromptEnd(start)
         return TalkerPrompt(tokens, positions, end.after(positions) if len(tokens) else end)
 
-    def room(self, prompt_tokens: int) -> int:
-        """Frames that the Talker has positions for after so many tokens; below 1 where it cannot speak at all."""
+    def room(self, end: PromptEnd | int) -> int:
+        """Frames that the Talker has positions for after its prompt; below 1 where it cannot speak at all.
+
+        end: of the prompt, or its tokens where each takes one position.
+        """
+        if isinstance(end, int):
+            end = PromptEnd(end, end - 1, end)
         limit: int = self.talker.text_config.max_position_embeddings
-        return limit - prompt_tokens - self.prefix_length
+        return limit - max(end.tokens + self.prefix_length, math.ceil(self.frame_position(end)))
 
     # what follows it
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from build import BATCH, FAST, SIZES, TOY_DATA, chat, config_values, draw_token2wav, fixed, make_voice, widen
+from build import BATCH, FAST, chat, second_model
 
 from omni import (
     AudioChunk,
-    OmniConfig,
     OmniEngine,
     OmniInputs,
     OmniModel,
-    OmniProcessor,
     OmniSession,
     StreamingConfig,
     TextDelta,
@@ -38,23 +36,9 @@ SCHEDULE = ChunkSchedule(chunk_codes=4, left_codes=2, lookahead_codes=2)
 WINDOWS = StreamingConfig(codec_schedule=SCHEDULE, codec_ode=FAST, silence_s=None)
 
 
-def config() -> OmniConfig:
-    values = {**config_values(1, vocabulary=640), "token2wav_config": SIZES, "system_token_id": 276}
-    values["talker_config"]["speaker_id"] = {"ann": 300, "bob": 301}
-    return OmniConfig.from_dict(values)
-
-
 @pytest.fixture(scope="module")
 def speaker_model() -> OmniModel:
-    with fixed(1), torch.no_grad():
-        model = widen(OmniModel(config()), 10)
-        draw_token2wav(model.code2wav)
-        model.talker.codec_head.weight[[80, 82]] = 0  # greedy speech goes on to its limit
-    model.processor = OmniProcessor.from_pretrained(TOY_DATA)
-    model.voices = {"Ann": make_voice(1), "bob": make_voice(2)}
-    for name, token in (("Ann", 300), ("bob", 301)):
-        object.__setattr__(model.voices[name], "bos_token", token)
-    return model
+    return second_model()
 
 
 def collect(events: list[Any], row: int = 0) -> tuple[list[int], torch.Tensor, TurnEnd]:

@@ -272,6 +272,10 @@ def _join_inputs(rows: Sequence[OmniInputs], pad_token_id: int) -> OmniInputs:
         ids[number, start:] = row.input_ids[0]
         mask[number, start:] = row.attention_mask[0]
     fields: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if any(row.reply_start is not None for row in rows):
+        ends = [row.input_ids.shape[1] for row in rows]  # where the prompt holds no beginning of the reply
+        begins = [end if row.reply_start is None else int(row.reply_start[0]) for row, end in zip(rows, ends)]
+        fields["reply_start"] = torch.tensor([width - end + begin for begin, end in zip(begins, ends)])
     clips = [clip for row in rows for clip in _clips(row)]
     if clips:
         fields["input_features"], fields["feature_attention_mask"] = join_clips(clips)

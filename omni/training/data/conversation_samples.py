@@ -5,6 +5,7 @@ Shapes: T tokens of a conversation, K codebooks, n frames of one answer's speech
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from omni.config.qwen3_omni import TalkerConfig
 from omni.generation.reply import ANSWER, ReplyReader
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
+from omni.rope.positions import prompt_positions, reply_position
 from omni.talker.layout import HEADER_LENGTH, turn_layout
 from omni.training.data.manifest import Row, Voice
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn
@@ -100,7 +102,10 @@ class SampleMaker:
         if len(ids) > self.max_tokens:
             raise SkipRow(f"more than {self.max_tokens} tokens")
         hears = self.config.thinker.audio_config is not None
-        inputs.segments(self.config.thinker, self.processor.audio_tokens if hears else None)  # a model's checks
+        segments = inputs.segments(self.config.thinker, self.processor.audio_tokens if hears else None)
+        reach = reply_position(prompt_positions(segments[0], self.config.thinker.position_rule)[0])
+        if reach > self.config.thinker.text_config.max_position_embeddings:
+            raise SkipRow(f"reaches position {math.ceil(reach)}, beyond those of the model")
         spans = answer_spans(ids, self.config)
         if len(spans) != len(voices) or any(ids[start - 1] != self._newline for start, _ in spans):
             raise ValueError(

@@ -12,7 +12,6 @@ labelled tokens, T tokens of the longest answer.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from omni.config.keywords import nearest
 from omni.config.names import import_name
-from omni.generation.arguments import resolve
-from omni.generation.generate import make_turn, run_to_end, start
-from omni.generation.rows import Rows
 from omni.generation.sampling import SamplingConfig
-from omni.generation.streaming_config import OFFLINE
 from omni.metrics.scores import word_error_rate
 from omni.metrics.text_normaliser import normalise
 from omni.model import OmniModel
@@ -98,52 +93,31 @@ def generate_group(
     """
     if n < 1:
         raise ValueError(f"a group of {n} answers is empty; ask for at least 1")
-    prompts, processor = len(inputs), model.processor
-    spoken: dict[str, Any] = dict.fromkeys(("speaker", "audio_sampling", "residual_sampling"))
-    args = resolve(
-        model, prompts, max_new_tokens=max_new_tokens, max_frames=max_frames, return_audio=return_audio, seed=0,
-        text_sampling=SamplingConfig() if sampling is None else sampling, **spoken,
-    )  # fmt: skip
+    processor, count = model.processor, len(inputs) * n
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    seeds = torch.randint(2**62, (prompts * n,), generator=generator).tolist()
+    seeds = torch.randint(2**62, (count,), generator=generator).tolist()
     with answering(model):
-        read = start(model, inputs, args, OFFLINE)
-        rows = Rows(model, prompts * n, read.text.decoder.cache.longest + 1)
-        for prompt in range(prompts):
-            turn = read.release(prompt)
-            assert turn is not None
-            for row in range(prompt * n, (prompt + 1) * n):
-                _copy_prefill(read, prompt, rows, row)
-                request = replace(turn.request, seed=seeds[row])
-                reader = copy.copy(turn.text.reader)  # which has read nothing yet
-                rows.begin(row, make_turn(request, reader, processor, turn.speech.spoken))
-        sounds = run_to_end(rows)
-    rate = int(model.code2wav.sample_rate) if return_audio and model.code2wav is not None else None
+        out = model.generate(
+            inputs, max_new_tokens, SamplingConfig() if sampling is None else sampling, return_audio,
+            max_frames=max_frames, seed=seeds, n=n,
+        )  # fmt: skip
     answers = []
-    for row, (done, sound) in enumerate(zip(rows.turns, sounds)):
-        assert done is not None
+    for row in range(count):
         prompt_ids = row_ids(inputs, row // n)
         answers.append(
             Sampled(
                 prompt=prompt_ids,
                 prompt_text="" if processor is None else processor.decode(prompt_ids),
-                ids=done.text.ids,
-                text=done.text.answer,
-                reasoning=done.text.reasoning.strip() if done.text.reader.reasoned else None,
-                reason=done.reason,
-                seed=done.request.seed,
-                audio=None if rate is None else sound,
-                sample_rate=rate,
+                ids=out.replies[row],
+                text="" if out.text is None else out.text[row],
+                reasoning=out.reasoning[row],
+                reason=out.reason[row],
+                seed=seeds[row],
+                audio=None if out.audio is None else out.audio[row],
+                sample_rate=None if out.audio is None else out.sample_rate,
             )
         )
     return [answers[first : first + n] for first in range(0, len(answers), n)]
-
-
-def _copy_prefill(source: Rows, row: int, target: Rows, to: int) -> None:
-    """All that a row has read, up to the logits of its first token."""
-    source.copy_row(row, target, to)
-    target.text.logits[to] = source.text.logits[row]
-    target.text.decoder.next_position[to] = source.text.decoder.next_position[row]
 
 
 def token_log_probs(model: OmniModel, batch: TrainingBatch) -> Tensor:
