@@ -70,8 +70,8 @@ class Rows:
 
     def release(self, row: int) -> Turn | None:
         """Take the turn out of a row."""
-        turn, self.turns[row] = self.turns[row], None
-        self._samplings = None
+        turn = self.turns[row]
+        self.put(row, None)
         return turn
 
     def running(self) -> list[tuple[int, Turn]]:
@@ -262,6 +262,16 @@ class Rows:
             target.values[:, to, :, :tokens] = source.values[:, row, :, :tokens]
             target.grow(to, tokens)
             new.seen[to] = own.seen[row]
+
+    def mark_seen(self, row: int, ids: Sequence[int]) -> None:
+        """Let exactly these tokens count as seen in a row."""
+        seen = self.text.seen
+        seen[row] = False
+        seen[row, torch.tensor(list(ids), dtype=torch.int64, device=seen.device)] = True
+
+    def put(self, row: int, turn: Turn | None) -> None:
+        """Let this turn be the one of a row, or none."""
+        self.turns[row], self._samplings = turn, None
 
     @property
     def sampling(self) -> tuple[RowSampling, RowSampling, RowSampling]:

@@ -30,18 +30,6 @@ PLAIN = {**build.PLAIN, "max_new_tokens": 4, "max_frames": 3, "seed": 0}
 QUICK = StreamingConfig(audio_window_s=1.0, prefill_tokens=16)
 
 
-HOLDS = {
-    "test_frames_of_a_video_have_one_size[1]",
-    "test_frames_of_a_video_have_one_size[3]",
-}
-
-
-@pytest.fixture(autouse=True)
-def _not_yet(request: pytest.FixtureRequest) -> None:
-    if request.node.name not in HOLDS:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="a session goes on damaged after an error or a cut"))
-
-
 class Broken(Exception):
     """What a part raises."""
 
