@@ -9,7 +9,7 @@ Shapes: C clips, M mel bins, F frames, N tokens of all items (packed), D width o
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,10 @@ class WholeClipState(State):
     features: Tensor
     frames: int = 0
     finished: bool = False
+
+    def note(self) -> WholeClipState:
+        """Shares the frames so far, which nobody writes over."""
+        return replace(self)
 
     def append(self, features: Tensor) -> None:
         """Keep the next frames [M, n]; the room at least doubles, so that many small pieces stay cheap."""

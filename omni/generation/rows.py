@@ -71,8 +71,8 @@ class Rows:
 
     def release(self, row: int) -> Turn | None:
         """Take the turn out of a row."""
-        turn, self.turns[row] = self.turns[row], None
-        self._samplings = None
+        turn = self.turns[row]
+        self.put(row, None)
         return turn
 
     def running(self) -> list[tuple[int, Turn]]:
@@ -320,6 +320,16 @@ class Rows:
         for to in range(len(rows.turns)):
             self.copy_row(to // times, rows, to)
         return rows
+
+    def mark_seen(self, row: int, ids: Sequence[int]) -> None:
+        """Let exactly these tokens count as seen in a row."""
+        seen = self.text.seen
+        seen[row] = False
+        seen[row, torch.tensor(list(ids), dtype=torch.int64, device=seen.device)] = True
+
+    def put(self, row: int, turn: Turn | None) -> None:
+        """Let this turn be the one of a row, or none."""
+        self.turns[row], self._samplings = turn, None
 
     @property
     def sampling(self) -> tuple[RowSampling, RowSampling, RowSampling]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from omni.code2wav.chunk_schedule import ChunkSchedule
@@ -45,7 +46,8 @@ class StreamingConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("audio_window_s", "silence_s", "loop_frames"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and value > 0):
                 raise ValueError(f"{name} must be positive or None, got {value!r}")
         kinds: dict[str, Any] = {"codec_schedule": ChunkSchedule, "codec_ode": ODEConfig}
         for name, kind in kinds.items():

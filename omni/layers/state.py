@@ -26,6 +26,10 @@ class State:
         """An independent copy."""
         return self._map(Tensor.clone)
 
+    def note(self: S) -> S:
+        """A copy to go back to while this one goes on; what a state only appends to may be shared."""
+        return self.clone()
+
     def to(
         self: S,
         device: torch.device | str | None = None,

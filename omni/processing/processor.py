@@ -248,6 +248,16 @@ class OmniProcessor:
         """Ids of plain text; control tokens written in it stay text."""
         return self.chat.encode_text(text)
 
+    def beginning_ids(self, system: str | None, turn_start_id: int) -> list[int]:
+        """What the chat template writes before the first user's turn, which begins with `turn_start_id`.
+
+        system: text of the system message, None without one.
+        """
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        conversation = read_conversation([*messages, {"role": "user", "content": "?"}])
+        ids = self.chat.encode_chat(conversation.messages, add_generation_prompt=False)
+        return ids[: max((i for i, token in enumerate(ids) if token == turn_start_id), default=0)]
+
     @property
     def think_token_ids(self) -> tuple[int, int] | None:
         """Ids of `<think>` and `</think>`, which enclose a reply's reasoning, if the tokenizer has them."""

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from omni.generation.arguments import resolve
-from omni.generation.generate import assistant_header, check_talker_room, make_request, make_turn, reply_beginning
+from omni.generation.generate import assistant_header, make_request, make_turn, reply_beginning
 from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import Turn
 
@@ -34,7 +34,6 @@ def begin_reply(session: OmniSession, arguments: dict[str, Any]) -> Turn:
     conversation, speaks = session._conversation, args.speakers is not None
     began, spent = time.perf_counter(), dict(conversation.rows.seconds)
     conversation.allow_long = args.allow_long
-    _check_room(session, speaks, len(given))
     session._open_user_turn()
     session._close_media()
     session._flush_text()
@@ -48,23 +47,5 @@ def begin_reply(session: OmniSession, arguments: dict[str, Any]) -> Turn:
     request = make_request(model, args, 0, streaming, ids, position, header, conversation.talker)
     turn = make_turn(request, beginning.reader, processor, spoken)
     conversation.rows.begin(conversation.row, turn, began, spent)  # the input's tail is part of the answer's delay
-    session._turn = turn
+    session._turn, session._before_reply = turn, session._undo
     return turn
-
-
-def _check_room(session: OmniSession, speaks: bool, given: int) -> None:
-    """Raise ValueError, before anything is changed, if the reply cannot begin for want of positions.
-
-    given: tokens of its beginning.
-    """
-    conversation, closing = session._conversation, len(session._closing())
-    user = len(session.processor.encode_text("".join(session._text))) + closing
-    user += 0 if conversation.in_user else 2 + closing
-    conversation.check_room(user + len(conversation.pending) + 2 + closing + given)
-    layout = conversation.rows.layout
-    if speaks and layout is not None and not conversation.allow_long:
-        tokens = user + sum(len(ids) for ids, by_user in conversation.queued if layout.in_prompt(by_user))
-        if layout.in_prompt(False):
-            tokens += len(conversation.pending) + 2 + closing + given
-        end = conversation.talker.moved(tokens)
-        check_talker_room(layout, end._replace(tokens=end.tokens + tokens))

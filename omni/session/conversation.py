@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -44,26 +45,30 @@ class Entry:
     begins_turn: bool = False
 
 
+Piece = str | list[int]  # text, or tokens by their ids
+
+
 @dataclass
 class Conversation:
     """What a row has read so far.
 
-    ids: all token ids in the Thinker's cache; thinker and talker: where their prompts end (the Talker's may be the
-    user's turns alone); in_user: whether a user turn is open; pending: ids of the last reply that are still to be read;
-    queued: text to be read with what follows, and whether it is the user's; past: what was read, for `drop_turns`, with
-    media embeddings only if `keep_media`; allow_long: positions beyond the model's may be used; given: vectors [Di] of
-    the beginning of a reply that the Talker speaks instead of reading it.
+    encode: text to ids; ids: all token ids in the Thinker's cache; thinker and talker: where their prompts end (the
+    Talker's may be the user's turns alone); in_user: whether a user turn is open; pending: ids of the last reply that
+    are still to be read; queued: pieces to be read with what follows, and whether they are the user's; past: what was
+    read, for `drop_turns`, with media embeddings only if `keep_media`; allow_long: positions beyond the model's may be
+    used; given: vectors [Di] of the beginning of a reply that the Talker speaks instead of reading it.
     """
 
     rows: Rows
     row: int
+    encode: Callable[[str], list[int]]
     prefill_tokens: int = 512
     ids: list[int] = field(default_factory=list)
     thinker: PromptEnd = PromptEnd()
     talker: PromptEnd = PromptEnd()
     in_user: bool = False
     pending: list[int] = field(default_factory=list)
-    queued: list[tuple[list[int], bool]] = field(default_factory=list)
+    queued: list[tuple[Piece, bool]] = field(default_factory=list)
     between: Callable[[], None] | None = None  # called between the pieces of a long prompt
     keep_media: bool = False
     past: list[Entry] = field(default_factory=list)
@@ -76,13 +81,30 @@ class Conversation:
     def model(self) -> ModelParts:
         return self.rows.model
 
+    @property
+    def queued_ids(self) -> list[int]:
+        """Ids of what is queued, as they are if no more text follows."""
+        return [token for ids, _ in self._encoded(self.queued) for token in ids]
+
+    def _encoded(self, queued: Sequence[tuple[Piece, bool]]) -> list[tuple[list[int], bool]]:
+        """Pieces as ids; texts in a row become tokens together, as in a whole prompt."""
+        out: list[Any] = []
+        for is_text, run in groupby(queued, key=lambda piece: isinstance(piece[0], str)):
+            if not is_text:
+                out += run
+                continue
+            texts, users = zip(*run)
+            if ids := self.encode("".join(texts)):
+                out.append((ids, users[0]))
+        return out
+
     def check_room(self, tokens: int, length: float | None = None) -> None:
         """Raise ValueError if that many more tokens have no position left.
 
         length: the positions that they take from where the next segment begins (None: one each).
         """
         limit = self.model.config.thinker.text_config.max_position_embeddings
-        queued = sum(len(ids) for ids, _ in self.queued)
+        queued = len(self.queued_ids)
         begin = self.thinker.start + queued
         used = max(len(self.ids) + queued, math.ceil(max(begin, self.thinker.highest + 1)))
         needed = max(len(self.ids) + queued + tokens, math.ceil(begin + (tokens if length is None else length)))
@@ -92,16 +114,27 @@ class Conversation:
                 "needed; make room with drop_oldest_turns(), or start a new session with a summary of this one"
             )
 
-    def write_text(self, ids: list[int]) -> None:
-        """Append text tokens; they are read together with what comes before a medium or the reply."""
-        self.check_room(len(ids))
-        if ids:
-            self.queued.append((list(ids), self.in_user))
+    def write_text(self, piece: Piece) -> None:
+        """Append text, or tokens by their ids; they are read together with what comes before a medium or the reply.
+
+        Texts in a row are one text. Raises ValueError if there is no room.
+        """
+        if not piece:
+            return
+        queued = [*self.queued, (piece, self.in_user)]
+        self.check_room(sum(len(ids) for ids, _ in self._encoded(queued)) - len(self.queued_ids))
+        self.queued = queued
 
     @torch.no_grad()
-    def flush(self) -> None:
-        """Read the queued text, in as few passes as `prefill_tokens` allows."""
-        queued, self.queued = self.queued, []
+    def flush(self, *, more_text: bool = True) -> None:
+        """Read what is queued, in as few passes as `prefill_tokens` allows.
+
+        more_text: text may follow, whose first characters can change the last tokens: text at the end stays queued.
+        """
+        end = len(self.queued)
+        while more_text and end and isinstance(self.queued[end - 1][0], str):
+            end -= 1
+        queued, self.queued = self._encoded(self.queued[:end]), self.queued[end:]
         ids = [token for piece, _ in queued for token in piece]
         users = [by_user for piece, by_user in queued for _ in piece]
         self.past += [Entry(piece, in_user=by_user, begins_turn=not piece) for piece, by_user in queued]
@@ -147,6 +180,7 @@ class Conversation:
             )
         embeds = embeds.to(self.model.dtype)
         self.flush()
+        assert not self.queued, "a mark stands before a medium, so no text is open"
         self.check_room(len(ids), float(offsets.max()) + 1 if len(ids) else 0.0)
         for first in range(0, len(ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
@@ -192,23 +226,14 @@ class Conversation:
 
     def fork(self, rows: Rows, row: int) -> Conversation:
         """The same past in another, empty row."""
-        self.flush()
         self.rows.copy_row(self.row, rows, row)
-        return Conversation(
-            rows,
-            row,
-            self.prefill_tokens,
-            list(self.ids),
-            self.thinker,
-            self.talker,
-            self.in_user,
-            list(self.pending),
-            [],
-            self.between,
-            self.keep_media,
-            list(self.past),
-            allow_long=self.allow_long,
-        )
+        own = {name: list(getattr(self, name)) for name in ("ids", "pending", "queued", "past")}
+        return replace(self, rows=rows, row=row, **own)
+
+    @property
+    def reply_slots(self) -> tuple[int, int]:
+        """The first slots of Thinker's and Talker's cache that the end of a reply may write over."""
+        return len(self.ids), self.talker_before_reply.tokens
 
     @torch.no_grad()
     def begin_reply(self, given: list[int], spoken: int) -> Sequence[Any]:
@@ -220,7 +245,7 @@ class Conversation:
         layout = self.rows.layout
         by_hidden = layout is not None and layout.text_by_hidden
         self.write_text(silent if by_hidden else given)
-        self.flush()
+        self.flush(more_text=False)
         self.past_before_reply, self.talker_before_reply, self.given = len(self.past), self.talker, []
         if by_hidden and aloud:
             ids = torch.tensor(aloud, device=self.model.device)
@@ -244,7 +269,7 @@ class Conversation:
         same ids in a prompt where the last segment ended; where these differ the reply is read again, so that what
         follows equals a run on the whole history.
         """
-        del self.past[self.past_before_reply :]  # a reply may be cut a second time
+        self.past = self.past[: self.past_before_reply]  # a reply may be cut a second time
         if self.rows.speech is not None:
             self.talker = self.talker_before_reply
             self.rows.speech.decoder.cache.truncate(self.row, self.talker.tokens)
@@ -264,9 +289,7 @@ class Conversation:
                 self._prefill_talker(_one_each(read), torch.stack(list(vectors[:read])))
                 self.talker = self.talker.moved(read)
         self.pending = reply[read:] + tail
-        seen = self.rows.text.seen
-        seen[self.row] = False
-        seen[self.row, torch.tensor(self.ids, device=seen.device)] = True
+        self.rows.mark_seen(self.row, self.ids)
 
     def read_pending(self) -> None:
         """Queue what is pending of the last reply, before anything else."""
@@ -292,6 +315,7 @@ class Conversation:
                 "keep_media=True, or drop more turns"
             )
         before, in_user = len(self.ids), self.in_user
+        text, self.queued = self.queued, []
         self.rows.clear(self.row)
         self.ids, self.thinker, self.talker, self.past = [], PromptEnd(), PromptEnd(), []
         for entry in kept:
@@ -306,7 +330,7 @@ class Conversation:
             else:
                 self.write_text(entry.ids)
         self.flush()
-        self.in_user = in_user
+        self.in_user, self.queued = in_user, text
         return before - len(self.ids)
 
     @property

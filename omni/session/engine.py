@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 from omni.generation.events import Event, TurnEnd
 from omni.generation.rows import Rows
@@ -21,12 +19,12 @@ from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.session.begin_reply import begin_reply
-from omni.session.conversation import Conversation
+from omni.session.options import check_parts
 from omni.session.reply_events import ReplyEvents
 from omni.session.session import Kept, OmniSession
+from omni.session.undo import whole
 
 MAX_WAITING_EVENTS = 64  # of one turn; it pauses until they are read
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class EngineFullError(RuntimeError):
@@ -49,6 +47,7 @@ class OmniEngine:
     ) -> None:
         if type(max_sessions) is not int or max_sessions < 1:
             raise ValueError(f"max_sessions must be a whole number of at least 1, got {max_sessions!r}")
+        check_parts(model, processor, streaming)
         self.model, self.processor, self.streaming = model, processor, streaming
         self.rows = Rows(model, max_sessions)
         self.sessions: list[EngineSession | None] = [None] * max_sessions
@@ -106,6 +105,13 @@ class OmniEngine:
     def _has_work(self) -> bool:
         return any(not turn.paused for _, turn in self.rows.running())
 
+    def _fail(self, row: int, error: Exception) -> None:
+        """Undo the reply of a row, and let its reader know why."""
+        turn, session = self.rows.turns[row], self.sessions[row]
+        assert turn is not None and session is not None
+        session.fail(turn, error)
+        self.rows.put(row, None)
+
     def _work(self) -> None:
         """The engine's thread: tick while a turn runs."""
         while True:
@@ -115,8 +121,10 @@ class OmniEngine:
                     return
                 try:
                     events = self.rows.tick()
-                except Exception:  # nothing in a tick depends on input, so this ends what runs, not the engine
-                    events = [self.rows.end(row, turn, "error") for row, turn in self.rows.running()]
+                except Exception as error:  # it ends the replies that run, not the engine
+                    events = []
+                    for row, _ in self.rows.running():
+                        self._fail(row, error)
                 self.ticks += 1
                 for event in events:
                     session = self.sessions[event.row]
@@ -125,25 +133,12 @@ class OmniEngine:
                 self.changed.notify_all()
 
 
-def _locked(method: F) -> F:
-    """Run a method of a session with the engine's lock held."""
-
-    @wraps(method)
-    def run(self: EngineSession, *args: Any, **kwargs: Any) -> Any:
-        with self.engine.changed:
-            if self.closed:
-                raise ValueError("the session is closed")
-            return method(self, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
-
-
 class EngineSession(OmniSession):
     """A session of an engine: the same methods, from any thread; `close` gives its row back."""
 
     def __init__(self, engine: OmniEngine, row: int, *, system: str | None = None, **options: Any) -> None:
-        self.engine, self.closed = engine, False
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.engine = engine
+        self._events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
         engine.sessions[row] = self  # reserved before the lock can be let go
         names = ("speaker", "streaming", "use_audio_in_video", "keep_media")
         unknown = [name for name in options if name not in names]
@@ -157,43 +152,35 @@ class EngineSession(OmniSession):
             options.get("use_audio_in_video", False),
         )
         self._lock = engine.changed
-        self._conversation = Conversation(
-            engine.rows,
-            row,
-            self.streaming.prefill_tokens,
-            between=self._between_pieces,
-            keep_media=options.get("keep_media", False),
-        )
-        self._write_system(system)
-
-    push_text = _locked(OmniSession.push_text)
-    push_audio = _locked(OmniSession.push_audio)
-    push_image = _locked(OmniSession.push_image)
-    push_video_frame = _locked(OmniSession.push_video_frame)
-    drop_oldest_turns = _locked(OmniSession.drop_oldest_turns)
-    save = _locked(OmniSession.save)
+        self._open(engine.rows, row, options.get("keep_media", False))
+        self._conversation.between = self._between_pieces
+        self._write_beginning(system)
 
     def _respond(self, arguments: dict[str, Any]) -> ReplyEvents:
         """The engine's thread does the work."""
-        with self.engine.changed:
-            if self.closed:
-                raise ValueError("the session is closed")
-            events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-            self._events = events
-            turn = begin_reply(self, arguments)
-            self.engine.changed.notify_all()
+        events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
+        self._events = events
+        turn = begin_reply(self, arguments)
+        self.engine.changed.notify_all()
         return self._events_of(turn, lambda: self._next_events(turn, events))
 
-    def _next_events(self, turn: Turn, events: queue.SimpleQueue[Event | None]) -> list[Event]:
-        """The next event that the engine delivered; none after an interruption."""
+    def _next_events(self, turn: Turn, events: queue.SimpleQueue[Event | Exception | None]) -> list[Event]:
+        """The next event that the engine delivered; none after an interruption. Raises what the engine ran into."""
         event = events.get()
         if turn.paused and events.qsize() < MAX_WAITING_EVENTS // 2:
             with self.engine.changed:
                 turn.paused = False
                 self.engine.changed.notify_all()
+        if isinstance(event, Exception):
+            raise RuntimeError(f"the reply failed ({type(event).__name__}: {event}) and was undone") from event
         if isinstance(event, TurnEnd) and turn.error is not None:
             raise turn.error
         return [] if event is None else [event]
+
+    def fail(self, turn: Turn, error: Exception) -> None:
+        """Undo a reply and hand the error to its reader; called by the engine with the lock held."""
+        self._abandon(turn, error)
+        self._events.put(error)
 
     def deliver(self, event: Event) -> None:
         """Queue an event of this session's row for its reader; called by the engine with the lock held."""
@@ -203,7 +190,6 @@ class EngineSession(OmniSession):
         if self._events.qsize() >= MAX_WAITING_EVENTS:
             self._turn.paused = True
 
-    @_locked
     def interrupt(self, played_ms: float | None = None) -> Kept:
         """As `OmniSession.interrupt`; events that were not read yet are dropped."""
         kept = super().interrupt(played_ms)
@@ -212,18 +198,29 @@ class EngineSession(OmniSession):
 
     def _between_pieces(self) -> None:
         """Let the engine tick between the pieces of a long prompt; the session may be closed meanwhile."""
-        self.engine.yield_tick()
+        undo = self._undo
+        assert undo is not None, "a session reads in its calls only"
+        undo.parked = True
+        try:
+            self.engine.yield_tick()
+        finally:
+            undo.parked = False
         if self.closed:
             raise ValueError("the session was closed while it was reading")
 
-    @_locked
+    @whole()
     def fork(self) -> EngineSession:
         """A second session of the engine with the same past. Raises EngineFullError when no row is free."""
         row = self.engine.free_row()
-        other: EngineSession = self._copy(self.engine.rows, row)  # type: ignore[assignment]
-        other._events, other._lock = queue.SimpleQueue(), self.engine.changed
-        other._conversation.between = other._between_pieces
-        self.engine.sessions[row] = other
+        try:
+            other: EngineSession = self._copy(self.engine.rows, row)  # type: ignore[assignment]
+            other._events, other._lock = queue.SimpleQueue(), self.engine.changed
+            other._conversation.between = other._between_pieces
+            self.engine.sessions[row] = other
+        except BaseException:
+            self.engine.rows.clear(row)
+            self.engine.sessions[row] = None
+            raise
         return other
 
     def __enter__(self) -> EngineSession:
@@ -235,11 +232,15 @@ class EngineSession(OmniSession):
     def close(self) -> None:
         """End a running turn and give the row back; the session cannot be used any more."""
         with self.engine.changed:
-            if self.closed:
-                return
-            if self.responding:
-                self.interrupt()
             row = self._conversation.row
-            self.closed = True
+            if self.engine.sessions[row] is not self:
+                return
+            if self._turn is not None and self.responding and not self.closed:
+                try:
+                    self.interrupt()
+                except Exception as error:  # the reply is lost, but the row is free
+                    self.fail(self._turn, error)
+            self.closed_because = self.closed_because or "close() was called"
+            self.engine.rows.put(row, None)
             self.engine.rows.clear(row)
             self.engine.sessions[row] = None

@@ -1,52 +1,64 @@
 """A session on disk: a folder with `session.json` and `session.safetensors`, written all or nothing.
 
 Tensors keep their dtype, so that on the same device and backend a loaded session goes on bit for bit as the saved one.
-No pickles: what is not a tensor is JSON. Format 1 had no media of the past, and other names for what is open.
+No pickles: what is not a tensor is JSON. The file says which model it belongs to, and all in it is checked before use.
+Formats 1 and 2 did not name the model, and had nothing queued: it was read before saving. Format 1 had no media of the
+past, and other names for what is open.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni.checkpoint.atomic import atomic_folder, recover
 from omni.config.reading import read_json
+from omni.encoders.mel import LogMel, LogMelState
 from omni.encoders.resample import StreamingResampler
 from omni.generation.streaming_config import StreamingConfig
 from omni.layers.cache import KVCache
 from omni.layers.state import State
 from omni.session.conversation import Entry
 from omni.session.live_media import SAMPLE_RATE_HZ, AudioFrontEnd, GridStep, OpenClip, OpenVideo
+from omni.session.saved_values import (
+    SESSION,
+    check,
+    check_ids,
+    check_model,
+    model_values,
+    require,
+    take_tensor,
+    weight_marks,
+)
 from omni.talker.layout import PromptEnd
 
 if TYPE_CHECKING:
     from omni.session.session import OmniSession
 
-FORMAT = 2
+FORMAT = 3
 _ORDER = ("done", "placed", "video_chunk", "sound_chunk", "piece")  # the rest follows from what waits
 _KEPT = ("offsets", "embeds", "taps")  # of media of the past
 Tensors = dict[str, Tensor]
 
 
-def save_session(session: OmniSession, folder: str | Path) -> None:
+def save_session(session: OmniSession, folder: Path) -> None:
     """Write a session that is not responding; see `OmniSession.save`."""
     if session.responding:
         raise ValueError("the session is responding; take all its events before saving it")
     conversation = session._conversation
-    conversation.flush()
     tensors: Tensors = {}
     values: dict[str, Any] = {
         "format": FORMAT,
+        "model": model_values(session.model),
         "ids": conversation.ids,
         "owed": conversation.pending,
+        "queued": conversation.queued,
         "in_user": conversation.in_user,
         "thinker": conversation.thinker._asdict(),
         "talker": conversation.talker._asdict(),
@@ -59,6 +71,7 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
         "clip": None,
         "video": None,
     }
+    tensors["model.weights"] = weight_marks(session.model)
     rows, row = conversation.rows, conversation.row
     _put_cache("text", rows.text.decoder.cache, row, tensors)
     if rows.speech is not None:
@@ -73,60 +86,73 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, target / "session.safetensors")
 
 
-def load_session(session: OmniSession, folder: str | Path) -> None:
-    """Fill a new session of the same model with what `save_session` wrote; see `OmniSession.load`."""
-    folder = Path(folder).expanduser()
-    recover(folder)
-    values, path = read_json(folder / "session.json"), folder / "session.safetensors"
-    if values.get("format") not in (1, FORMAT):
-        raise ValueError(f"{folder} holds a session of format {values.get('format')!r}; this version reads {FORMAT}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a saved session needs it")
-    try:
-        tensors = load_file(path)
-        _fill(session, _from_format_1(values) if values["format"] == 1 else values, tensors)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} does not hold a whole session: {error}; save it again") from error
+class SavedSession:
+    """A session's file, read and checked as far as that can be done without its model.
 
+    `options`: those with which the session was made, as far as `OmniSession` takes them. Raises FileNotFoundError, or
+    inside `naming` ValueError.
+    """
 
-def _fill(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> None:
-    model = session.model
-    conversation = session._conversation
-    conversation.ids, conversation.pending = list(values["ids"]), list(values["owed"])
-    conversation.thinker, conversation.talker = PromptEnd(**values["thinker"]), PromptEnd(**values["talker"])
-    conversation.in_user = values["in_user"]
-    past = enumerate(values["past"])
-    conversation.past = [_take_entry(f"past.{i}", entry, tensors, model.device, model.dtype) for i, entry in past]
-    rows = conversation.rows
-    if len(values["ids"]) != tensors["text.keys"].shape[2]:
-        raise ValueError(
-            f"the saved session has {len(values['ids'])} ids for {tensors['text.keys'].shape[2]} cached tokens"
+    def __init__(self, folder: Path) -> None:
+        recover(folder)
+        values, path = read_json(folder / "session.json"), folder / "session.safetensors"
+        found = values.get("format")
+        if type(found) is not int or not 1 <= found <= FORMAT:
+            raise ValueError(f"it is of format {found!r}; this version reads 1 to {FORMAT}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; a saved session needs it")
+        self.tensors = load_file(path)
+        if found == 1:
+            values = _from_format_1(values)
+        if found < FORMAT:
+            values = {"queued": [], "keep_media": False, "speaker": None, **values, "model": None}
+        if values.get("video") is not None:
+            values["video"] = {"size": None, **values["video"]}
+        check(values, SESSION, "session.json")
+        self.values = values
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options with which the session was made."""
+        streaming = dict(self.values["streaming"])
+        streaming["chunk_frames"] = tuple(streaming.get("chunk_frames", ()))
+        made = {"streaming": StreamingConfig(**streaming)}
+        return made | {name: self.values[name] for name in ("speaker", "use_audio_in_video", "keep_media")}
+
+    def fill(self, session: OmniSession) -> None:
+        """Put everything into a new session of the same model."""
+        values, tensors = self.values, self.tensors
+        conversation, text = session._conversation, session.model.config.thinker.text_config
+        if values["model"] is not None:
+            require("model.weights" in tensors, "the tensor model.weights is missing")
+            check_model(session.model, values["model"], tensors["model.weights"])
+        for name in ("ids", "owed"):
+            check_ids(values[name], text.vocab_size, name)
+        for piece, by_user in values["queued"]:
+            check_ids([] if isinstance(piece, str) else piece, text.vocab_size, "queued")
+            conversation.queued.append((piece, by_user))
+        conversation.ids, conversation.pending = values["ids"], values["owed"]
+        conversation.thinker, conversation.talker = PromptEnd(**values["thinker"]), PromptEnd(**values["talker"])
+        conversation.in_user = values["in_user"]
+        conversation.past = [_take_entry(f"past.{i}", e, tensors, session) for i, e in enumerate(values["past"])]
+        require([i for entry in conversation.past for i in entry.ids] == values["ids"], "past and ids disagree")
+        rows = conversation.rows
+        limit = text.max_position_embeddings
+        require(len(values["ids"]) <= limit, f"it has {len(values['ids'])} ids, the model has positions for {limit}")
+        require(
+            (rows.speech is None) == ("speech.keys" not in tensors),
+            "it was saved with another variant: only one of the two models has a Talker",
         )
-    if (rows.speech is None) != ("speech.keys" not in tensors):
-        raise ValueError("the session was saved with another variant: only one of the two models has a Talker")
-    _take_cache("text", rows.text.decoder.cache, tensors)
-    if rows.speech is not None:
-        _take_cache("speech", rows.speech.decoder.cache, tensors)
-    rows.text.seen[0, torch.tensor(values["ids"], dtype=torch.int64, device=model.device)] = True
-    session._text = [values["text"]] if values["text"] else []
-    if values["clip"] is not None:
-        front_end = _take_front_end("clip", session, values["clip"]["front_end"], tensors)
-        session._clip = OpenClip(front_end, values["clip"]["begun"])
-    if values["video"] is not None:
-        session._video = _take_video(session, values["video"], tensors)
-
-
-def streaming_of(folder: str | Path) -> dict[str, Any]:
-    """The options with which the session in a folder was made."""
-    values = read_json(Path(folder).expanduser() / "session.json")
-    options = dict(values.get("streaming") or {})
-    options["chunk_frames"] = tuple(options.get("chunk_frames", ()))
-    return {
-        "speaker": values.get("speaker"),
-        "streaming": StreamingConfig(**options),
-        "use_audio_in_video": bool(values.get("use_audio_in_video")),
-        "keep_media": bool(values.get("keep_media")),
-    }
+        _take_cache("text", rows.text.decoder.cache, tensors, len(values["ids"]), conversation.thinker)
+        if rows.speech is not None:
+            _take_cache("speech", rows.speech.decoder.cache, tensors, conversation.talker.tokens, conversation.talker)
+        rows.mark_seen(0, values["ids"])
+        session._text = [values["text"]] if values["text"] else []
+        if values["clip"] is not None:
+            front_end = _take_front_end("clip", session, values["clip"]["front_end"], tensors)
+            session._clip = OpenClip(front_end, values["clip"]["begun"])
+        if values["video"] is not None:
+            session._video = _take_video(session, values["video"], tensors)
 
 
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
@@ -156,11 +182,24 @@ def _put_entry(name: str, entry: Entry, tensors: Tensors) -> tuple[Any, ...]:
     return entry.ids, entry.length, entry.media, entry.in_user, entry.begins_turn
 
 
-def _take_entry(name: str, values: Sequence[Any], tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Entry:
+def _take_entry(name: str, values: list[Any], tensors: Tensors, session: OmniSession) -> Entry:
     ids, length, media, in_user, begins_turn = values
-    kept = {part: tensors[f"{name}.{part}"] for part in _KEPT if f"{name}.{part}" in tensors}
-    kept = {part: kept[part] if part == "offsets" else kept[part].to(device, dtype) for part in kept}
+    require(not (begins_turn and ids), f"{name} begins a turn and has ids")
+    kept: Tensors = {}
+    if media and f"{name}.embeds" in tensors:
+        kept["offsets"] = take_tensor(tensors, f"{name}.offsets", 3, len(ids))
+        kept |= _take_media(name, tensors, len(ids), session)
     return Entry(ids, length=length, media=media, in_user=in_user, begins_turn=begins_turn, **kept)
+
+
+def _take_media(name: str, tensors: Tensors, tokens: int, session: OmniSession) -> Tensors:
+    """Embeddings of so many tokens, and taps if there are any."""
+    model, text = session.model, session.model.config.thinker.text_config
+    media = {"embeds": take_tensor(tensors, f"{name}.embeds", tokens, text.hidden_size)}
+    if f"{name}.taps" in tensors:
+        media["taps"] = take_tensor(tensors, f"{name}.taps", None, tokens, text.hidden_size)
+        require(len(media["taps"]) <= text.num_hidden_layers, f"{name}.taps are more than the Thinker has layers")
+    return {part: value.to(model.device, model.dtype) for part, value in media.items()}
 
 
 def _put_cache(name: str, cache: KVCache, row: int, tensors: Tensors) -> None:
@@ -169,18 +208,13 @@ def _put_cache(name: str, cache: KVCache, row: int, tensors: Tensors) -> None:
     tensors[f"{name}.values"] = cache.values[:, row, :, :used]
 
 
-def _take_cache(name: str, cache: KVCache, tensors: Tensors) -> None:
-    keys, values = tensors[f"{name}.keys"], tensors[f"{name}.values"]
+def _take_cache(name: str, cache: KVCache, tensors: Tensors, tokens: int, end: PromptEnd) -> None:
+    require(end.tokens == tokens, f"the {name} cache ends after {end.tokens} tokens and has {tokens}")
     layers, _, heads, _, dim = cache.keys.shape
-    if keys.dim() != 4 or (keys.shape[0], keys.shape[1], keys.shape[3]) != (layers, heads, dim):
-        raise ValueError(
-            f"the session was saved with another model: its {name} cache is {list(keys.shape)}, this model's "
-            f"[{layers}, {heads}, tokens, {dim}]"
-        )
-    cache.reserve(keys.shape[2])
-    cache.keys[:, 0, :, : keys.shape[2]] = keys.to(cache.keys)
-    cache.values[:, 0, :, : keys.shape[2]] = values.to(cache.values)
-    cache.grow(0, keys.shape[2])
+    cache.reserve(tokens)
+    for part, own in (("keys", cache.keys), ("values", cache.values)):
+        own[:, 0, :, :tokens] = take_tensor(tensors, f"{name}.{part}", layers, heads, tokens, dim).to(own)
+    cache.grow(0, tokens)
 
 
 def _put_state(name: str, state: State, tensors: Tensors) -> dict[str, Any]:
@@ -196,11 +230,15 @@ def _put_state(name: str, state: State, tensors: Tensors) -> dict[str, Any]:
 
 
 def _take_state(name: str, state: State, rest: dict[str, Any], tensors: Tensors) -> None:
+    """Fill a new state, whose fields say of which kind the saved ones are."""
     for f in dataclasses.fields(state):
         value = getattr(state, f.name)
         if isinstance(value, Tensor):
-            setattr(state, f.name, tensors[f"{name}.{f.name}"].to(value))
+            saved = take_tensor(tensors, f"{name}.{f.name}", *[None] * value.dim())
+            setattr(state, f.name, saved.to(value))
         else:
+            check(rest.get(f.name), type(value), f"{name}.{f.name}")
+            require(rest[f.name] >= 0, f"{name}.{f.name} is {rest[f.name]}, below 0")
             setattr(state, f.name, rest[f.name])
 
 
@@ -220,13 +258,51 @@ def _put_front_end(name: str, front_end: AudioFrontEnd, tensors: Tensors) -> dic
 def _take_front_end(name: str, session: OmniSession, values: dict[str, Any], tensors: Tensors) -> AudioFrontEnd:
     front_end = session._new_front_end()
     front_end.rate_hz, front_end.samples = values["rate_hz"], values["samples"]
+    sizes = [tuple(x.shape) for x in vars(front_end.encoder_state).values() if isinstance(x, Tensor) and x.numel()]
     _take_state(f"{name}.mel", front_end.mel_state, values["mel"], tensors)
     _take_state(f"{name}.encoder", front_end.encoder_state, values["encoder"], tensors)
-    if values["resampler"] is not None:
+    taken = [tuple(x.shape) for x in vars(front_end.encoder_state).values() if isinstance(x, Tensor)]
+    require(not sizes or sizes == taken, f"{name}.encoder is {taken}, this model's {sizes}")
+    resampled = values["rate_hz"] != SAMPLE_RATE_HZ
+    require(
+        resampled == (values["resampler"] is not None), f"{name}.rate_hz is {values['rate_hz']}, its state another's"
+    )
+    if resampled:
         front_end.resampler = StreamingResampler(front_end.rate_hz, SAMPLE_RATE_HZ)
         front_end.resampler_state = front_end.resampler.init_state()
         _take_state(f"{name}.resampler", front_end.resampler_state, values["resampler"], tensors)
+        _check_resampler(name, front_end.resampler, front_end.resampler_state)
+    _check_mel(name, front_end.log_mel, front_end.mel_state)
+    heard = getattr(front_end.encoder_state, "frames", front_end.mel_state.emitted)
+    require(
+        heard == front_end.mel_state.emitted and front_end.samples == front_end.mel_state.received,
+        f"{name}: resampler, mel and encoder have heard sound of different lengths",
+    )
+    front_end.clone().finish()  # raises where the encoder cannot go on from its state
     return front_end
+
+
+def _check_resampler(name: str, resampler: StreamingResampler, state: Any) -> None:
+    """Its counts and what it keeps follow from the samples that it has received."""
+    emitted = max(0, resampler.num_samples(state.received - resampler.reach))
+    kept = resampler.reach - 1 + state.received - emitted * resampler.source // resampler.target
+    require(
+        (state.emitted, state.past.shape[0]) == (emitted, kept),
+        f"{name}.resampler has given {state.emitted} of {emitted} samples and keeps {state.past.shape[0]} of {kept}",
+    )
+
+
+def _check_mel(name: str, mel: LogMel, state: LogMelState) -> None:
+    """Its counts and what it keeps follow from the samples that it has received."""
+    started = state.received > mel.edge
+    samples = state.received + mel.edge * started
+    frames = (samples - mel.n_fft) // mel.hop_length + 1 if started and samples >= mel.n_fft else 0
+    due = [samples - frames * mel.hop_length, mel.num_mels, frames % mel.chunk_frames, frames // mel.chunk_frames]
+    found = [*state.tail.shape, *state.chunk.shape, state.emitted // mel.chunk_frames]
+    require(
+        found == due and state.emitted % mel.chunk_frames == 0,
+        f"{name}.mel keeps {found}, which {state.received} samples do not leave (tail, chunk, chunks given: {due})",
+    )
 
 
 def _put_video(video: OpenVideo, tensors: Tensors) -> dict[str, Any]:
@@ -241,6 +317,7 @@ def _put_video(video: OpenVideo, tensors: Tensors) -> dict[str, Any]:
     return {
         "first_s": video.first_s,
         "last_s": video.last_s,
+        "size": video.size,
         "tail": video.tail,
         "order": {name: getattr(video.order, name) for name in _ORDER},
         "front_end": None if video.front_end is None else _put_front_end("video", video.front_end, tensors),
@@ -250,19 +327,36 @@ def _put_video(video: OpenVideo, tensors: Tensors) -> dict[str, Any]:
 
 
 def _take_video(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> OpenVideo:
-    device, dtype, front_end = session.model.device, session.model.dtype, None
+    front_end = None
     if values["front_end"] is not None:
         front_end = _take_front_end("video", session, values["front_end"], tensors)
     video = OpenVideo.open(values["first_s"], front_end, session._rule)
+    vision, width = session.processor.vision, session.model.config.thinker.text_config.hidden_size
+    side = vision.video_processor.patch_size * vision.merge_size
+    waiting = len(values["frames"])
+    require(waiting < vision.temporal_patch_size, f"{waiting} frames wait for a patch of {vision.temporal_patch_size}")
+    for i, time_s in enumerate(values["frames"]):
+        picture = take_tensor(tensors, f"video.frame.{i}", 3, None, None, floating=False)
+        require(
+            picture.shape[1] % side == picture.shape[2] % side == 0, f"a frame of {list(picture.shape)} has no grid"
+        )
+        video.add_frame(time_s, picture)
+    if values["size"] is not None:
+        size = (values["size"][0], values["size"][1])
+        require(video.size in (None, size), f"frames of {video.size} wait in a video of {size}")
+        video.size = size
     video.last_s, video.tail = values["last_s"], values["tail"]
-    video.frames = [(time_s, tensors[f"video.frame.{i}"]) for i, time_s in enumerate(values["frames"])]
+    for i, (time_s, height, width_) in enumerate(values["grids"]):
+        require(height > 0 and width_ > 0, f"a grid of {height} x {width_} has no tokens")
+        media = _take_media(f"video.grid.{i}", tensors, height * width_, session)
+        video.add_step(GridStep(time_s, media["embeds"], media.get("taps"), height, width_))
     order = dict(values["order"])
     piece = order.pop("piece")
-    video.order = dataclasses.replace(video.order, **order, piece=None if piece is None else tuple(piece))
-    for i, (time_s, height, width) in enumerate(values["grids"]):
-        taps = tensors.get(f"video.grid.{i}.taps")
-        embeds = tensors[f"video.grid.{i}.embeds"].to(device, dtype)
-        video.add_step(GridStep(time_s, embeds, None if taps is None else taps.to(device, dtype), height, width))
+    tokens = video.order.steps[0][1] if video.steps else 1
+    require(0 <= order["done"] < tokens and order["placed"] >= 0, f"of {tokens} tokens {order['done']} are done")
+    video.order = dataclasses.replace(video.order, **order, piece=None if piece is None else (piece[0], piece[1]))
     if "video.sounds" in tensors:
-        video.add_sound(tensors["video.sounds"].to(device, dtype))
+        require(front_end is not None, "its video has sound and hears none")
+        sounds = take_tensor(tensors, "video.sounds", None, width)
+        video.add_sound(sounds.to(session.model.device, session.model.dtype))
     return video

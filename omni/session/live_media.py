@@ -23,11 +23,13 @@ from omni.config.positions import PositionRule
 from omni.encoders.resample import StreamingResampler
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
+from omni.processing.vision import VisionProcessor
 from omni.rope.interleave import Interleave, Run
 from omni.rope.positions import Video, segment_positions
 from omni.session.conversation import Conversation
 
 SAMPLE_RATE_HZ = 16000
+EncodePicture = Callable[[Tensor, list[int]], tuple[Tensor, Tensor | None]]  # patches, grid -> embeddings, taps
 
 
 class AudioFrontEnd:
@@ -89,9 +91,16 @@ class AudioFrontEnd:
 
     def clone(self) -> AudioFrontEnd:
         """An independent copy."""
+        return self._copy(lambda state: state.clone())
+
+    def note(self) -> AudioFrontEnd:
+        """A copy to go back to."""
+        return self._copy(lambda state: getattr(state, "note", state.clone)())
+
+    def _copy(self, of: Callable[[Any], Any]) -> AudioFrontEnd:
         new = copy.copy(self)
-        new.mel_state, new.encoder_state = self.mel_state.clone(), self.encoder_state.clone()
-        new.resampler_state = None if self.resampler_state is None else self.resampler_state.clone()
+        new.mel_state, new.encoder_state = of(self.mel_state), of(self.encoder_state)
+        new.resampler_state = None if self.resampler_state is None else of(self.resampler_state)
         return new
 
 
@@ -105,6 +114,10 @@ class OpenClip:
     def clone(self) -> OpenClip:
         """An independent copy."""
         return OpenClip(self.front_end.clone(), self.begun)
+
+    def note(self) -> OpenClip:
+        """A copy to go back to."""
+        return OpenClip(self.front_end.note(), self.begun)
 
     def push(self, conversation: Conversation, samples: Tensor, rate_hz: int, begin: list[int], token: int) -> None:
         self._write(conversation, self.front_end.push(samples, rate_hz), begin, token)
@@ -149,8 +162,8 @@ class OpenVideo:
     """A video that is being prefilled, with its sound if it has a front end for it.
 
     order: decides what comes next; frames [3, H, W] wait for the temporal patch to be complete, steps and sounds
-    (embeddings, one token each) for what may precede them; last_s: time of the newest frame; tail: the largest offset
-    of the last piece, after which the next segment begins.
+    (embeddings, one token each) for what may precede them; size: of all frames [H, W]; last_s: time of the newest one;
+    tail: the largest offset of the last piece, after which the next segment begins.
     """
 
     first_s: float
@@ -159,6 +172,7 @@ class OpenVideo:
     frames: list[tuple[float, Tensor]] = field(default_factory=list)
     steps: deque[GridStep] = field(default_factory=deque)
     sounds: deque[Tensor] = field(default_factory=deque)
+    size: tuple[int, int] | None = None
     last_s: float = -math.inf
     tail: float = -1.0
 
@@ -171,7 +185,14 @@ class OpenVideo:
 
     def clone(self) -> OpenVideo:
         """An independent copy."""
-        front_end = None if self.front_end is None else self.front_end.clone()
+        return self._copy(lambda front_end: front_end.clone())
+
+    def note(self) -> OpenVideo:
+        """A copy to go back to."""
+        return self._copy(lambda front_end: front_end.note())
+
+    def _copy(self, of: Callable[[AudioFrontEnd], AudioFrontEnd]) -> OpenVideo:
+        front_end = None if self.front_end is None else of(self.front_end)
         new = replace(self, front_end=front_end, order=self.order.clone())
         new.frames, new.steps, new.sounds = list(self.frames), deque(self.steps), deque(self.sounds)
         return new
@@ -195,6 +216,27 @@ class OpenVideo:
         self._write(conversation, tokens)
         conversation.move_on(self.tail + 1)
         write_marks(conversation, marks if self.front_end else marks[1:], self.order.rule)
+
+    def add_frame(self, time_s: float, picture: Tensor) -> None:
+        """A frame [3, H, W], to wait for its partner. Raises ValueError if it cannot follow the frames so far."""
+        if not time_s > self.last_s:
+            raise ValueError(f"frame times must grow: {time_s} s comes after {self.last_s} s")
+        size = picture.shape[1], picture.shape[2]
+        if self.size not in (None, size):
+            raise ValueError(
+                "all frames of a video must have one size; respond or push something else to end the video"
+            )
+        self.frames.append((time_s, picture))
+        self.size, self.last_s = size, time_s
+
+    def encode_frames(self, vision: VisionProcessor, encode: EncodePicture) -> None:
+        """Turn the frames that wait into one grid step (an odd last frame stands for two)."""
+        times, frames = zip(*self.frames)
+        pixels, grid = vision.grid_step(list(frames))
+        embeds, taps = encode(pixels, grid)
+        height, width = (side // vision.merge_size for side in grid[1:])
+        self.add_step(GridStep(times[0] - self.first_s, embeds, taps, height, width))
+        self.frames.clear()
 
     def add_step(self, step: GridStep) -> None:
         """The next step, encoded."""

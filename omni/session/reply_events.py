@@ -17,6 +17,7 @@ class ReplyEvents(Iterator[Event]):
 
     `produce` gives more events while the turn runs; `finish` is called when the turn's end has been delivered, and
     `interrupt` when the iterator is closed (or forgotten) before. An interrupted turn yields its `TurnEnd` and stops.
+    What `produce` or `finish` raises, or cuts them, is handed to `abandon` with the turn and leaves the iterator.
     `samples_a_frame` and `missing`, the samples that all sound lacks of that, tell how many frames a chunk holds.
     """
 
@@ -25,12 +26,13 @@ class ReplyEvents(Iterator[Event]):
         turn: Turn,
         produce: Callable[[], list[Event]],
         finish: Callable[[], None],
-        interrupt: Callable[[], object],
+        interrupt: Callable[[Turn], None],
+        abandon: Callable[[Turn, BaseException], None],
         samples_a_frame: int,
         missing: int,
     ) -> None:
         self._turn, self._produce, self._finish, self._interrupt = turn, produce, finish, interrupt
-        self._samples_a_frame, self._missing = samples_a_frame, missing
+        self._abandon, self._samples_a_frame, self._missing = abandon, samples_a_frame, missing
         self._waiting: deque[Event] = deque()
         self._done = False
 
@@ -40,12 +42,16 @@ class ReplyEvents(Iterator[Event]):
     def __next__(self) -> Event:
         if self._done:
             raise StopIteration
+        try:
+            return self._next()
+        except BaseException as error:
+            self._done = True
+            self._abandon(self._turn, error)
+            raise
+
+    def _next(self) -> Event:
         while self._turn.interruption is None and not self._waiting:
-            try:
-                self._waiting.extend(self._produce())
-            except BaseException:
-                self.close()
-                raise
+            self._waiting.extend(self._produce())
         if self._turn.interruption is not None:  # what was not delivered is dropped
             self._done = True
             self._waiting.clear()
@@ -70,7 +76,7 @@ class ReplyEvents(Iterator[Event]):
         if not self._done:
             self._done = True
             if self._turn.interruption is None and not self._turn.delivered_end:
-                self._interrupt()
+                self._interrupt(self._turn)
 
     def __del__(self) -> None:
         self.close()
@@ -78,7 +84,8 @@ class ReplyEvents(Iterator[Event]):
 
 def heard_ids(turn: Turn, codec: CodecDecoder | None, played_ms: float | None) -> list[int]:
     """The ids of a reply that count as heard, as `OmniSession.interrupt` says. Raises ValueError."""
-    if played_ms is not None and not (isinstance(played_ms, Real) and 0 <= played_ms < math.inf):
+    number = isinstance(played_ms, Real) and not isinstance(played_ms, bool)
+    if played_ms is not None and not (number and 0 <= played_ms < math.inf):
         raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")
     text, speech, stop_ids = turn.text, turn.speech, turn.request.stop_ids
     if speech.state == SPEECH_OFF or codec is None or (speech.state == SPEECH_OVER and not speech.codes):  # silent

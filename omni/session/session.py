@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +29,14 @@ from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
+from omni.session import options
 from omni.session.begin_reply import begin_reply
 from omni.session.conversation import Conversation
-from omni.session.file import load_session, save_session, streaming_of
-from omni.session.live_media import AudioFrontEnd, GridStep, OpenClip, OpenVideo
+from omni.session.file import SavedSession, save_session
+from omni.session.live_media import AudioFrontEnd, OpenClip, OpenVideo
 from omni.session.reply_events import ReplyEvents, heard_ids
+from omni.session.saved_values import naming
+from omni.session.undo import Undo, put_back, settle, whole
 from omni.talker.layout import PromptEnd
 
 Sampling = SamplingConfig | Mapping[str, Any] | None
@@ -69,18 +70,22 @@ class OmniSession:
         keep_media: bool = False,
     ) -> None:
         self._set_up(model, processor, speaker, streaming, use_audio_in_video)
-        self._conversation = Conversation(Rows(model, 1), 0, self.streaming.prefill_tokens, keep_media=keep_media)
-        self._write_system(system)
+        self._open(Rows(model, 1), 0, keep_media)
+        self._write_beginning(system)
 
-    def _write_system(self, system: str | None) -> None:
-        if system is not None:
-            self._check_system(system)
-            self._header("system")
-            self._conversation.write_text([*self.processor.encode_text(system), *self._closing()])
+    def _open(self, rows: Rows, row: int, keep_media: bool) -> None:
+        """Make the conversation, in an empty row."""
+        options.check_flag("keep_media", keep_media)
+        encode, pieces = self.processor.encode_text, self.streaming.prefill_tokens
+        self._conversation = Conversation(rows, row, encode, pieces, keep_media=keep_media)
 
-    def _check_system(self, system: str | None) -> None:
+    def _write_beginning(self, system: str | None) -> None:
+        """Write what comes before the first user turn: what the chat template writes there."""
+        options.check_text("system", system)
         if self.model.talker is not None:
             self.processor.check_speech_system(system)
+        ids = self.processor.beginning_ids(system, self.model.config.im_start_token_id)
+        self._conversation.write_text(ids)
 
     def _set_up(
         self,
@@ -90,7 +95,9 @@ class OmniSession:
         streaming: StreamingConfig | None,
         use_audio_in_video: bool,
     ) -> None:
-        model.require("thinker")
+        options.check_parts(model, processor, streaming)
+        options.check_speaker(model, speaker)
+        options.check_flag("use_audio_in_video", use_audio_in_video)
         found = processor if processor is not None else model.processor
         if found is None:
             raise ValueError("a session needs a processor: OmniSession(model, OmniProcessor.from_pretrained(folder))")
@@ -103,8 +110,9 @@ class OmniSession:
         self._video: OpenVideo | None = None
         self._prompt: PromptEnd | None = None  # of the last reply, until new input comes
         self._turn: Turn | None = None
-        c = model.config
-        self._roles = {"system": c.system_token_id, "user": c.user_token_id, "assistant": c.assistant_token_id}
+        self._undo: Undo | None = None  # of the call that runs, or was cut
+        self._before_reply: Undo | None = None  # while a reply is being given
+        self.closed_because: str | None = None
 
     # what the session holds
 
@@ -112,7 +120,12 @@ class OmniSession:
     def ids(self) -> list[int]:
         """All ids of the conversation so far, those still to be read included (open media and text are not)."""
         c = self._conversation
-        return [*c.ids, *(token for ids, _ in c.queued for token in ids), *c.pending]
+        return [*c.ids, *c.queued_ids, *c.pending]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session cannot be used any more; every call then raises ValueError with the reason."""
+        return self.closed_because is not None
 
     @property
     def responding(self) -> bool:
@@ -121,24 +134,24 @@ class OmniSession:
 
     # input
 
+    @whole()
     def push_text(self, text: str) -> None:
         """Add text to the user's turn. Consecutive texts are one text."""
         if not isinstance(text, str):
             raise TypeError(f"push_text takes a string, got {type(text).__name__}")
+        self.processor.encode_text(text)  # what is no text is refused here rather than by `respond`
         self._open_user_turn()
         self._close_media()
         self._text.append(text)
 
+    @whole()
     def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
         """Add sound: samples [n], [channels, n] or [n, channels] at any rate. Consecutive calls are one clip.
 
         Floats in -1 .. 1, or integers, which are PCM. A piece may be empty. Raises TypeError or ValueError.
         """
         wave = read_piece(samples)
-        whole = isinstance(sample_rate, Real) and not isinstance(sample_rate, bool) and sample_rate % 1 == 0
-        if not whole or not 1000 <= sample_rate <= 384000:
-            raise ValueError(f"sample_rate must be a whole number of Hz in 1000..384000, got {sample_rate!r}")
-        sample_rate = int(sample_rate)
+        sample_rate = options.whole_rate(sample_rate)
         self._open_user_turn()
         tokens = self.processor.tokens
         if self._video is not None and self._video.front_end is not None:
@@ -150,11 +163,13 @@ class OmniSession:
             self._clip = OpenClip(self._new_front_end())
         self._clip.push(self._conversation, wave, sample_rate, [tokens.audio_start], tokens.audio)
 
+    @whole()
     @torch.no_grad()
-    def push_image(self, image: Any) -> None:
-        """Add a picture: a path, address, bytes, array or PIL image."""
+    def push_image(self, image: Any, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        """Add a picture: a path, address, bytes, array or PIL image. Its size is kept within the limits (None: the
+        checkpoint's)."""
         self.model.require("vision_encoder")
-        pixels, grid = self.processor.vision.image(image, PixelBudget())
+        pixels, grid = self.processor.vision.image(image, PixelBudget(min_pixels, max_pixels))
         self._open_user_turn()
         self._close_media()
         self._flush_text()
@@ -166,45 +181,29 @@ class OmniSession:
         self._conversation.write(ids, segment, embeds, taps)
         self._conversation.write_text([self.processor.vision_end_id])
 
+    @whole()
     @torch.no_grad()
     def push_video_frame(self, frame: Any, time_s: float) -> None:
         """Add a frame of the open video (or begin one): a picture, and its time in seconds, which must grow."""
         self.model.require("vision_encoder")
         picture = self.processor.vision.frame(frame)
-        if not isinstance(time_s, Real) or not math.isfinite(time_s):
-            raise ValueError(f"time_s must be a number of seconds, got {time_s!r}")
+        time_s = options.seconds(time_s)
         self._open_user_turn()
         if self._video is None:
             self._close_media()
             self._flush_text()
             front_end = self._new_front_end() if self.use_audio_in_video else None
-            self._video = OpenVideo.open(float(time_s), front_end, self._rule)
+            self._video = OpenVideo.open(time_s, front_end, self._rule)
             self._video.begin(self._conversation, self.processor.tokens)
         video = self._video
-        if not time_s > video.last_s:
-            raise ValueError(f"frame times must grow: {time_s} s comes after {video.last_s} s")
-        if video.frames and video.frames[0][1].shape != picture.shape:
-            raise ValueError(
-                "all frames of a video must have one size; respond or push something else to end the video"
-            )
-        video.frames.append((float(time_s), picture))
-        video.last_s = float(time_s)
+        video.add_frame(time_s, picture)
         if len(video.frames) == self.processor.vision.temporal_patch_size:
-            self._encode_frames(video)
+            video.encode_frames(self.processor.vision, self._encode_picture)
         video.write(self._conversation, self.processor.tokens)
 
     def _new_front_end(self) -> AudioFrontEnd:
         stage = self._conversation.rows.stage
         return AudioFrontEnd(self.model, self.processor, self.streaming.audio_window_s, stage)
-
-    def _encode_frames(self, video: OpenVideo) -> None:
-        """Turn the frames that wait into one grid step (an odd last frame stands for two)."""
-        times, frames = zip(*video.frames)
-        pixels, grid = self.processor.vision.grid_step(list(frames))
-        embeds, taps = self._encode_picture(pixels, grid)
-        merge = self.processor.vision.merge_size
-        video.add_step(GridStep(times[0] - video.first_s, embeds, taps, grid[1] // merge, grid[2] // merge))
-        video.frames.clear()
 
     def _encode_picture(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
         with self._conversation.rows.stage("encoders"):
@@ -218,8 +217,6 @@ class OmniSession:
         if not self._conversation.in_user:
             self._conversation.read_pending()
             self._prompt = None
-            if not self.ids:
-                self._check_system(None)
             self._conversation.open_user_turn()
             self._header("user")
 
@@ -235,17 +232,18 @@ class OmniSession:
         if video is None:
             return
         if video.frames:
-            self._encode_frames(video)
+            video.encode_frames(self.processor.vision, self._encode_picture)
         ends = [self.processor.audio_end_id, self.processor.vision_end_id]
         video.close(self._conversation, self.processor.tokens, ends)
 
     def _flush_text(self) -> None:
         text, self._text = "".join(self._text), []
-        self._conversation.write_text(self.processor.encode_text(text))
+        self._conversation.write_text(text)
 
     # replies
 
     @names_keywords
+    @whole()
     def respond(
         self,
         max_new_tokens: int = 1024,
@@ -273,27 +271,46 @@ class OmniSession:
         without what a stop string cut off.
 
         Without input since the last reply the user's turn is empty. The reply belongs to the history once all its
-        events are taken; closing the iterator early interrupts it.
+        events are taken; closing the iterator early interrupts it. What a part raises leaves the iterator, and the
+        session is as before this call.
         """
         return self._respond({name: value for name, value in locals().items() if name != "self"})
 
     def _respond(self, arguments: dict[str, Any]) -> ReplyEvents:
-        with self._lock:
-            turn = begin_reply(self, arguments)
-        return self._events_of(turn, self._tick)
+        turn = begin_reply(self, arguments)
+        return self._events_of(turn, lambda: self._tick(turn))
 
     def _events_of(self, turn: Turn, produce: Callable[[], list[Event]]) -> ReplyEvents:
         codec = self.model.code2wav
         hop, missing = 1, 0
         if codec is not None:
             hop, missing = int(codec.hop_length), int(codec.missing_samples)
-        return ReplyEvents(turn, produce, self._finish, self.interrupt, hop, missing)
+        return ReplyEvents(turn, produce, self._finish, self._leave, self._abandon, hop, missing)
 
-    def _tick(self) -> list[Event]:
+    def _tick(self, turn: Turn) -> list[Event]:
         with self._lock:
-            events = self._conversation.rows.tick() if self.responding else []
+            settle(self)
+            if turn.interruption is not None:
+                return []
+            if turn is not self._turn:
+                raise ValueError("the reply was undone when it failed or was cut; call respond again")
+            self._undo = self._before_reply
+            events = self._conversation.rows.tick()
             self._conversation.rows.raise_errors()
+            self._undo = None
             return events
+
+    def _leave(self, turn: Turn) -> None:
+        """Interrupt a reply whose events nobody reads any more."""
+        if turn is self._turn and not self.closed:
+            self.interrupt()
+
+    def _abandon(self, turn: Turn, error: BaseException) -> None:
+        """Forget a reply that failed or was cut: the session is as before `respond`."""
+        with self._lock:
+            if turn is self._turn and self._before_reply is not None:
+                self._undo = self._before_reply
+                put_back(self, error)
 
     @takes_arguments_of(respond)
     async def respond_async(self, **arguments: Any) -> AsyncIterator[Event]:
@@ -320,7 +337,9 @@ class OmniSession:
         with self._lock:
             self._conversation.rows.release(self._conversation.row)
             self._conversation.end_reply(prompt, reply, min(text.read, len(reply)), tail, text.vectors)
+            self._before_reply = None
 
+    @whole(lambda session: session._conversation.reply_slots)
     def interrupt(self, played_ms: float | None = None) -> Kept:
         """Cut the reply to what was heard and return that.
 
@@ -341,6 +360,7 @@ class OmniSession:
             self._turn = None
         return Kept(kept, self.processor.decode(kept))
 
+    @whole(lambda session: (0, 0))
     def drop_oldest_turns(self, count: int = 1) -> int:
         """Make room: forget the oldest user turns with their replies, read the rest again, return the ids freed.
 
@@ -349,12 +369,14 @@ class OmniSession:
         """
         if self.responding:
             raise ValueError("the session is responding; take all its events before dropping turns")
+        count = options.whole_count(count)
         freed = self._conversation.drop_turns(count)  # what is pending stays so: there may be no room for it
         self._prompt = None
         return freed
 
     # copies
 
+    @whole()
     def fork(self) -> OmniSession:
         """A second session that goes on from here independently; both start from the same past."""
         return self._copy(Rows(self.model, 1), 0)
@@ -371,29 +393,38 @@ class OmniSession:
         for front_end in (other._clip and other._clip.front_end, other._video and other._video.front_end):
             if front_end:
                 front_end.stage = rows.stage
-        other._turn = other._prompt = None
+        other._turn = other._prompt = other._undo = other._before_reply = None
         return other
 
+    @whole()
     def save(self, path: str | Path) -> None:
         """Write the session into a folder (`session.json`, `session.safetensors`), from which `load` goes on.
 
         On the same device and backend it goes on bit for bit. Raises ValueError while it responds, OSError when
         writing fails; an older save is then intact.
         """
-        save_session(self, path)
+        save_session(self, options.session_folder(path))
 
     @classmethod
     def load(cls, path: str | Path, model: ModelParts, processor: OmniProcessor | None = None) -> OmniSession:
         """A session that `save` wrote, for the same model. Raises FileNotFoundError or ValueError."""
-        session = OmniSession(model, processor, **streaming_of(path))
-        load_session(session, path)
+        folder = options.session_folder(path)
+        options.check_parts(model, processor, None)
+        session = OmniSession.__new__(OmniSession)
+        with naming(folder):
+            saved = SavedSession(folder)
+            made = saved.options
+            keep_media = made.pop("keep_media")
+            session._set_up(model, processor, **made)
+            session._open(Rows(model, 1), 0, keep_media)
+            saved.fill(session)
         return session
 
     # tokens
 
     def _header(self, role: str) -> None:
-        newline = self.processor.encode_text("\n")
-        self._conversation.write_text([self.model.config.im_start_token_id, self._roles[role], *newline])
+        self._conversation.write_text([self.model.config.im_start_token_id])
+        self._conversation.write_text(f"{role}\n")  # may become tokens together with the text that follows
 
     def _closing(self) -> list[int]:
         return [self.model.config.im_end_token_id, *self.processor.encode_text("\n")]

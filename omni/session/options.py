@@ -1,0 +1,78 @@
+"""The arguments of sessions and engines, checked where they are given."""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from omni.generation.arguments import speaker_name
+from omni.generation.streaming_config import StreamingConfig
+from omni.parts import ModelParts
+from omni.processing.processor import OmniProcessor
+
+
+def check_parts(model: Any, processor: Any, streaming: Any) -> None:
+    """What sessions are made of; processor and streaming may be None. Raises TypeError, or ValueError without a
+    Thinker."""
+    if not isinstance(model, ModelParts):
+        raise TypeError(f"a session takes an OmniModel, got {type(model).__name__}; see OmniModel.from_pretrained")
+    model.require("thinker")
+    for name, value, kind in (
+        ("processor", processor, OmniProcessor),
+        ("streaming", streaming, StreamingConfig),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be of {kind.__name__} or None, got {type(value).__name__} {value!r}")
+
+
+def check_speaker(model: ModelParts, speaker: Any) -> None:
+    """A session's voice, or None. Raises TypeError, or ValueError for one that the model does not have."""
+    check_text("speaker", speaker)
+    if speaker is not None and model.talker is not None:
+        speaker_name(model, speaker)
+
+
+def check_text(name: str, value: Any) -> None:
+    """A text or None. Raises TypeError."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a text or None, got {type(value).__name__} {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False. Raises TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
+
+
+def whole_rate(sample_rate: Any) -> int:
+    """A sample rate in Hz. Raises ValueError."""
+    whole = isinstance(sample_rate, Real) and not isinstance(sample_rate, bool) and sample_rate % 1 == 0
+    if not whole or not 1000 <= sample_rate <= 384000:
+        raise ValueError(f"sample_rate must be a whole number of Hz in 1000..384000, got {sample_rate!r}")
+    return int(sample_rate)
+
+
+def seconds(time_s: Any) -> float:
+    """A time. Raises ValueError."""
+    if not isinstance(time_s, Real) or isinstance(time_s, bool) or not math.isfinite(time_s):
+        raise ValueError(f"time_s must be a number of seconds, got {time_s!r}")
+    return float(time_s)
+
+
+def whole_count(count: Any) -> int:
+    """A number of turns. Raises TypeError."""
+    if not isinstance(count, Integral) or isinstance(count, bool):
+        raise TypeError(f"count must be a whole number of turns, got {count!r}")
+    return int(count)
+
+
+def session_folder(path: Any) -> Path:
+    """The folder of a saved session. Raises TypeError, or ValueError for an empty path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"a session is saved in a folder; its path must be a string or Path, got {path!r}")
+    if not os.fspath(path):
+        raise ValueError("the path of the session's folder is empty; name a folder")
+    return Path(path).expanduser()
