@@ -118,9 +118,10 @@ def _options(
         )
     usual = model.generation_config.get("min_new_tokens") or 0
     lengths, functions = each(min_new_tokens, name="min_new_tokens"), each(logits_processor, name="logits_processor")
-    for least, function in zip(lengths, functions):
+    for least in (*lengths, usual):
         if not _whole(least) or least < 0:
             raise ValueError(f"min_new_tokens must be a whole number of at least 0, got {least!r}")
+    for least, function in zip(lengths, functions):
         if least > max_new_tokens:
             raise ValueError(f"min_new_tokens {least} is more than max_new_tokens {max_new_tokens}")
         if function is not None and not callable(function):

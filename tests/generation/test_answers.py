@@ -169,6 +169,9 @@ def test_generation_config_may_say_the_least_length(model: OmniModel, monkeypatc
     assert len(model.generate(inputs, max_new_tokens=9, **arguments).replies[0]) == 4
     assert len(model.generate(inputs, max_new_tokens=9, min_new_tokens=1, **arguments).replies[0]) == 2
     assert len(model.generate(inputs, max_new_tokens=2, **arguments).replies[0]) == 2  # a limit of the call wins
+    monkeypatch.setattr(model, "generation_config", {"min_new_tokens": "3"})
+    with pytest.raises(ValueError, match="min_new_tokens must be a whole number of at least 0, got '3'"):
+        model.generate(inputs, **arguments)
 
 
 # ---- a function of the logits ----
