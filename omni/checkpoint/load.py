@@ -148,12 +148,7 @@ def load_weights(
         plan.report.raise_if_any(folder)
     elif plan.incomplete and initialise is None:
         raise ValueError(f"{_few(sorted(plan.incomplete))} cannot be read from {folder}; pass initialise= to fill them")
-    for key, found, wanted_shape in plan.report.mismatched:
-        if math.prod(wanted_shape) > _MOST_TIMES * max(1, math.prod(found)):
-            raise ValueError(
-                f"config.json in {folder} asks for {key} of shape {list(wanted_shape)} and the file has {list(found)}; "
-                "check that it belongs to these files"
-            )
+    _check_sizes(plan.report, folder)
     target_dtype = resolve_dtype(dtype, config_dtype, (headers[key] for key in files if wanted(key)))
     if device_map is None:
         device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,8 +162,7 @@ def load_weights(
         assert initialise is not None
         filler.make_room(plan.incomplete)
         initialise(set(plan.incomplete))
-        drawn = sorted(table.to_hub(name) for name in plan.incomplete)
-        warn_user(f"{len(drawn)} tensors of the model were not in {folder} and are drawn at random: {_few(drawn)}")
+        _name_drawn(plan, folder, table)
     left = [name for name, t in _tensors(model) if t.device.type == "meta"]
     assert not left, f"{left[0]} has no value: it is neither a parameter nor a persistent buffer"
     if adapter is not None:
@@ -185,6 +179,26 @@ def _refuse_quantised(folder: Path, slots: Mapping[str, Slot | None], targets: M
     of_loaded = {key for key, slot in slots.items() if slot is None or slot.name.partition(".")[0] in loaded}
     strange = [key for key in of_loaded if (slot := slots[key]) is None or slot.name not in targets]
     refuse_quantised(folder, strange, slots.keys() - of_loaded)
+
+
+def _check_sizes(report: LoadReport, folder: Path) -> None:
+    """Raise ValueError for tensors far larger than the files' own, which would fill the memory with random values."""
+    for key, found, expected in report.mismatched:
+        if math.prod(expected) > _MOST_TIMES * max(1, math.prod(found)):
+            raise ValueError(
+                f"config.json in {folder} asks for {key} of shape {list(expected)} and the file has {list(found)}; "
+                "check that it belongs to these files"
+            )
+
+
+def _name_drawn(plan: _Plan, folder: Path, table: KeyTable) -> None:
+    """Warn of what was drawn at random: how much, and its names."""
+    drawn = sorted(table.to_hub(name) for name in plan.incomplete)
+    unfit = [*plan.report.missing, *(key for key, *_ in plan.report.mismatched)]
+    warn_user(
+        f"{len(drawn)} tensors of the model are drawn at random: {_few(drawn, 20)}; {folder} lacks or has in another "
+        f"shape: {_few(unfit, 20)}"
+    )
 
 
 def resolve_dtype(
@@ -366,5 +380,5 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _few(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+def _few(keys: Sequence[str], most: int = 4) -> str:
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")

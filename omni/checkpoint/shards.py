@@ -89,6 +89,11 @@ def _no_weights(folder: Path) -> Exception:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if loose:
         return FileNotFoundError(f"{folder} holds {loose[0]} but no {INDEX} that says what is where; {_AGAIN}")
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return ValueError(
+            f"{ggufs[0]} holds weights quantised by GGUF, which omni does not read; load the checkpoint that they were "
+            "made from, with quantize='int8' or 'int4' to make it small"
+        )
     if pickles:
         return ValueError(
             f"{folder / pickles[0]} is a pickle, which can run code when opened and is never loaded; "

@@ -77,14 +77,16 @@ def check_sound_path(path: Path) -> None:
 
 
 def load_model(args: argparse.Namespace, console: Console, parts: Sequence[str]) -> OmniModel:
-    """The model that --model and --device name."""
+    """The model that --model and --device name. All parts: as many as there are."""
     from omni.model import OmniModel
+    from omni.parts import PARTS
 
     if args.quantize and args.device == "auto":
         args.misuse("--quantize packs a model on one device; leave --device auto out")
     placement = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
     dtype = "float32" if args.model == NANO else "auto"  # small enough, and faster on a CPU than bfloat16
     with console.status(f"loading {args.model} ..."):
+        parts = PARTS if tuple(parts) == PARTS else parts
         return OmniModel.from_pretrained(args.model, parts=parts, dtype=dtype, quantize=args.quantize, **placement)
 
 
