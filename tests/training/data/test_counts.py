@@ -47,7 +47,6 @@ COUNTED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_reason_is_counted_and_named_once(tmp_path: Path, workers: int) -> None:
     batches = mixed(tmp_path, workers=workers)
@@ -62,7 +61,6 @@ def test_every_reason_is_counted_and_named_once(tmp_path: Path, workers: int) ->
     batches.close()
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 def test_counts_go_on_where_a_run_goes_on(tmp_path: Path) -> None:
     first = mixed(tmp_path)
     with warnings.catch_warnings():
@@ -77,7 +75,6 @@ def test_counts_go_on_where_a_run_goes_on(tmp_path: Path) -> None:
             assert again.counts() == counts
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 def test_a_set_without_losses_has_no_counts(tmp_path: Path) -> None:
     manifest = Manifest(write_rows(tmp_path / "a.jsonl", [{"messages": chat("q", "a")}]))
     batches = Batches(Mixture([manifest]), MAKE, max_tokens=50, bucket_size=4)
@@ -85,7 +82,6 @@ def test_a_set_without_losses_has_no_counts(tmp_path: Path) -> None:
     assert batches.counts() == {}
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 def test_recordings_that_are_heard_in_part_are_counted(tmp_path: Path) -> None:
     for name, seconds in (("long", 0.5), ("short", 0.05)):
         soundfile.write(tmp_path / f"{name}.wav", tone(seconds), 16000)
@@ -116,7 +112,6 @@ def saved(path: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     return path / f"a.{suffix}"
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 @pytest.mark.parametrize("change", ["reordered", "changed", "none"])
 def test_a_manifest_that_changed_is_noticed(tmp_path: Path, suffix: str, change: str) -> None:
@@ -147,7 +142,6 @@ def test_a_checkpoint_of_an_earlier_version_is_taken(tmp_path: Path) -> None:
 # ---- remainders ----
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("count", [9, 17, 25, 26, 65])
 def test_no_row_is_left_alone(count: int, padded: bool) -> None:
@@ -158,7 +152,6 @@ def test_no_row_is_left_alone(count: int, padded: bool) -> None:
     assert min(map(len, batches)) >= 4 and all(size(batch, padded=padded) <= most for batch in batches)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 def test_only_a_small_remainder_moves_rows() -> None:
     samples = [sample(4 + i % 3) for i in range(19)]
     most = 8 * max(made.tokens for made in samples)
@@ -171,7 +164,6 @@ def test_only_a_small_remainder_moves_rows() -> None:
     assert pack(long, long[0].tokens + 1, padded=False) == [[long[0]], [long[1]]]  # nothing to share
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted, nothing compared, remainders stay alone")
 def test_a_bucket_with_one_row_over_makes_no_batch_of_it(tmp_path: Path) -> None:
     manifest = Manifest(write_rows(tmp_path / "a.jsonl", [{"messages": chat("q", "abcd")}] * 9))
     batches = Batches(Mixture([manifest]), MAKE, max_tokens=8 * sample(4).tokens, bucket_size=9, padded=False)

@@ -122,7 +122,6 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 @pytest.mark.parametrize("form", CONVERSATIONS)
 def test_a_form_becomes_its_conversation(form: str) -> None:
     raw, messages = CONVERSATIONS[form]
@@ -159,7 +158,6 @@ PAIRS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 @pytest.mark.parametrize("form", PAIRS)
 def test_a_form_of_pairs_becomes_two_answers(form: str) -> None:
     row = read(PAIRS[form])
@@ -168,7 +166,6 @@ def test_a_form_of_pairs_becomes_two_answers(form: str) -> None:
     assert isinstance(pair, Pair) and pair.chosen.tokens == pair.rejected.tokens + 1
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_conversations_may_part_before_their_last_answer() -> None:
     better = [*chat("q", "one"), *chat("and?", "two")]
     worse = [user("q"), {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "3"},
@@ -182,7 +179,6 @@ def test_conversations_may_part_before_their_last_answer() -> None:
     assert '"name": "f"' in said[1] and "<tool_response>\n3" in said[1] and "two" not in said[1]
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_pairs_share_the_media_of_their_prompt() -> None:
     row = read(
         {
@@ -197,7 +193,6 @@ def test_pairs_share_the_media_of_their_prompt() -> None:
 # ---- roles, calls, losses ----
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_calls_belong_to_the_answer_before_them() -> None:
     call = json.dumps({"name": "f", "arguments": {"x": 1}})
     for role, reply in (("tool_call", "tool_response"), ("tool_call", "tool")):
@@ -214,7 +209,6 @@ def test_calls_belong_to_the_answer_before_them() -> None:
     assert learnt({"conversations": shared}) == ['<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>', "a"]
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 @pytest.mark.parametrize("key", ["loss", "weight"])
 def test_an_answer_says_whether_it_is_learnt(key: str) -> None:
     messages = [*chat("q", "one"), *chat("q", "two"), *chat("q", "three")]
@@ -228,7 +222,6 @@ def test_an_answer_says_whether_it_is_learnt(key: str) -> None:
         learnt({"messages": [chat("q", "a")[0], {**chat("q", "a")[1], key: 0}]})
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_an_answer_that_is_not_learnt_is_not_spoken() -> None:
     codes = [[1, 2], [3, 4], [5, 6], [7, 8]]
     messages = [*chat("q", "one"), *chat("q", "two")]
@@ -237,7 +230,6 @@ def test_an_answer_that_is_not_learnt_is_not_spoken() -> None:
     assert isinstance(sample, Sample) and [PROCESSOR.decode(turn.ids) for turn in sample.speech] == ["two"]
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 @pytest.mark.parametrize(
     ("message", "told"),
     [
@@ -253,7 +245,6 @@ def test_bad_messages_say_what_is_wrong(message: dict[str, Any], told: str) -> N
         read({"messages": [user("q"), message, *chat("", "a")[1:]]})
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_two_answers_in_a_row_stay_two() -> None:
     for raw in (
         {"messages": [*chat("q", "one"), chat("", "two")[1]]},
@@ -294,7 +285,6 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 @pytest.mark.parametrize("change", CHANGED)
 def test_what_would_change_the_learning_is_an_error(change: str, tmp_path: Path) -> None:
     raw, told = CHANGED[change]
@@ -303,7 +293,6 @@ def test_what_would_change_the_learning_is_an_error(change: str, tmp_path: Path)
         Manifest(path)[1]
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_it_ends_a_run_instead_of_being_passed_over(tmp_path: Path) -> None:
     rows = [{"messages": chat("q", "a")}, {"messages": chat("q", "a"), "bad_answer": "b"}]
     for workers in (0, 1):
@@ -316,7 +305,6 @@ def test_it_ends_a_run_instead_of_being_passed_over(tmp_path: Path) -> None:
         batches.close()
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_columns_to_leave_out(tmp_path: Path) -> None:
     rows = [
         {"messages": chat("q", "a"), "bad_answer": "b"},
@@ -330,7 +318,6 @@ def test_columns_to_leave_out(tmp_path: Path) -> None:
         assert manifest[index].messages == chat("q", "a") and manifest[index].rejected is None
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_names_numbers_and_empty_values_are_harmless(tmp_path: Path) -> None:
     row = {
         "messages": chat("q", "a"), "id": "7", "prompt_id": "f0", "source": "web", "language": "en", "wer": 0.1,
@@ -345,7 +332,6 @@ def test_names_numbers_and_empty_values_are_harmless(tmp_path: Path) -> None:
         Manifest(manifest.path, read=list(row))[0]
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of messages are read")
 def test_cells_of_text_hold_lists() -> None:
     for text in (json.dumps(chat("q", "a")), str(chat("q", "a"))):
         assert read({"messages": text}).messages == chat("q", "a")

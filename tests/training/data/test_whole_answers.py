@@ -102,7 +102,6 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 @pytest.mark.parametrize("answer", WRITTEN)
 def test_a_sound_question_learns_the_reasoning_that_a_text_question_learns(
     thinking: OmniProcessor, answer: dict[str, Any]
@@ -117,7 +116,6 @@ def test_a_sound_question_learns_the_reasoning_that_a_text_question_learns(
     assert torch.equal(heard.inputs.input_ids[0][kept], heard.labels[kept])
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 def test_earlier_answers_that_are_learnt_keep_their_reasoning() -> None:
     """The packaged template drops it too, before the last question."""
     messages = [*chat("one?", "<think>a</think>\n\n1"), *chat("two?", "<think>b</think>\n\n2")]
@@ -130,13 +128,11 @@ def test_earlier_answers_that_are_learnt_keep_their_reasoning() -> None:
     assert "1" in text and "a\n</think>" not in text  # what is read, not learnt, is as the template has it
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 def test_an_answer_that_repeats_its_reasoning(thinking: OmniProcessor) -> None:
     given = row(chat([sound_item(0.3)], "")[0], reply("4", reasoning_content="4"))
     assert learnt(thinking, given) == ["<think>\n4\n</think>\n\n4<|im_end|>"]
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 def test_an_empty_block_gives_way() -> None:
     template = THINKING.replace("message.reasoning_content or ''", "''").replace("'</think>' in text.all", "false")
     template = template.replace("loop.index0 > ns.asked and (loop.last or reasoning)", "true")
@@ -144,7 +140,6 @@ def test_an_empty_block_gives_way() -> None:
     assert learnt(processor_with(template), given) == [WHOLE]
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 def test_both_answers_of_a_pair_are_whole(thinking: OmniProcessor) -> None:
     messages = [chat([sound_item(0.3)], "")[0], reply("Bird", reasoning_content="hm, so")]
     given = row(*messages, rejected=Answer("<think>\nno\n</think>\n\nFish", Voice()))
@@ -163,7 +158,6 @@ def test_reasoning_is_not_spoken(thinking: OmniProcessor) -> None:
     assert ids[sample.speech[0].header] == CONFIG.im_start_token_id
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 def test_calls_follow_the_reasoning(thinking: OmniProcessor) -> None:
     call = {"function": {"name": "look", "arguments": {"at": "the <sky>"}}}
     given = row(chat([sound_item(0.3)], "")[0], reply("", reasoning_content="hm", tool_calls=[call]))
@@ -173,7 +167,6 @@ def test_calls_follow_the_reasoning(thinking: OmniProcessor) -> None:
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 def test_reasoning_counts_for_the_length(thinking: OmniProcessor) -> None:
     given = row(chat([sound_item(0.3)], "")[0], reply("Bird", reasoning_content="hm " * 50))
     make = SampleMaker(thinking, CONFIG, max_tokens=100)
@@ -184,7 +177,6 @@ def test_reasoning_counts_for_the_length(thinking: OmniProcessor) -> None:
 # ---- the same text, written in another way ----
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 @pytest.mark.parametrize(
     "content",
     [
@@ -215,7 +207,6 @@ LOSSES = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 @pytest.mark.parametrize("change", ["cut", "in capitals", "left out"])
 def test_a_changed_answer_is_named(change: str) -> None:
     old, new = LOSSES[change]
@@ -224,7 +215,6 @@ def test_a_changed_answer_is_named(change: str) -> None:
         learnt(processor, row(*chat([sound_item(0.3)], "Birds of a feather")))
 
 
-@pytest.mark.xfail(strict=True, reason="what the template drops is not learnt")
 @pytest.mark.parametrize("lost", ["name", "arguments"])
 def test_a_lost_call_is_named(tmp_path: Path, lost: str) -> None:
     call = {"function": {"name": "look", "arguments": {"at": "sky"}}}
