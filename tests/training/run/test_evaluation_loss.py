@@ -41,7 +41,6 @@ def values(checkpoint: Path, rows: Path, objective: str, **tables: Any) -> dict[
     }
 
 
-@pytest.mark.xfail(strict=True, reason="an evaluation knows the loss of texts alone; exports merge again")
 @pytest.mark.parametrize(
     ("objective", "rows", "losses"),
     [
@@ -62,7 +61,6 @@ def test_an_evaluation_has_the_objectives_loss(
     assert numbers["loss"] == pytest.approx(expected) and numbers["loss"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="an evaluation knows the loss of texts alone; exports merge again")
 def test_it_is_the_loss_of_all_rows_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
     run = make(tiny_checkpoint, write_rows(tmp_path / "a.jsonl", SPOKEN), "talker")
     objective, model = run.stage.objective, run.setup.model
@@ -76,7 +74,6 @@ def test_it_is_the_loss_of_all_rows_together(tiny_checkpoint: Path, tmp_path: Pa
         assert numbers[name] == pytest.approx(float(losses[name].total / losses[name].count), rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="an evaluation knows the loss of texts alone; exports merge again")
 def test_metrics_stand_beside_the_loss(tiny_checkpoint: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "a.jsonl", SPOKEN)
     run = make(tiny_checkpoint, rows, "talker", eval={"every": 1, "metrics": ["codes", "loss"], "limit": 2})
@@ -86,7 +83,6 @@ def test_metrics_stand_beside_the_loss(tiny_checkpoint: Path, tmp_path: Path) ->
     assert {"loss", "codebook_0"} < set(numbers) and any("code_accuracy" in name for name in numbers)
 
 
-@pytest.mark.xfail(strict=True, reason="an evaluation knows the loss of texts alone; exports merge again")
 @pytest.mark.filterwarnings("default:.*left out")
 def test_what_was_not_used_is_in_the_log_and_at_the_end(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -130,7 +126,6 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return dict(OmniModel.from_pretrained(folder, device="cpu").named_parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="an evaluation knows the loss of texts alone; exports merge again")
 def test_a_second_call_does_not_merge_again(lora: dict[str, Any]) -> None:
     before = weights(lora["save"]["export"])
     build_run(TrainConfig.from_dict(lora)).train()
@@ -143,7 +138,6 @@ def test_a_second_call_does_not_merge_again(lora: dict[str, Any]) -> None:
         assert all(torch.equal(again[name], once[name]) for name in once)
 
 
-@pytest.mark.xfail(strict=True, reason="an evaluation knows the loss of texts alone; exports merge again")
 def test_it_cannot_go_on_from_merged_weights(lora: dict[str, Any]) -> None:
     build_run(TrainConfig.from_dict(lora)).train()
     longer = {**lora, "train": {**lora["train"], "steps": 4}}

@@ -78,7 +78,6 @@ MISFITS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="nothing looks at rows and settings before the first step")
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_rows_that_do_not_fit_the_objective(make: Make, misfit: str) -> None:
     objective, rows, tables, told = MISFITS[misfit]
@@ -107,7 +106,6 @@ USELESS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="nothing looks at rows and settings before the first step")
 @pytest.mark.parametrize("setting", USELESS)
 def test_a_setting_without_effect(make: Make, setting: str) -> None:
     objective, tables = USELESS[setting]
@@ -115,7 +113,6 @@ def test_a_setting_without_effect(make: Make, setting: str) -> None:
         make(objective, PLAIN if objective != "dpo" else PAIR, **tables)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing looks at rows and settings before the first step")
 def test_what_fits_runs(make: Make, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
     voice = {"speaker": {"add": "robin"}, "train": {"parameters": ["*"]}}
@@ -141,7 +138,6 @@ def test_both_of_two_answers_in_a_row_are_learnt(make: Make) -> None:
     assert run.setup.processor.decode(labels[labels >= 0]) == "onetwo"
 
 
-@pytest.mark.xfail(strict=True, reason="nothing looks at rows and settings before the first step")
 @pytest.mark.parametrize("misfit", ["one answer to compare", "nothing to say", "a column that is not understood"])
 def test_a_dry_run_says_so(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], misfit: str
