@@ -24,7 +24,7 @@ Columns = dict[str, Any]
 MEDIA = {"image": "images", "audio": "audios", "video": "videos"}
 COMMON = (*MEDIA.values(), "speech", "codes", "speaker", "system", "tools", "use_audio_in_video", "category")
 REFUSED = {
-    **dict.fromkeys(("label", "kto_tag"), "no objective learns from single answers that are called good or bad"),
+    **dict.fromkeys(("label", "labels", "kto_tag"), "no objective learns from single answers that are called good or bad"),
     **dict.fromkeys(("rejected_images", "rejected_audios", "rejected_videos"), "both answers see the same media"),
     **dict.fromkeys(("weight", "loss", "loss_scale", "loss_mask", "margin"), "whole rows count alike"),
     "objects": "boxes are not written into texts",
@@ -38,13 +38,12 @@ _TEXTS = (
 )  # fmt: skip
 _FILES = ("audio_filepath", "audio_path", "audio_file", "image_path", "video_path", "file_name", "path", "file")
 _HARMLESS = (
-    "id", "*_id", "*_ids", "id_*", "idx", "*_idx", "index", "*_index*", "uid", "uuid", "guid", "key", "__*__", "name",
-    "source", "*_source", "source_*", "url", "*_url", "*_urls", "dataset", "dataset_*", "subset", "split", "domain",
-    "language", "*_language", "lang", "locale", "license", "author", "annotator", "date", "timestamp", "created_at",
-    "updated_at", "model", "*_model", "generator", "topic", "task", "tags", "type", "difficulty", "md5", "sha*", "hash",
-    "*_hash", "gender", "age", "accent", "accents", "dialect", "variant", "segment", "duration", "*_duration",
-    "duration_*", "sample_rate", "sampling_rate", "meta", "metadata", "meta_*", "info", "comment", "comments", "note",
-    "notes", "parallel_tool_calls", "score*", "*_score",
+    "id", "*_id", "*_ids", "idx", "*_idx", "index", "*_index", "uid", "uuid", "guid", "key", "__*__", "name", "source",
+    "data_source", "source_url", "url", "dataset", "dataset_name", "subset", "split", "domain", "*_domain", "language",
+    "*_language", "lang", "locale", "license", "author", "annotator", "date", "timestamp", "created_at", "updated_at",
+    "model", "*_model", "generator", "topic", "task", "tags", "type", "difficulty", "md5", "sha*", "hash", "*_hash",
+    "gender", "age", "accent", "accents", "dialect", "variant", "segment", "duration", "sample_rate", "sampling_rate",
+    "meta", "metadata", "info", "comment", "comments", "note", "notes", "parallel_tool_calls",
 )  # fmt: skip
 
 
@@ -99,8 +98,8 @@ def _conversations(row: Columns) -> Columns:
 
 
 def _alpaca(row: Columns) -> Columns:
-    asked = "\n".join(text for text in (row.pop("instruction"), row.pop("input", None)) if text)
-    turns = [*_history(row), ("user", asked)]
+    parts = plain([("user", row.pop(key)) for key in ("instruction", "input") if row.get(key) not in (None, "")])
+    turns = [*_history(row), ("user", "\n".join(part["content"] for part in parts))]
     if "output" in row:
         turns.append(("assistant", row.pop("output")))
     return {**row, "messages": plain(turns)}

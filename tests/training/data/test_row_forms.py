@@ -260,6 +260,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt pair": ({"messages": chat("q", "a"), "rejected_mesages": chat("q", "b")}, "mean 'rejected_messages'"),
     "a pair of another name": ({"messages": chat("q", "a"), "bad_answer": "b"}, "bad_answer"),
     "pictures of another name": ({"messages": chat("q", "a"), "pictures": ["1.png"]}, "pictures"),
+    "a picture's address": ({"messages": chat("q", "a"), "image_url": "http://x/1.png"}, "image_url"),
     "the rejected one's pictures": (
         {"messages": chat("q", "a"), "rejected_response": "b", "rejected_images": ["1.png"]},
         "rejected_images",
