@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from omni.model import OmniModel
 
 DESCRIPTION = """\
-Scores a checkpoint on a manifest of conversations (JSONL, WebDataset tar or Parquet, as for training). The last
+Scores a checkpoint on a manifest of conversations (files and forms as for training, docs/training.md). The last
 assistant message of a row is the reference, everything before it the prompt. Text answers are greedy; speech is drawn
 the release's way from a fixed seed. Rows with a key "category" are also scored category by category.
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("manifest", type=Path, metavar="MANIFEST", help="the conversations: .jsonl, .tar or .parquet")
+    add("manifest", type=Path, metavar="MANIFEST", help="the conversations: .jsonl, .tar, .parquet, …")
     add("--model", required=True, metavar="DIR", help="checkpoint folder or Hub id")
     add("--adapter", type=Path, metavar="DIR", help="LoRA adapter, merged into the checkpoint while it loads")
     add("--metrics", type=_names, default=["wer", "accuracy"], metavar="A,B", help="default: wer,accuracy")
@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--codec-cache", type=Path, metavar="DIR", help="folder that keeps the codes of recordings")
     add("--transcriber", metavar="M:F", help="module:function, (samples, rate in Hz) -> text, found from here too")
     add("--skip-limit", type=int, default=100, metavar="N", help="bad rows before it is an error (default: 100)")
+    add("--ignore-columns", type=lambda text: text.split(","), default=[], metavar="A,B", help="of the rows, not read")
     add("--out", type=Path, metavar="F", help="JSON lines: one for each row, then one with all numbers")
     add("--dtype", default="auto", metavar="T", help="such as bfloat16 (default: as saved)")
     add("--device", metavar="D", help="cpu, cuda:1, or auto for all (default: cuda, else cpu)")
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     transcribe = _transcriber(args.transcriber)
     check_metrics(args.metrics, transcribe=transcribe, codes=args.codec)
     _check_out(args.out)
-    rows = Manifest(args.manifest)
+    rows = Manifest(args.manifest, ignore=args.ignore_columns)
     out = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe has no width of its own
     progress = Console(stderr=True)
     with progress.status(f"loading {args.model} ..."):

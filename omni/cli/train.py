@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says."""
+    from omni.training.data.tally import describe_counts
     from omni.training.parallel.processes import is_main, shut_down
     from omni.training.run.stages import build_run
     from omni.training.run.train_config import TrainConfig
@@ -51,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
         shut_down()
         return 0
     result = training.train(resume=not args.no_resume)
+    counts = describe_counts(training.trainer.data_counts())
+    if is_main() and counts:
+        print(f"data: {counts}", file=sys.stderr)
     if is_main():
         _conclude(training, result.step, result.stopped, result.skipped)
     shut_down()

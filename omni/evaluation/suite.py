@@ -28,6 +28,7 @@ from omni.processing.processor import OmniProcessor
 from omni.training.data.batches import collate
 from omni.training.data.conversation_samples import SampleMaker, SkipRow, check_codes, read_codes
 from omni.training.data.manifest import Manifest, Row, Voice
+from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import IGNORED, Sample
 from omni.training.data.sound import read_speech
 from omni.training.objectives.teacher_forced import score_samples
@@ -283,6 +284,8 @@ class _Evaluation:
             return self._item(place, row, Record(name, None if category is None else str(category), ""))
         except SkipRow as reason:
             self._skip(name, str(reason), bad=False)
+        except NotUnderstood:  # all rows of the set are like it
+            raise
         except (ValueError, TypeError, OSError) as error:
             self._skip(name, str(error))
         return None

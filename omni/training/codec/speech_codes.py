@@ -27,7 +27,8 @@ from omni.code2wav.code2wav import Code2Wav
 from omni.config.writing import write_tensors
 from omni.processing.audio_file import read_array
 from omni.processing.sources import describe, open_source
-from omni.training.data.sound import AUDIO_SUFFIXES, medium_of, read_speech
+from omni.training.data.row_stores import AUDIO_SUFFIXES
+from omni.training.data.sound import medium_of, read_speech
 
 MIMI_FOLDER = "kyutai/mimi"  # on the Hub; CC-BY 4.0
 

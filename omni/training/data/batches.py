@@ -5,7 +5,6 @@ Shapes: B rows, T tokens; A clips of M mel bins and at most F frames; media stac
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,10 +18,11 @@ from omni.processing.inputs import OmniInputs
 from omni.training.data.conversation_samples import SkipRow
 from omni.training.data.manifest import Row
 from omni.training.data.mixture import Draw, Mixture, random_number
+from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import Pair, Sample, SpokenTurn, TrainingBatch
+from omni.training.data.tally import Tally, describe_counts
 
 Made = Union[Sample, Pair]
-_NAMED = 5  # bad rows that an error lists
 _FRUITLESS = 1000  # unusable rows, beyond all there are, after which the search for a good one ends
 _ORDER = 2  # what a random number is for, beside the mixture's own
 
@@ -34,18 +34,20 @@ class _Outcome:
     name: str
     sample: Made | None = None
     reason: str = ""
+    kind: str = ""
     bad: bool = False
 
 
 @dataclass
 class _Bucket:
-    """Rows that are read together. before, after: the mixture's state around its draws; left_out: count before it."""
+    """Rows that are read together. before, after: the mixture's state around its draws; tally: what was counted before
+    it."""
 
     number: int
     before: dict[str, Any]
     after: dict[str, Any]
     work: Sequence[Draw | Future[_Outcome]]
-    left_out: int = 0
+    tally: dict[str, Any] = field(default_factory=dict)
     batches: list[list[Made]] = field(default_factory=list)
     given: int = 0
 
@@ -57,7 +59,7 @@ class Batches:
     they are sorted by length first; packed rows stay as they were drawn, so that each batch is a sample of the mixture.
     What is counted is Thinker tokens and frames of speech, padding included. Rows that cannot be read are named by a
     warning, kept in `skipped` (name -> reason) and passed over; those too long for a batch, or that `make_sample`
-    raises SkipRow for, are counted in `left_out`, and the first is named.
+    raises SkipRow for, are counted by reason in `tally`, and the first of each reason is named.
 
     Args:
         mixture: which rows, in which order; it belongs to this object from now on.
@@ -90,12 +92,24 @@ class Batches:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.mixture, self.make_sample = mixture, make_sample
         self.max_tokens, self.bucket_size, self.seed, self.padded = max_tokens, bucket_size, seed, padded
-        self.skip_limit = skip_limit
-        self.skipped: dict[str, str] = {}
-        self.left_out = 0
+        self.tally = Tally(skip_limit)
         self._pool = ThreadPoolExecutor(workers, "read-ahead") if workers else None
         self._bucket: _Bucket | None = None
         self._ahead: _Bucket | None = None
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Bad rows, name -> reason."""
+        return self.tally.bad
+
+    @property
+    def left_out(self) -> int:
+        """Draws of rows that are too long, or not to be used for another reason (`tally.left_out`)."""
+        return self.tally.left_out.total()
+
+    def counts(self) -> dict[str, Any]:
+        """What was drawn and not used so far, by reason."""
+        return self.tally.counts(self.mixture.draws, sum(self.mixture.dropped))
 
     def __iter__(self) -> Iterator[list[Made]]:
         return self
@@ -107,14 +121,19 @@ class Batches:
             assert self._bucket is not None
             fruitless += 0 if self._bucket.batches else self.bucket_size
             if fruitless > len(self.mixture) + _FRUITLESS:
-                raise ValueError(
-                    f"none of the last {fruitless} rows can be used: {self.left_out} rows were too long and "
-                    f"{len(self.skipped)} are bad so far; raise max_tokens (now {self.max_tokens}) or check the rows"
-                )
+                raise ValueError(f"none of the last {fruitless} rows can be used: {self._told()}")
         bucket = self._bucket
         batch, bucket.batches[bucket.given] = bucket.batches[bucket.given], []  # no longer held here
         bucket.given += 1
         return batch
+
+    def _told(self) -> str:
+        """What became of the rows, and the remedy."""
+        counts = describe_counts(self.counts())
+        name, reason = next(iter(self.skipped.items()), ("", ""))
+        if name:
+            return f"{counts}; the first bad one is {name}: {reason}"
+        return f"{counts}; raise max_tokens (now {self.max_tokens}) or check the rows"
 
     def _next_bucket(self) -> _Bucket:
         """The bucket that was read ahead, or a new one; with workers the one after it is begun."""
@@ -131,12 +150,14 @@ class Batches:
 
     def _fill(self, bucket: _Bucket) -> None:
         """Finish a bucket's samples, account for those left out, and cut the rest into batches."""
-        bucket.left_out = self.left_out
+        bucket.tally = self.tally.state_dict()
         outcomes = [self._make(item) if isinstance(item, Draw) else item.result() for item in bucket.work]
         bucket.work = ()
         for outcome in outcomes:
-            if outcome.sample is None:
-                self._pass_over(outcome)
+            if outcome.bad:
+                self.tally.pass_over(outcome.name, outcome.reason)
+            elif outcome.sample is None:
+                self.tally.leave_out(outcome.name, outcome.reason, outcome.kind)
         samples = [outcome.sample for outcome in outcomes if outcome.sample is not None]
         packs = pack(samples, self.max_tokens, padded=self.padded)
         order = sorted(range(len(packs)), key=lambda i: random_number(self.seed, _ORDER, bucket.number, i))
@@ -146,28 +167,16 @@ class Batches:
     def _make(self, draw: Draw) -> _Outcome:
         try:
             sample = self.make_sample(draw.read())
-        except SkipRow as reason:
-            return _Outcome(draw.name, reason=str(reason))
+        except SkipRow as error:
+            return _Outcome(draw.name, reason=str(error), kind=error.kind)
+        except NotUnderstood:  # all rows of the set are like it
+            raise
         except (ValueError, TypeError, OSError) as error:
             return _Outcome(draw.name, reason=str(error), bad=True)
         if size([sample], padded=self.padded) > self.max_tokens:
-            return _Outcome(draw.name, reason=f"more than {self.max_tokens} tokens and frames, the most of a batch")
+            reason = f"more than {self.max_tokens} tokens and frames, the most of a batch"
+            return _Outcome(draw.name, reason=reason, kind=reason)
         return _Outcome(draw.name, sample)
-
-    def _pass_over(self, outcome: _Outcome) -> None:
-        """Count a row that gave no sample. Raises ValueError where too many are bad."""
-        if not outcome.bad:
-            self.left_out += 1
-            if self.left_out == 1:
-                warnings.warn(f"{outcome.name} is left out: {outcome.reason}", stacklevel=5)
-            return
-        if outcome.name in self.skipped:
-            return
-        self.skipped[outcome.name] = outcome.reason
-        if len(self.skipped) > self.skip_limit:
-            first = "".join(f"\n  {name}: {reason}" for name, reason in list(self.skipped.items())[:_NAMED])
-            raise ValueError(f"{len(self.skipped)} rows are bad, more than skip_limit {self.skip_limit}:{first}")
-        warnings.warn(f"{outcome.name} is skipped: {outcome.reason}", stacklevel=5)
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on after the batch that was given last; what was read ahead is read again."""
@@ -178,15 +187,15 @@ class Batches:
         elif bucket is not None:
             position = {"mixture": bucket.after, "bucket": bucket.number + 1, "batch": 0}
         within = bucket is not None and position["batch"] > 0
-        left_out = bucket.left_out if within and bucket is not None else self.left_out
+        tally = bucket.tally if within and bucket is not None else self.tally.state_dict()
         return {
             **position,
             "bucket_size": self.bucket_size,
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "padded": self.padded,
+            **tally,
             "skipped": dict(self.skipped),
-            "left_out": left_out,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,9 +211,9 @@ class Batches:
                 )
         self._drop_ahead()
         self.mixture.load_state_dict(state["mixture"])
-        self.skipped, self.left_out = dict(state["skipped"]), state["left_out"]
+        self.tally.load_state_dict(state)
         start = self.mixture.state_dict()
-        self._bucket = _Bucket(state["bucket"] - 1, start, start, (), self.left_out)
+        self._bucket = _Bucket(state["bucket"] - 1, start, start, ())
         if state["batch"]:
             self._fill(self._next_bucket())
             self._bucket.given = state["batch"]
@@ -232,13 +241,22 @@ def size(samples: Sequence[Made], *, padded: bool = True) -> int:
 
 
 def pack(samples: Sequence[Made], max_tokens: int, *, padded: bool = True) -> list[list[Made]]:
-    """Samples cut, in their order or, padded, in that of their lengths, into batches of at most `max_tokens`."""
+    """Samples cut, in their order or, padded, in that of their lengths, into batches of at most `max_tokens`.
+
+    A remainder less than half as large as the batch before it is shared with that one: no row stands alone because it
+    happened to be left over.
+    """
     batches: list[list[Made]] = []
     for sample in sorted(samples, key=lambda made: made.tokens + made.frames) if padded else samples:
         if batches and size([*batches[-1], sample], padded=padded) <= max_tokens:
             batches[-1].append(sample)
         else:
             batches.append([sample])
+    if len(batches) > 1 and 2 * size(batches[-1], padded=padded) < size(batches[-2], padded=padded):
+        both = [*batches[-2], *batches[-1]]
+        cuts = ((both[:i], both[i:]) for i in range(1, len(both)))
+        fair = min(cuts, key=lambda cut: max(size(part, padded=padded) for part in cut))
+        batches[-2:] = map(list, fair)
     return batches
 
 

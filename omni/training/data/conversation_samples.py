@@ -6,8 +6,8 @@ Shapes: T tokens of a conversation, K codebooks, n frames of one answer's speech
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,20 @@ from omni.processing.processor import OmniProcessor
 from omni.rope.positions import prompt_positions, reply_position
 from omni.talker.layout import HEADER_LENGTH, turn_layout
 from omni.training.data.manifest import Row, Voice
+from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn
+from omni.training.data.whole_answers import whole_answer, without_opening_breaks
 
 LOSS_ON = ("assistant", "last")
 OPTIONS = ("enable_thinking", "fps", "min_pixels", "max_pixels", "total_pixels", "max_frames", "mel_level")
 
 
 class SkipRow(Exception):
-    """The row is sound but not to be used here; the text says why."""
+    """The row is sound but not to be used here; the text says why, and `kind` in words that all such rows share."""
+
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind or text
 
 
 class SampleMaker:
@@ -42,12 +48,14 @@ class SampleMaker:
         codes: encodes speech (a path, address, bytes or array, as the row has it) to codes int64 [K, n].
         max_tokens: rows with more Thinker tokens are skipped (None: as many as the model has positions).
         max_frames: rows with a longer answer in speech are skipped (None: as many as the Talker has positions for).
-        loss_on: "assistant", every answer is learnt, or "last", only the last one.
+        loss_on: "assistant", every answer is learnt, or "last", only the last one; a row's own `learn` goes before it.
         speech: False leaves speech and codes out, to train the Thinker on the same manifests.
         options: further arguments of the processor for every row, those of `OPTIONS`.
+        pairs: whether rows have to have a rejected answer, or must have none (None: either).
 
-    Line breaks that open an answer are left out: the tokenizer would merge them with the one of the turn's header,
-    which is written before the model answers.
+    What an answer says is learnt as a whole: reasoning that the chat template leaves out is written into it, and a row
+    of which the template leaves out anything else is a bad one. Line breaks that open an answer are left out: the
+    tokenizer would merge them with the one of the turn's header, which is written before the model answers.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class SampleMaker:
         loss_on: str = "assistant",
         speech: bool = True,
         options: Mapping[str, Any] | None = None,
+        pairs: bool | None = None,
     ) -> None:
         if loss_on not in LOSS_ON:
             raise ValueError(f"unknown loss_on {loss_on!r}; {nearest(str(loss_on), LOSS_ON)}")
@@ -74,65 +83,97 @@ class SampleMaker:
         self.processor, self.config, self.codes = processor, config, codes
         self.max_tokens = min(positions, max_tokens or positions)
         self.max_frames = max_frames
-        self.loss_on, self.speech, self.options = loss_on, speech, dict(options or {})
+        self.loss_on, self.speech, self.options, self.pairs = loss_on, speech, dict(options or {}), pairs
         self._media = torch.tensor([*processor.tokens, processor.audio_end_id, processor.vision_end_id])
         self._newline = processor.encode_text("\n")[-1]
 
     def __call__(self, row: Row) -> Sample | Pair:
         """Read the row's media, and its speech if it has any.
 
-        Raises SkipRow for a row that is too long; ValueError, TypeError, FileNotFoundError or OSError for a bad one.
+        Raises SkipRow for a row that is too long; ValueError, TypeError, FileNotFoundError or OSError for a bad one,
+        NotUnderstood for one with or without a rejected answer where `pairs` says otherwise.
         """
-        chosen = self._sample(row, row.messages, row.voices)
+        self.check(row)
+        chosen = self._sample(row, row.messages, row.voices, row.learn)
         if row.rejected is None:
             return chosen
-        messages = [*row.messages[:-1], {"role": "assistant", "content": row.rejected.content}]
-        rejected = self._sample(row, messages, [*row.voices[:-1], row.rejected.voice])
-        return Pair(chosen, rejected, row.name)
+        messages, voices = row.worse()
+        return Pair(chosen, self._sample(row, messages, voices, row.learn[: len(voices) - 1]), row.name)
 
-    def _sample(self, row: Row, messages: Sequence[Mapping[str, Any]], voices: Sequence[Voice]) -> Sample:
+    def check(self, row: Row) -> None:
+        """Raises NotUnderstood for a row that is no pair where pairs are compared, or is one where they are not."""
+        if self.pairs is True and row.rejected is None:
+            raise NotUnderstood(
+                f"{row.name}: the row has one answer, and the objective compares a chosen with a rejected one; give "
+                "the row a rejected answer, or use another objective"
+            )
+        if self.pairs is False and row.rejected is not None:
+            raise NotUnderstood(
+                f"{row.name}: the row has a rejected answer, which this objective would learn like the chosen one; use "
+                "objective 'dpo', or list the rejected column in data.ignore_columns to learn the chosen answer alone"
+            )
+
+    def _sample(
+        self,
+        row: Row,
+        messages: Sequence[Mapping[str, Any]],
+        voices: Sequence[Voice],
+        learn: Sequence[bool | None],
+    ) -> Sample:
+        messages = [without_opening_breaks(message) for message in messages]
         inputs = self.processor(
-            [_without_opening_breaks(message) for message in messages],
+            messages,
             add_generation_prompt=False,
             tools=row.tools,
             use_audio_in_video=row.use_audio_in_video,
             **self.options,
         )
-        ids = inputs.input_ids[0].tolist()
-        if len(ids) > self.max_tokens:
-            raise SkipRow(f"more than {self.max_tokens} tokens")
-        hears = self.config.thinker.audio_config is not None
-        segments = inputs.segments(self.config.thinker, self.processor.audio_tokens if hears else None)
-        reach = reply_position(prompt_positions(segments[0], self.config.thinker.position_rule)[0])
-        if reach > self.config.thinker.text_config.max_position_embeddings:
-            raise SkipRow(f"reaches position {math.ceil(reach)}, beyond those of the model")
+        ids = self._short_enough(inputs.input_ids[0].tolist())
         spans = answer_spans(ids, self.config)
         if len(spans) != len(voices) or any(ids[start - 1] != self._newline for start, _ in spans):
             raise ValueError(
                 f"the chat template wrote {len(spans)} turns '<|im_start|>assistant\\n' for {len(voices)} assistant "
                 "messages; use one that writes each in a turn of its own"
             )
-        labels = self._labels(inputs, spans)
-        return Sample(inputs, labels, self._spoken(ids, spans, voices), row.name)
+        learnt = learnt_answers(len(voices), learn, self.loss_on)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        for own, (start, stop), message in reversed(list(zip(learnt, spans, answers))):
+            if own:
+                ids[start:stop] = whole_answer(ids[start:stop], message, self.processor)
+        if len(self._short_enough(ids)) != inputs.input_ids.shape[1]:
+            row_ids = torch.tensor([ids])
+            inputs = replace(inputs, input_ids=row_ids, attention_mask=torch.ones_like(row_ids))
+            spans = answer_spans(ids, self.config)
+        hears = self.config.thinker.audio_config is not None
+        segments = inputs.segments(self.config.thinker, self.processor.audio_tokens if hears else None)
+        reach = reply_position(prompt_positions(segments[0], self.config.thinker.position_rule)[0])
+        if reach > self.config.thinker.text_config.max_position_embeddings:
+            beyond = "beyond those of the model"
+            raise SkipRow(f"reaches position {math.ceil(reach)}, {beyond}", f"reaches positions {beyond}")
+        learnt_spans = [(span, voice) for span, voice, own in zip(spans, voices, learnt) if own]
+        labels = self._labels(inputs, [span for span, _ in learnt_spans])
+        return Sample(inputs, labels, self._spoken(ids, learnt_spans), row.name)
+
+    def _short_enough(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.max_tokens:
+            raise SkipRow(f"more than {self.max_tokens} tokens")
+        return ids
 
     def _labels(self, inputs: OmniInputs, spans: Sequence[tuple[int, int]]) -> Tensor:
         """int64 [T]: the ids of the answers that are learnt, `IGNORED` elsewhere and at media."""
         ids = inputs.input_ids[0]
         labels = torch.full_like(ids, IGNORED)
-        for start, stop in spans if self.loss_on == "assistant" else spans[-1:]:
+        for start, stop in spans:
             labels[start:stop] = ids[start:stop]
         return labels.masked_fill(torch.isin(ids, self._media), IGNORED)
 
-    def _spoken(
-        self, ids: Sequence[int], spans: Sequence[tuple[int, int]], voices: Sequence[Voice]
-    ) -> list[SpokenTurn]:
-        """The turns that are spoken; with `loss_on` "last" only the last answer."""
+    def _spoken(self, ids: Sequence[int], answers: Sequence[tuple[tuple[int, int], Voice]]) -> list[SpokenTurn]:
+        """The turns of learnt answers, (span, voice) each, that are spoken."""
         talker = self.config.talker_config
         if not self.speech or talker is None or not self.config.has_talker:
             return []
         turns = []
-        first = 0 if self.loss_on == "assistant" else len(spans) - 1
-        for (start, stop), voice in list(zip(spans, voices))[first:]:
+        for (start, stop), voice in answers:
             if voice.codes is None and voice.speech is None:
                 continue
             codes = check_codes(self._codes(voice), talker)
@@ -163,12 +204,16 @@ class SampleMaker:
             raise SkipRow(f"more than {self.max_frames or 'the positions of the Talker in'} frames")
 
 
-def _without_opening_breaks(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An assistant message whose text does not begin with blank lines."""
-    content = message.get("content")
-    if message["role"] != "assistant" or not isinstance(content, str):
-        return message
-    return {**message, "content": re.sub(r"\A\s*[\r\n]+", "", content)}
+def learnt_answers(count: int, learn: Sequence[bool | None], loss_on: str) -> list[bool]:
+    """Which of a row's answers are learnt: those that it says itself, the others as the run wants it.
+
+    Raises ValueError where none is left.
+    """
+    own = [*learn, *[None] * (count - len(learn))][:count]
+    found = [loss_on == "assistant" or i == count - 1 if wanted is None else wanted for i, wanted in enumerate(own)]
+    if not any(found):
+        raise ValueError("no answer of the row is learnt, its losses are all false or 0; leave the row out")
+    return found
 
 
 def answer_spans(ids: Sequence[int], config: OmniConfig) -> list[tuple[int, int]]:

@@ -1,15 +1,18 @@
-"""Manifests: conversations to train on, one a row, in JSONL, WebDataset tar or Parquet files.
+"""Manifests: conversations to train on, one a row, in the files and forms that trainers and data sets come in.
 
-A row is a JSON object, in the format that ms-swift and LLaMA-Factory read:
+Files are those of `omni.training.data.row_sources`, forms those of `omni.training.data.row_forms`. The first form is
 
-    messages            [{"role", "content"}, …]; content is a string or a list of items as `OmniProcessor` takes them
+    messages            [{"role", "content"}, …]; content is a string or a list of items as `OmniProcessor` takes them;
+                        an answer may say with `loss` (or `weight`) whether it is learnt
     images, audios, videos   what the tags <image>, <audio>, <video> of string contents stand for, in order
     speech              how the last answer sounds ("answer.wav"), or one entry for each assistant message, null: silent
     codes               ready codes instead of speech: [[…], …] of K rows, or a .safetensors file; lists as in speech
     speaker             a voice of the model, or one for each assistant message
     rejected            a worse last answer: its text, or {"content", "speech" or "codes"}; also rejected_response
     chosen              the better one, where messages end before it (absent: the last message is it)
+    rejected_messages   a worse conversation, or its end, that answers the same prompt
     system, tools, use_audio_in_video   a system prompt, tool schemas, and whether videos are heard
+    text                what a recording says, for `transcription`
     category            a group of rows, for evaluation
 
 Paths are relative to the manifest's folder; in a tar file the names of the sample's members come first.
@@ -17,33 +20,21 @@ Paths are relative to the manifest's folder; in a tar file the names of the samp
 
 from __future__ import annotations
 
-import json
 import re
-import tarfile
 import warnings
-from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from omni.config.keywords import nearest
+from omni.training.data.row_forms import MEDIA, WORSE, NotUnderstood, as_heard, as_messages
+from omni.training.data.row_sources import FORMATS, open_rows
+from omni.training.data.row_stores import Checksum, Locate, RowStore, parse_json
 
-MEDIA = {"image": "images", "audio": "audios", "video": "videos"}
-_KEYS = (
-    "messages", *MEDIA.values(), "speech", "codes", "speaker", "chosen", "rejected", "rejected_response", "system",
-    "tools", "use_audio_in_video", "category",
-)  # fmt: skip
 _ANSWER_KEYS = ("role", "content", "speech", "codes", "speaker")
-_CLOSE = 0.8  # how alike an unknown key and a known one are before it counts as misspelt
 _SOURCE_KEYS = ("image", "audio", "video", "input_audio", "image_url", "audio_url", "video_url", "url", "path")
 _TAG = re.compile("<(image|audio|video)>")
-_ADDRESS = re.compile("(data|https?|file):|~", re.IGNORECASE)
-
-Locate = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One checked row: messages as `OmniProcessor` takes them, one voice for each assistant message, options."""
+    """One checked row: messages as `OmniProcessor` takes them, one voice for each assistant message, options.
+
+    learn: whether each assistant message is learnt, None where the run decides; empty: it decides for all.
+    rejected_messages, rejected_voices: the worse conversation, where more than the last answer's content differs.
+    """
 
     messages: list[dict[str, Any]]
     voices: list[Voice]
@@ -72,37 +67,51 @@ class Row:
     tools: list[Any] | None = None
     use_audio_in_video: bool | None = None
     name: str = ""
+    learn: Sequence[bool | None] = ()
+    rejected_messages: list[dict[str, Any]] | None = None
+    rejected_voices: list[Voice] = field(default_factory=list)
+
+    def worse(self) -> tuple[list[dict[str, Any]], list[Voice]]:
+        """Messages and voices of the conversation with the rejected answer. Only for rows that have one."""
+        assert self.rejected is not None
+        if self.rejected_messages is not None:
+            return self.rejected_messages, self.rejected_voices
+        messages = [*self.messages[:-1], {"role": "assistant", "content": self.rejected.content}]
+        return messages, [*self.voices[:-1], self.rejected.voice]
 
 
 class Manifest:
-    """The rows of one file, read when they are asked for.
+    """The rows of a file, of several that a pattern names, or of a dataset (`row_sources`), read when they are asked
+    for. Places of rows are kept in memory and nothing else.
 
-    `.jsonl` keeps the byte offset of every line in memory and nothing else; `.tar` (uncompressed WebDataset, a row in
-    the `.json` member of each sample) keeps the members' places; `.parquet` is read through `datasets`, which keeps a
-    copy in its cache.
+    ignore: columns to leave out of every row; read: columns that something else reads, such as filters. contents: a
+    number that changes when rows change or change places.
 
     Raises FileNotFoundError for a missing file, ValueError for another format or a file without rows, ImportError
     where `datasets` is needed and not there.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"manifest {str(path)!r} does not exist; check the path")
-        suffix = self.path.suffix.lower()
-        if suffix not in _STORES:
-            raise ValueError(f"manifest {str(path)!r} must be one of {', '.join(_STORES)}, got {suffix!r}")
-        self.store = _STORES[suffix](self.path)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        ignore: Collection[str] = (),
+        read: Collection[str] = (),
+        open_store: Callable[[str | Path, Checksum], RowStore] = open_rows,
+    ) -> None:
+        self.path, seen = Path(path), Checksum()
+        self.store = open_store(path, seen)
+        self.ignore, self.read, self.contents = tuple(ignore), tuple(read), seen.value
         self._warned = False
         if not len(self.store):
-            raise ValueError(f"manifest {str(path)!r} holds no rows")
+            raise ValueError(f"manifest {str(path)!r} holds no rows; it must be one of {FORMATS}")
 
     def __len__(self) -> int:
         return len(self.store)
 
     def name(self, index: int) -> str:
         """Where a row is, for messages: its file and the line from 1 ("data.jsonl:17"), or the sample's key."""
-        return f"{self.path}:{self.store.label(index)}"
+        return self.store.name(index)
 
     def raw(self, index: int) -> dict[str, Any]:
         """A row as it is written. Raises ValueError where it is no JSON object, IndexError past the end."""
@@ -113,155 +122,29 @@ class Manifest:
             raise ValueError(f"a row must be a JSON object, got {type(row).__name__}")
         return {key: value for key, value in row.items() if value is not None}
 
+    def columns(self, index: int) -> dict[str, Any]:
+        """A row's columns as those of the form `messages`. Raises as `__getitem__`, for a column that the row's form
+        does not understand `NotUnderstood`."""
+        columns, unread = self._read_as(as_messages, index, self.read)
+        if unread and not self._warned:
+            self._warned = True
+            warnings.warn(f"{self.name(index)}: nothing but filters reads {unread}", stacklevel=3)
+        return columns
+
+    def heard(self, index: int) -> dict[str, Any]:
+        """A row's columns for what hears its recordings and knows no conversation (`as_heard`)."""
+        return self._read_as(as_heard, index)
+
+    def _read_as(self, form: Callable[..., Any], index: int, *options: Any) -> Any:
+        try:
+            return form(self.raw(index), self.ignore, *options)
+        except NotUnderstood as error:
+            raise NotUnderstood(f"{self.name(index)}: {error}") from error
+
     def __getitem__(self, index: int) -> Row:
         """A checked row. Raises ValueError or TypeError that says what is wrong with it."""
-        raw = self.raw(index)
-        unknown = [key for key in raw if key not in _KEYS]
-        for key in unknown:
-            if hint := nearest(key, _KEYS, "", _CLOSE):
-                raise ValueError(f"the row has the unknown key {key!r}; {hint}")
-        if unknown and not self._warned:
-            self._warned = True
-            warnings.warn(f"{self.name(index)}: nothing but filters reads {', '.join(unknown)}", stacklevel=2)
-        return read_row(raw, self.store.locate(index), self.name(index))
-
-
-class RowStore(ABC):
-    """A file of rows: what is in it, and where the media of a row are."""
-
-    path: Path
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    def label(self, index: int) -> str:
-        """The row's place in the file."""
-        return str(index)
-
-    @abstractmethod
-    def read(self, index: int) -> Any:
-        """The row as it is written."""
-
-    def locate(self, index: int) -> Locate:
-        """What finds the row's media."""
-        return _beside(self.path.parent)
-
-
-class _Lines(RowStore):
-    """JSONL: one row a line; blank lines are passed over."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.starts, self.lines = path, array("q"), array("q")
-        start, number = 0, 1
-        with (
-            path.open("rb") as file,
-            tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2, leave=False) as bar,
-        ):
-            for line in file:
-                if line.strip():
-                    self.starts.append(start)
-                    self.lines.append(number)
-                start, number = start + len(line), number + 1
-                bar.update(len(line))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def label(self, index: int) -> str:
-        return str(self.lines[index])
-
-    def read(self, index: int) -> Any:
-        with self.path.open("rb") as file:  # opened anew: threads and processes share nothing
-            file.seek(self.starts[index])
-            line = file.readline()
-        return _parse(line)
-
-
-class _Tar(RowStore):
-    """WebDataset: members with one name before the first dot form a sample, whose `.json` member is the row."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tqdm(tar, desc=path.name, unit="member", delay=2, leave=False):
-                    if member.isfile():
-                        folder, _, file = member.name.rpartition("/")
-                        key, _, extension = file.partition(".")
-                        place = (member.offset_data, member.size)
-                        samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension] = place
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(
-                f"{path} cannot be read as a tar file ({error}); compressed ones must be unpacked"
-            ) from error
-        self.keys, self.samples = list(samples), list(samples.values())
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def label(self, index: int) -> str:
-        return self.keys[index]
-
-    def read(self, index: int) -> Any:
-        if "json" not in self.samples[index]:
-            raise ValueError(f"the sample has no .json member, only {', '.join(self.samples[index])}")
-        return _parse(self._member(index, "json"))
-
-    def locate(self, index: int) -> Locate:
-        outside, key = _beside(self.path.parent), self.keys[index]
-
-        def locate(name: str) -> Any:
-            extension = name.removeprefix(f"{key}.")
-            return self._member(index, extension) if extension in self.samples[index] else outside(name)
-
-        return locate
-
-    def _member(self, index: int, extension: str) -> bytes:
-        offset, size = self.samples[index][extension]
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-
-class _Parquet(RowStore):
-    """Parquet through `datasets`, which maps it into memory; media stay as they are stored."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from datasets import Dataset
-        except ImportError as error:
-            raise ImportError(
-                f"{path.name}: Parquet is read with the package datasets; install it (pip install datasets), or "
-                "convert the file to JSONL"
-            ) from error
-        self.path = path
-        self.table: Any = Dataset.from_parquet(str(path)).with_format("arrow")  # decodes nothing
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def read(self, index: int) -> Any:
-        return self.table[index : index + 1].to_pylist()[0]
-
-
-_STORES: dict[str, Callable[[Path], RowStore]] = {".jsonl": _Lines, ".tar": _Tar, ".parquet": _Parquet}
-
-
-def _parse(text: bytes, what: str = "the row") -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} cannot be read as JSON: {error}") from error
-
-
-def _beside(folder: Path) -> Locate:
-    """Makes paths relative to `folder` whole; addresses stay."""
-
-    def locate(name: str) -> str:
-        return name if _ADDRESS.match(name) else str(folder / name)
-
-    return locate
+        alone = not set(WORSE).isdisjoint(self.ignore)
+        return _row_of(self.columns(index), self.store.locate(index), self.name(index), alone=alone)
 
 
 def read_row(raw: Mapping[str, Any], locate: Locate, name: str = "") -> Row:
@@ -269,8 +152,13 @@ def read_row(raw: Mapping[str, Any], locate: Locate, name: str = "") -> Row:
 
     Raises ValueError or TypeError that says what is wrong; what the messages hold is checked by the processor.
     """
-    messages = _read_messages(raw, locate)
-    chosen, rejected = _read_preference(raw, messages, locate)
+    return _row_of(as_messages({key: value for key, value in raw.items() if value is not None})[0], locate, name)
+
+
+def _row_of(raw: Mapping[str, Any], locate: Locate, name: str, *, alone: bool = False) -> Row:
+    """A row of columns of the form `messages`. alone: a chosen answer needs no rejected one."""
+    messages = _read_messages(raw, raw["messages"], locate)
+    chosen, rejected = _read_preference(raw, messages, locate, alone=alone)
     own = sum(message["role"] == "assistant" for message in messages)
     voices = _read_voices(raw, own, locate)
     if chosen is not None:
@@ -283,16 +171,47 @@ def read_row(raw: Mapping[str, Any], locate: Locate, name: str = "") -> Row:
     if rejected is not None and rejected.content is None:
         rejected = rejected._replace(content=messages[-1]["content"])
     use = raw.get("use_audio_in_video")
+    use = {"true": True, "false": False}.get(use.lower(), use) if isinstance(use, str) else use
     if not isinstance(use, (bool, type(None))):
         raise TypeError(f"use_audio_in_video must be true or false, got {use!r}")
-    return Row(messages, voices, rejected, _read_tools(raw), use, name)
+    learn = _read_learn(messages)
+    if learn and learn[-1] is False and (rejected is not None or "rejected_messages" in raw):
+        raise ValueError("the answer that is compared with a rejected one says that it is not learnt; drop its loss")
+    row = Row(messages, voices, rejected, _read_tools(raw), use, name, learn)
+    return row if "rejected_messages" not in raw else _with_worse(row, raw, locate)
 
 
-def _read_messages(raw: Mapping[str, Any], locate: Locate) -> list[dict[str, Any]]:
+def _read_learn(messages: list[dict[str, Any]]) -> tuple[bool | None, ...]:
+    """Whether each answer is learnt, taken out of the messages; empty where none of them says so."""
+    learn = tuple(message.pop("loss", None) for message in messages if message["role"] == "assistant")
+    return () if set(learn) == {None} else learn
+
+
+def _with_worse(row: Row, raw: Mapping[str, Any], locate: Locate) -> Row:
+    """The row with its rejected conversation, which has to part from the chosen one at an answer."""
+    if row.rejected is not None:
+        raise ValueError("rejected and rejected_messages mean the same; give one of them")
+    worse = _read_messages(raw, raw["rejected_messages"], locate)
+    _read_learn(worse)
+    pairs = zip(row.messages, worse)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row.messages), len(worse)))
+    tails = row.messages[shared:], worse[shared:]
+    if any(not tail or tail[0]["role"] != "assistant" or tail[-1]["role"] != "assistant" for tail in tails):
+        raise ValueError(
+            f"the chosen and the rejected conversation part at message {shared}, which is not an answer of both; they "
+            "must share their prompt and end with different answers"
+        )
+    last, before = worse[-1], sum(message["role"] == "assistant" for message in worse[:shared])
+    rejected = Answer(last["content"], Voice())
+    if len(worse) == len(row.messages) == shared + 1 and set(last) == {"role", "content"}:
+        return replace(row, rejected=rejected)
+    answers = sum(message["role"] == "assistant" for message in worse)
+    voices = [*row.voices[:before], *[Voice()] * (answers - before)]
+    return replace(row, rejected=rejected, rejected_messages=worse, rejected_voices=voices)
+
+
+def _read_messages(raw: Mapping[str, Any], given: Any, locate: Locate) -> list[dict[str, Any]]:
     """The messages with media in the place of their tags."""
-    given = raw.get("messages")
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"the row needs messages, a list of {{'role', 'content'}}, got {_show(given)}")
     system = raw.get("system")
     if system is not None and not isinstance(system, str):
         raise TypeError(f"system must be a string, got {type(system).__name__}")
@@ -304,9 +223,7 @@ def _read_messages(raw: Mapping[str, Any], locate: Locate) -> list[dict[str, Any
         return queues[kind][tags[kind] - 1] if tags[kind] <= len(queues[kind]) else None
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    for number, message in enumerate(given):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(f"message {number} must be an object with 'role' and 'content', got {_show(message)}")
+    for message in given:
         messages.append({**message, "content": _read_content(message.get("content"), take, locate)})
     for kind, written in tags.items():
         if written != len(queues[kind]):
@@ -363,7 +280,7 @@ def _read_content(content: Any, take: Callable[[str], Any], locate: Locate) -> A
 
 
 def _read_preference(
-    raw: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], locate: Locate
+    raw: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], locate: Locate, *, alone: bool
 ) -> tuple[Answer | None, Answer | None]:
     """(chosen, rejected), None where the row has none."""
     if "rejected" in raw and "rejected_response" in raw:
@@ -372,14 +289,14 @@ def _read_preference(
     better = raw.get("chosen")
     if better is None:
         return None, None if worse is None else _read_answer("rejected", worse, locate)
-    if worse is None:
+    if worse is None and not alone:
         raise ValueError("chosen is given without rejected; a preference needs both")
     if messages[-1]["role"] == "assistant":
         raise ValueError("messages end with an answer and chosen is given too; leave one of them out")
     chosen = _read_answer("chosen", better, locate)
     if chosen.content is None:
         raise ValueError("chosen has no content; give the answer's text")
-    return chosen, _read_answer("rejected", worse, locate)
+    return chosen, None if worse is None else _read_answer("rejected", worse, locate)
 
 
 def _read_answer(key: str, value: Any, locate: Locate) -> Answer:
@@ -438,10 +355,10 @@ def _is_codes(value: Any) -> bool:
 def _read_tools(raw: Mapping[str, Any]) -> list[Any] | None:
     tools = raw.get("tools")
     if isinstance(tools, str):  # as ms-swift and LLaMA-Factory write them
-        tools = _parse(tools.encode(), "tools") if tools.strip() else None
+        tools = parse_json(tools.encode(), "tools") if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
         raise TypeError(f"tools must be a list of schemas, got {type(tools).__name__}")
-    return tools or None
+    return [parse_json(tool.encode(), "a tool") if isinstance(tool, str) else tool for tool in tools or ()] or None
 
 
 def _show(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -92,7 +93,7 @@ class Mixture:
         number = min(bisect_right(self._bounds, share), self._last)
         for _ in range(2 * len(self.manifests[number]) + 1):
             draw = self._take(number)
-            if self._kept(draw):
+            if self.keeps(draw):
                 return draw
             self.dropped[number] += 1
         raise ValueError(
@@ -107,7 +108,8 @@ class Mixture:
         self.taken[number] += 1
         return Draw(manifest, shuffled(place, len(manifest), self.seed, _ORDER, number, epoch))
 
-    def _kept(self, draw: Draw) -> bool:
+    def keeps(self, draw: Draw) -> bool:
+        """Whether a row is used."""
         if self.keep is None:
             return True
         try:
@@ -126,10 +128,12 @@ class Mixture:
             "rank": self.rank,
             "world_size": self.world_size,
             "rows": [len(manifest) for manifest in self.manifests],
+            "contents": [manifest.contents for manifest in self.manifests],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` stands. Raises ValueError where it belongs to other manifests, seeds or processes."""
+        """Go on where `state` stands. Raises ValueError where it belongs to other manifests, seeds or processes; warns
+        where rows of a manifest were changed or put into another order since."""
         own = self.state_dict()
         for key in ("rows", "seed", "rank", "world_size"):
             if state[key] != own[key]:
@@ -137,6 +141,14 @@ class Mixture:
                     f"the saved data position has {key} {state[key]}, this run {own[key]}; resume with the same "
                     "manifests, seed and number of processes, or start the data afresh"
                 )
+        before = state.get("contents", own["contents"])
+        changed = [str(m.path) for m, was in zip(self.manifests, before) if m.contents != was]
+        if changed:
+            warnings.warn(
+                f"the rows of {', '.join(changed)} were changed or reordered since the saved run read them: it goes on "
+                "at the same places, where other rows may stand now, so some come twice and some not at all this epoch",
+                stacklevel=4,
+            )
         self.draws, self.taken, self.dropped = state["draws"], list(state["taken"]), list(state["dropped"])
 
 

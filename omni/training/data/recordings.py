@@ -9,7 +9,6 @@ Shapes: B crops of n samples, K codebooks, F = n / hop_length frames.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,13 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni.training.data.conversation_samples import SkipRow
-from omni.training.data.manifest import Manifest, RowStore
+from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Draw, Mixture, random_number
-from omni.training.data.sound import AUDIO_SUFFIXES, read_speech
+from omni.training.data.row_forms import NotUnderstood
+from omni.training.data.row_stores import AUDIO_SUFFIXES, Checksum, RowStore
+from omni.training.data.sound import read_speech
+from omni.training.data.tally import Tally, describe_counts
 
 HEARD = ("audio", "audios")  # keys of what a conversation hears; items of its messages belong to them
 SOUNDS = (*HEARD, "speech")
-_NAMED = 5  # bad rows that an error lists
 _FRUITLESS = 1000  # unusable rows, beyond all there are, after which the search for a good one ends
 _WHICH, _WHERE = 3, 4  # what a random number is for, beside the mixture's and the batches' own
 
@@ -38,9 +39,16 @@ Batch = TypeVar("Batch")
 class _Files(RowStore):
     """The audio files in a folder and below, in the order of their paths."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: str | Path, seen: Checksum) -> None:
+        path = Path(source).expanduser()
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder; pass one with audio files")
         files = (file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
         self.path, self.files = path, sorted(files)
+        if not self.files:
+            raise FileNotFoundError(f"{path} holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
+        for file in self.files:
+            seen.add(f"{file.relative_to(path)} {file.stat().st_size};")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,26 +66,22 @@ class SoundFolder(Manifest):
     Raises FileNotFoundError where there is no folder or no audio file.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"{self.path} is not a folder; pass one with audio files")
-        self.store = _Files(self.path)
-        self._warned = False
-        if not len(self.store):
-            raise FileNotFoundError(f"{self.path} holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(path, open_store=_Files, **options)
 
 
-def open_sounds(path: str | Path) -> Manifest:
-    """A manifest, or a folder of audio files. Raises FileNotFoundError or ValueError as they do."""
-    path = Path(path).expanduser()
-    return SoundFolder(path) if path.is_dir() else Manifest(path)
+def open_sounds(path: str | Path, **options: Any) -> Manifest:
+    """A manifest, or a folder of audio files; options of `Manifest`. Raises FileNotFoundError or ValueError as they
+    do."""
+    folder = Path(path).expanduser()
+    saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))  # by `datasets`
+    return SoundFolder(path, **options) if folder.is_dir() and not saved else Manifest(path, **options)
 
 
 def sounds_of(draw: Draw, keys: Sequence[str] = SOUNDS) -> list[Any]:
     """The recordings of a row, as `read_speech` takes them: those under `keys`, one or a list each, and where "audios"
     is among them those of the messages' audio items. Raises ValueError for a row that is no JSON object."""
-    raw = draw.manifest.raw(draw.row)
+    raw = draw.manifest.heard(draw.row)
     found = [sound for key in keys for sound in _listed(raw.get(key))]
     if "audios" in keys:
         for message in _listed(raw.get("messages")):
@@ -108,6 +112,7 @@ class _Made(NamedTuple):
     name: str
     item: Any = None
     reason: str = ""
+    kind: str = ""
     bad: bool = False
 
 
@@ -115,7 +120,7 @@ class DrawnBatches(Generic[Item, Batch]):
     """Endless batches of `batch_size` items, one made of each draw of a mixture.
 
     Rows that cannot be read are named by a warning, kept in `skipped` (name -> reason) and replaced by further draws;
-    those that `make` raises SkipRow for are counted in `left_out`, and the first is named.
+    those that `make` raises SkipRow for are counted by reason in `tally`, and the first of each reason is named.
 
     Args:
         mixture: which rows, in which order; it belongs to this object from now on.
@@ -143,12 +148,24 @@ class DrawnBatches(Generic[Item, Batch]):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.mixture, self.make, self.join = mixture, make, join
-        self.batch_size, self.skip_limit = batch_size, skip_limit
-        self.skipped: dict[str, str] = {}
-        self.left_out = 0
+        self.batch_size, self.tally = batch_size, Tally(skip_limit)
         self._pool = ThreadPoolExecutor(workers, "read-ahead") if workers else None
         self._ahead: list[Future[_Made]] = []
         self._place = mixture.state_dict()  # after the batch that was given last
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Bad rows, name -> reason."""
+        return self.tally.bad
+
+    @property
+    def left_out(self) -> int:
+        """Draws of rows that are not to be used, whatever the reason (`tally.left_out`)."""
+        return self.tally.left_out.total()
+
+    def counts(self) -> dict[str, Any]:
+        """What was drawn and not used so far, by reason."""
+        return self.tally.counts(self.mixture.draws, sum(self.mixture.dropped))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -172,8 +189,10 @@ class DrawnBatches(Generic[Item, Batch]):
     def _make(self, draw: Draw, number: int) -> _Made:
         try:
             return _Made(draw.name, self.make(draw, number))
-        except SkipRow as reason:
-            return _Made(draw.name, reason=str(reason))
+        except SkipRow as error:
+            return _Made(draw.name, reason=str(error), kind=error.kind)
+        except NotUnderstood:  # all rows of the set are like it
+            raise
         except (ValueError, TypeError, OSError) as error:
             return _Made(draw.name, reason=str(error), bad=True)
 
@@ -182,39 +201,29 @@ class DrawnBatches(Generic[Item, Batch]):
         made = made.result() if isinstance(made, Future) else made
         for _ in range(len(self.mixture) + _FRUITLESS):
             if made.item is not None:
+                if note := getattr(made.item, "note", ""):
+                    self.tally.cut[note] += 1
                 return made.item
-            self._pass_over(made)
+            if made.bad:
+                self.tally.pass_over(made.name, made.reason)
+            else:
+                self.tally.leave_out(made.name, made.reason, made.kind)
             made = self._draw()
         raise ValueError(
-            f"none of the last {len(self.mixture) + _FRUITLESS} rows can be used: {self.left_out} were left out and "
-            f"{len(self.skipped)} are bad so far, the last is {made.name}: {made.reason}"
+            f"none of the last {len(self.mixture) + _FRUITLESS} rows can be used: {describe_counts(self.counts())}; "
+            f"the last is {made.name}: {made.reason}"
         )
-
-    def _pass_over(self, made: _Made) -> None:
-        """Count a row that gave nothing. Raises ValueError where too many are bad."""
-        if not made.bad:
-            self.left_out += 1
-            if self.left_out == 1:
-                warnings.warn(f"{made.name} is left out: {made.reason}", stacklevel=4)
-            return
-        if made.name in self.skipped:
-            return
-        self.skipped[made.name] = made.reason
-        if len(self.skipped) > self.skip_limit:
-            first = "".join(f"\n  {name}: {reason}" for name, reason in list(self.skipped.items())[:_NAMED])
-            raise ValueError(f"{len(self.skipped)} rows are bad, more than skip_limit {self.skip_limit}:{first}")
-        warnings.warn(f"{made.name} is skipped: {made.reason}", stacklevel=4)
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on after the batch that was given last; what was read ahead is read again."""
-        return {"mixture": self._place, "skipped": dict(self.skipped), "left_out": self.left_out}
+        return {"mixture": self._place, **self.tally.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` stands. Raises ValueError where it is of other manifests, seeds or processes."""
         self._drop_ahead()
         self.mixture.load_state_dict(state["mixture"])
         self._place = self.mixture.state_dict()
-        self.skipped, self.left_out = dict(state["skipped"]), state["left_out"]
+        self.tally.load_state_dict(state)
 
     def close(self) -> None:
         """End the reading ahead; the object is of no further use."""
@@ -231,13 +240,15 @@ class DrawnBatches(Generic[Item, Batch]):
 @dataclass(frozen=True)
 class Crop:
     """Samples [n] of one recording, of which `length` are recorded and the rest is silence behind its end; start: the
-    first one's place in the recording; codes int64 [K, F] where they were asked for, zeros behind the end."""
+    first one's place in the recording; codes int64 [K, F] where they were asked for, zeros behind the end; note: what
+    of the recording is not in it."""
 
     wave: Tensor
     length: int
     start: int = 0
     codes: Tensor | None = None
     name: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -322,7 +333,8 @@ class CropMaker:
                 raise ValueError("the codec encoder gave no frame of the recording; it is too short")
             codes = F.pad(codes, (0, self.samples // self.hop - codes.shape[1]))
         crop = F.pad(wave[start : start + length], (0, self.samples - length)).clone()  # not the whole recording
-        return Crop(crop, length, start, codes, draw.name)
+        note = "a crop of a longer recording" if length < len(wave) else ""
+        return Crop(crop, length, start, codes, draw.name, note)
 
     def _codes_at(self, codes: Tensor, samples: int, start: int) -> Tensor:
         """The frames of a crop [K, F] or less, out of the codes [K, T] of a recording of that many samples."""

@@ -11,8 +11,6 @@ from omni.encoders.resample import MAX_RATE_HZ, MIN_RATE_HZ, StreamingResampler
 from omni.processing.audio_file import check_samples, decode_audio, read_array
 from omni.processing.sources import describe, is_source, open_source
 
-AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".aif", ".webm"))
-
 
 def read_speech(source: Any, rate_hz: int) -> Tensor:
     """A recording as mono fp32 samples [n] at `rate_hz`.

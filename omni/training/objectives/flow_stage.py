@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,20 @@ _WHERE, _WHO, _FROM = 5, 6, 7  # what a random number is for, beside those of `o
 
 @dataclass(frozen=True)
 class FlowItem:
-    """One crop: codes int64 [T], mel [N, M]; speaker [E] and reference_mel [R, M] of another recording."""
+    """One crop: codes int64 [T], mel [N, M]; speaker [E] and reference_mel [R, M] of another recording. note: what of
+    the recording is not in it."""
 
     codes: Tensor
     mel: Tensor
     speaker: Tensor
     reference_mel: Tensor
+    note: ClassVar[str] = ""
+
+
+class PartItem(FlowItem):
+    """A crop of a recording that is longer."""
+
+    note: ClassVar[str] = "a crop of a longer recording"
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ class FlowMaker:
             raise ValueError("the row names no speaker, so it has no voice; give it one under the key 'speaker'")
         others = [other for other in self.speakers.get(speaker.lower(), ()) if other != draw]
         if not others:
-            raise SkipRow(f"it is the only recording of {speaker!r}, whose voice must come from another one")
+            kind = "it is the only recording of its speaker"
+            raise SkipRow(f"it is the only recording of {speaker!r}, whose voice must come from another one", kind)
         sound = _recording(draw)
         mel, codes = self.mel(read_speech(sound, self.mel.sample_rate)), self._codes(raw, draw, sound)
         length = min(len(codes), len(mel) // self.repeats)
@@ -145,7 +154,7 @@ class FlowMaker:
         count = min(length - start, self.crop)
         other = others[self._random(number, _WHO) % len(others)]
         voice_mel = self.mel(read_speech(_recording(other), self.mel.sample_rate))
-        return FlowItem(
+        return (FlowItem if count == length else PartItem)(
             codes[start : start + count].clone(),
             mel[start * self.repeats : (start + count) * self.repeats].clone(),
             self._embedding(other, speaker),

@@ -215,7 +215,7 @@ class ClipMaker:
         sounds = sounds_of(draw, HEARD) or sounds_of(draw, ("speech",))
         if len(sounds) != 1:
             raise ValueError(f"a row to transcribe has one recording, this one has {len(sounds)}; split it, or add one")
-        text = text_of(draw.manifest.raw(draw.row))
+        text = text_of(draw.manifest.heard(draw.row))
         text = text if self.language is None else normalise(text, self.language)
         if not text.strip():
             raise SkipRow("its text is empty")
@@ -227,7 +227,10 @@ class ClipMaker:
         features = self.augmentation.features(self.mel(samples), number)
         tokens = self.transcriber.audio_encoder.num_tokens(features.shape[1])
         if self.transcriber.shortest(labels) > tokens:
-            raise SkipRow(f"its text needs {self.transcriber.shortest(labels)} tokens of audio, it has {tokens}")
+            raise SkipRow(
+                f"its text needs {self.transcriber.shortest(labels)} tokens of audio, it has {tokens}",
+                "its text needs more tokens of audio than it has",
+            )
         return Clip(features, text, labels, draw.name)
 
 

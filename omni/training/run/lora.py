@@ -11,7 +11,8 @@ O outputs of a matrix.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from omni.layers.quantized import packed_kind
 
 _ADAPTER = "default"  # PEFT's name of a sole adapter
 _STACKED = ("gate_up_proj", "down_proj")
+_LOOKED_AT = 64  # rows of a weight that tell it from another
 
 
 class LoRAExperts(Experts):
@@ -141,6 +143,36 @@ def merge_lora(model: nn.Module) -> None:
             base, (a, b) = layer.get_base_layer(), _linear_factors(layer)
             base.weight.copy_(_updated(base.weight, b @ a, layer.scaling[_ADAPTER]))
             _replace(model, name, base)
+
+
+class LoRABase:
+    """Remembers in a run's checkpoints which weights its low-rank updates belong to: a run that goes on must not add
+    them to weights that hold them already, such as its own export in the place of the checkpoint it started from.
+
+    The number is made of some rows of every weight that has an update. Where the model is spread over processes none is
+    made, and `changed` stays False.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.changed = model, False
+
+    def state_dict(self) -> dict[str, int]:
+        """The number, 0 where none is made."""
+        value = 0
+        for _, layer in _lora_layers(self.model):
+            experts = isinstance(layer, LoRAExperts)
+            weights = [getattr(layer, name) for name in _STACKED] if experts else [layer.base_layer.weight]
+            for weight in weights:
+                if type(weight.data) is not Tensor:
+                    return {"crc32": 0}
+                rows = weight.detach().flatten(0, -2)
+                rows = rows[:: max(1, len(rows) // _LOOKED_AT)].contiguous().cpu()
+                value = zlib.crc32(rows.view(torch.uint8).numpy().tobytes(), value)
+        return {"crc32": value}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Compare with what a checkpoint remembers."""
+        self.changed = self.state_dict() != dict(state)
 
 
 def save_lora(

@@ -53,6 +53,8 @@ from omni.training.objectives.transcription_stage import (
     evaluate_transcriber,
 )
 from omni.training.run.contracts import Data, Objective, Stateful
+from omni.training.run.fit import look_at_rows
+from omni.training.run.objective_losses import ObjectiveLosses, merged
 from omni.training.run.train_config import DataTable, FilterTable, TrainConfig
 
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
@@ -77,14 +79,15 @@ class Setup:
             )
         return self.processor
 
-    def mixture(self, read: Callable[[str], Manifest] = Manifest, part: str = "train") -> Mixture:
+    def mixture(self, read: Callable[..., Manifest] = Manifest, part: str = "train") -> Mixture:
         """The manifests of `part`, train or eval, in their shares, filtered. Raises ValueError where there are none."""
         table = self.config.data
         sources = getattr(table, part)
         if not sources:
             raise ValueError(f"there is no data; set data.{part} = [{{ manifest = '{part}.jsonl' }}]")
+        columns = {"ignore": table.ignore_columns, "read": [wanted.key for wanted in table.filters]}
         return Mixture(
-            [read(source.manifest) for source in sources],
+            [read(source.manifest, **columns) for source in sources],
             [source.weight for source in sources],
             self.config.train.seed,
             rank=self.share[0],
@@ -116,6 +119,9 @@ class Collated:
     def __iter__(self) -> Iterator[TrainingBatch]:
         return (collate(samples, self.pad_token_id) for samples in self.batches)
 
+    def counts(self) -> dict[str, Any]:
+        return self.batches.counts()
+
     def state_dict(self) -> dict[str, Any]:
         return self.batches.state_dict()
 
@@ -127,14 +133,21 @@ def keeps(row: Mapping[str, Any], filters: tuple[FilterTable, ...]) -> bool:
     """Whether a manifest's row passes every filter: the quality filter of continued pre-training."""
     for wanted in filters:
         value = row.get(wanted.key)
+        if isinstance(value, str):  # a cell of CSV
+            try:
+                value = float(value)
+            except ValueError:
+                return False
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not wanted.min <= value <= wanted.max:
             return False
     return True
 
 
-def conversations(setup: Setup, *, speech: bool) -> Collated:
-    """The manifests' conversations as batches; with `speech`, the answers' recordings as codes."""
-    processor, table = setup.require_processor(), setup.config.data
+def conversations(setup: Setup, *, speech: bool, pairs: bool = False) -> Collated:
+    """The manifests' conversations as batches; with `speech`, the answers' recordings as codes; with `pairs`, two
+    answers each. A sample of the rows is looked at: raises ValueError where the objective would learn nothing of them,
+    or the wrong thing."""
+    processor, table, mixture = setup.require_processor(), setup.config.data, setup.mixture()
     maker = SampleMaker(
         processor,
         setup.model.config,
@@ -142,9 +155,11 @@ def conversations(setup: Setup, *, speech: bool) -> Collated:
         max_tokens=table.max_tokens,
         loss_on=table.loss_on,
         speech=speech,
+        pairs=pairs,
     )
+    look_at_rows(mixture, maker, setup.config)
     batches = Batches(
-        setup.mixture(),
+        mixture,
         maker,
         max_tokens=table.max_tokens,
         bucket_size=table.bucket,
@@ -157,24 +172,30 @@ def conversations(setup: Setup, *, speech: bool) -> Collated:
     return Collated(batches, 0 if pad is None else int(pad))
 
 
-def scores(setup: Setup) -> Evaluate | None:
-    """`eval.metrics` of the model on the manifests of `data.eval`; None where no evaluation is asked for."""
+def scores(setup: Setup, data: Collated, objective: Objective) -> Evaluate | None:
+    """`eval.metrics` of the model on the manifests of `data.eval`; None where no evaluation is asked for.
+
+    "loss", the only one by default, is that of the objective; that of "thinker" is the cross-entropy of the answers.
+    """
     table, sources = setup.config.eval, setup.config.data.eval
     if not table.every:
         return None
     if not sources:
         raise ValueError("eval.every needs data to evaluate on; set data.eval = [{ manifest = 'eval.jsonl' }]")
-    scorer = import_name(table.scorer)
+    scorer, metrics = import_name(table.scorer), table.metrics or ("loss",)
+    own = setup.config.train.objective != "thinker" and "loss" in metrics and table.scorer == type(table).scorer
+    others = tuple(name for name in metrics if not own or name != "loss")
     codes = codes_of(setup.model, setup.config.data)
     hooks = {
-        Path(source.manifest).stem: scorer(
-            setup.require_processor(), source.manifest, table.metrics or ("loss",), table.limit, codes
+        manifest.path.stem: merged(
+            [scorer(setup.require_processor(), manifest, others, table.limit, codes)] if others else [],
+            [ObjectiveLosses(objective, data.batches, manifest, table.limit, data.pad_token_id)] if own else [],
         )
-        for source in sources
+        for manifest in setup.mixture(part="eval").manifests
     }
 
     def evaluate(module: nn.Module, step: int) -> dict[str, float]:
-        found = {name: hook(module, step) for name, hook in hooks.items()}
+        found = {name: dict(hook(module, step)) for name, hook in hooks.items()}
         if len(found) == 1:
             return next(iter(found.values()))
         return {f"{manifest}/{name}": value for manifest, own in found.items() for name, value in own.items()}
@@ -207,35 +228,42 @@ def codes_of(model: OmniModel, table: DataTable) -> Callable[[Any], torch.Tensor
     encoder = codec_encoder(model, table)
     if encoder is None:
         return None
-    cache = table.codec.cache or str(Path(table.train[0].manifest).parent / "codes")
+    beside = Path(table.train[0].manifest).parent  # of a dataset of the Hub there is none
+    cache = table.codec.cache or str((beside if beside.is_dir() else Path()) / "codes")
     return partial(cached_codes, encoder=encoder, folder=cache)
 
 
 def _supervised(setup: Setup, *, text: bool, speech: bool) -> Stage:
-    options = dict(setup.config.objective)
     objective = _with_options(
         partial(Supervised, setup.model, text=text, speech=speech, given=setup.config.loss),
-        options,
-        ("detach", "residual_weight", "residual_share"),
+        dict(setup.config.objective),
+        ("detach", "residual_weight", "residual_share") if speech else (),
     )
-    return Stage(setup.model, objective, conversations(setup, speech=speech), evaluate=scores(setup))
+    data = conversations(setup, speech=speech)
+    return Stage(setup.model, objective, data, evaluate=scores(setup, data, objective))
 
 
-def _on_conversations(setup: Setup, make: Callable[..., Objective], *, speech: bool, known: tuple[str, ...]) -> Stage:
+def _on_conversations(
+    setup: Setup, make: Callable[..., Objective], *, speech: bool, known: tuple[str, ...], pairs: bool = False
+) -> Stage:
     """An objective over the manifests' conversations."""
     objective = _with_options(partial(make, setup.model, given=setup.config.loss), setup.config.objective, known)
-    return Stage(setup.model, objective, conversations(setup, speech=speech), evaluate=scores(setup))
+    data = conversations(setup, speech=speech, pairs=pairs)
+    return Stage(setup.model, objective, data, evaluate=scores(setup, data, objective))
 
 
 def _dpo(setup: Setup) -> Stage:
-    known = ("text", "speech", "beta", "label_smoothing", "residual_weight", "detach", "reference")
-    return _on_conversations(setup, DPO, speech=bool(setup.config.objective.get("speech")), known=known)
+    speech = bool(setup.config.objective.get("speech"))
+    of_speech = ("residual_weight", "detach") if speech else ()
+    known = ("text", "speech", "beta", "label_smoothing", "reference", *of_speech)
+    return _on_conversations(setup, DPO, speech=speech, known=known, pairs=True)
 
 
 def _distillation(setup: Setup) -> Stage:
     if "teacher" not in setup.config.objective:
         raise ValueError("distillation needs a teacher; set objective.teacher to its folder or Hub id")
-    known = ("teacher", "on_policy", "top_k", "temperature", "direction", "max_new_tokens", "sampling")
+    of_answers = ("max_new_tokens", "sampling") if setup.config.objective.get("on_policy") else ()
+    known = ("teacher", "on_policy", "top_k", "temperature", "direction", *of_answers)
     return _on_conversations(setup, Distillation, speech=False, known=known)
 
 
@@ -372,7 +400,8 @@ def _with_options(make: Callable[..., Any], options: dict[str, Any], known: tupl
     """`make(**options)`; ValueError for an option that it does not have."""
     for name in options:
         if name not in known:
-            raise ValueError(f"unknown key 'objective.{name}'; {nearest(name, known)}")
+            hint = nearest(name, known) if known else "this objective has no options"
+            raise ValueError(f"unknown key 'objective.{name}', or one without effect here; {hint}")
     return make(**options)
 
 

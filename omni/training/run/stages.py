@@ -19,7 +19,8 @@ from omni.processing.processor import OmniProcessor
 from omni.training.parallel.processes import init_from_env, process_count
 from omni.training.run.contracts import TrainResult
 from omni.training.run.distributed_run import spread, store_of
-from omni.training.run.lora import add_lora, merge_lora
+from omni.training.run.fit import check_settings
+from omni.training.run.lora import LoRABase, add_lora, merge_lora
 from omni.training.run.optimiser import trainable
 from omni.training.run.speakers import SpeakerEmbedding, add_speaker, merge_speakers, speaker_parameters
 from omni.training.run.stage_table import OBJECTIVES, OWN_MODULE, Evaluate, Setup, Stage
@@ -37,12 +38,22 @@ class Run:
     trainer: Trainer
 
     def train(self, *, resume: bool = True) -> TrainResult:
-        """Train to the end, or to a signal. A run that was ended early is exported only when it is taken up again."""
+        """Train to the end, or to a signal. A run that was ended early is exported only when it is taken up again.
+
+        Raises ValueError where low-rank updates would go on beside weights that hold them already.
+        """
         if resume and self.trainer.store is not None:
             self.trainer.resume()
+        merged = bool(getattr(self.trainer.also.get("lora_base"), "changed", False))
+        if merged and self.trainer.steps_done < self.setup.config.train.steps:
+            raise ValueError(
+                f"the weights in {self.setup.config.model.checkpoint} are not those that this run began with (it may "
+                "have exported its result there), so its low-rank updates do not belong to them; begin a new run with "
+                "another save.folder, or put the old checkpoint back"
+            )
         result = self.trainer.train()
         export = self.setup.config.save.export
-        if export is not None and not result.stopped:
+        if export is not None and not result.stopped and not merged:
             self.export(export)
         return result
 
@@ -81,6 +92,7 @@ def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
     """
     if config.train.objective not in OBJECTIVES:
         raise ValueError(f"train.objective: {nearest(config.train.objective, OBJECTIVES)}")
+    check_settings(config)
     parts = config.model.parts
     whole = "thinker" in parts and ("talker" in parts) == ("code2wav" in parts)
     if config.save.export is not None and not whole:  # saving would fail in the end
@@ -109,7 +121,7 @@ def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
         evaluate or stage.evaluate,
         ranks,
         store_of(config),
-        also=stage.also,
+        also=stage.also if config.lora is None else {**stage.also, "lora_base": LoRABase(model)},
     )
     return Run(setup, stage, trainer)
 

@@ -132,7 +132,8 @@ class CodecTable:
 @dataclass(frozen=True)
 class DataTable:
     """[data]: max_tokens: Thinker tokens and frames of one micro-batch; bucket: samples read at a time;
-    loss_on: which assistant turns are learned; skip_limit: bad rows before the run ends."""
+    loss_on: which assistant turns are learned, where rows do not say it; skip_limit: bad rows before the run ends;
+    ignore_columns: columns of rows that are not read."""
 
     train: tuple[SourceTable, ...] = ()
     eval: tuple[SourceTable, ...] = ()
@@ -142,6 +143,7 @@ class DataTable:
     loss_on: Literal["assistant", "last"] = "assistant"
     skip_limit: int = _number(100, low=0)
     filters: tuple[FilterTable, ...] = ()
+    ignore_columns: tuple[str, ...] = ()
     codec: CodecTable = field(default_factory=CodecTable)
 
 

@@ -1,7 +1,9 @@
 """The log of a run: one JSON object a line, and TensorBoard where it is installed.
 
 Lines of training hold `step` (from 1), `loss`, `losses` by name, `lr`, `grad_norm`, `tokens`, `tokens_per_s`, `seconds`
-and `skipped`; lines of an evaluation hold `step` and `eval`, its numbers by name. No shapes: nothing here is a tensor.
+and `skipped`; where rows were not used, `data`: how many the writing process has drawn so far, and of them the ones
+filtered, left out and cut by reason, and the bad ones. Lines of an evaluation hold `step` and `eval`, its numbers by
+name. No shapes: nothing here is a tensor.
 """
 
 from __future__ import annotations

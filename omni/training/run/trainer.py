@@ -1,7 +1,8 @@
 """The training loop: any objective on any part of a model, with exact means, exact resume and a log.
 
 The loss of a step is sum over names of weight * (sum of totals) / (sum of counts), over all micro-batches of all
-processes: how a batch is cut into micro-batches or spread over processes changes nothing but rounding.
+processes: how a batch is cut into micro-batches or spread over processes changes nothing but rounding. The balance
+losses of routers are the exception: each is taken over the tokens of one micro-batch, and they are averaged by tokens.
 
 No shapes of its own: batches and losses are the objective's.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from omni.training.data.tally import add_counts
 from omni.training.objectives.ema import EMA, forget_copies
 from omni.training.run.activations import checkpoint_activations
 from omni.training.run.checkpoints import Checkpoints, rng_state, seed_everything, set_rng_state
@@ -254,8 +256,19 @@ class Trainer:
                 "tokens_per_s": round(speed, 1),
                 "seconds": round(result.seconds, 4),
                 "skipped": result.skipped,
+                **({"data": counts} if (counts := self._own_counts()) else {}),
             }
         )
+
+    def data_counts(self) -> dict[str, Any]:
+        """What of the data was not used so far, by reason, over all shares; empty where all was. All processes call it
+        together."""
+        shares = dict(self.ranks.gather((self.ranks.share, self._own_counts())))  # some processes may have one share
+        return add_counts(list(shares.values()))
+
+    def _own_counts(self) -> dict[str, Any]:
+        counts = getattr(self.data, "counts", None)
+        return {} if counts is None else counts()
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on: trained parameters, buffers, optimiser, averages, `also`, and of
@@ -334,7 +347,8 @@ class Trainer:
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         for name, other in self.also.items():
-            other.load_state_dict(state["also"][name])
+            if name in state["also"]:  # checkpoints of earlier versions lack some
+                other.load_state_dict(state["also"][name])
         self.steps_done, self.steps_skipped = state["steps_done"], state["steps_skipped"]
         self._skipped_in_row = state["skipped_in_row"]
         local = state["ranks"][self.ranks.rank]
