@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni.training.data.conversation_samples import SkipRow
+from omni.training.data.failures import RunError, reason
 from omni.training.data.manifest import Manifest, RowStore
 from omni.training.data.mixture import Draw, Mixture, random_number
 from omni.training.data.sound import AUDIO_SUFFIXES, read_speech
@@ -172,10 +173,12 @@ class DrawnBatches(Generic[Item, Batch]):
     def _make(self, draw: Draw, number: int) -> _Made:
         try:
             return _Made(draw.name, self.make(draw, number))
-        except SkipRow as reason:
-            return _Made(draw.name, reason=str(reason))
-        except (ValueError, TypeError, OSError) as error:
-            return _Made(draw.name, reason=str(error), bad=True)
+        except SkipRow as skipped:
+            return _Made(draw.name, reason=str(skipped))
+        except RunError:
+            raise
+        except Exception as error:  # whatever a decoder makes of a damaged file costs the row, not the run
+            return _Made(draw.name, reason=reason(error), bad=True)
 
     def _good(self, made: _Made | Future[_Made]) -> Item:
         """The item, or that of the next draw that has one."""

@@ -35,7 +35,6 @@ def rows_of(folder: Path, count: int = 6) -> Mixture:
     return Mixture([Manifest(write_rows(folder / "rows.jsonl", rows))])
 
 
-@pytest.mark.xfail(strict=True, reason="ends the run, or blames the row, so far")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", ODD, ids=lambda error: type(error).__name__)
 def test_an_unforeseen_error_costs_its_row(tmp_path: Path, model: Any, error: Exception, workers: int) -> None:
@@ -85,7 +84,6 @@ def encoder() -> SpeechEncoder:
     return SpeechEncoder(lambda samples: torch.zeros(4, 1 + len(samples) // 1920, dtype=torch.int64), 24000, 4, 64, "0")
 
 
-@pytest.mark.xfail(strict=True, reason="ends the run, or blames the row, so far")
 @pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize("reader", ["conversations", "crops", "files", "folder"])
 def test_a_full_disk_ends_the_run_and_blames_no_row(tmp_path: Path, model: Any, reader: str) -> None:
@@ -109,7 +107,6 @@ def test_a_full_disk_ends_the_run_and_blames_no_row(tmp_path: Path, model: Any, 
             speech_codes.encode_folder(tmp_path, encoder(), tmp_path / "codes", progress=False)
 
 
-@pytest.mark.xfail(strict=True, reason="ends the run, or blames the row, so far")
 def test_a_cache_below_a_file_is_an_error_too(tmp_path: Path) -> None:
     import soundfile
 

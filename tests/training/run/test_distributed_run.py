@@ -121,7 +121,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
-@pytest.mark.xfail(strict=True, reason="dies in the first step, or in the first evaluation, so far")
 def test_spread_models_answer_between_steps(tmp_path: Path) -> None:
     """A metric that generates, on layers that FSDP shards and on experts that two processes share in bfloat16; one
     process that takes such a run up is told why it cannot."""

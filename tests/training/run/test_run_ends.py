@@ -33,7 +33,6 @@ class Breaking(Stream):
             yield batch
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 @pytest.mark.parametrize("error", [ValueError("rows are bad"), OSError("no space left"), KeyError("codec")])
 @pytest.mark.parametrize("at", [7, 8])  # the first and the second micro-batch of step 4
 def test_data_that_fails_ends_the_run_after_a_checkpoint(tmp_path: Path, at: int, error: Exception) -> None:
@@ -58,7 +57,6 @@ def test_data_that_fails_at_once_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).steps() == []
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 def test_processes_end_together_when_the_data_of_one_fails(tmp_path: Path) -> None:
     """The others save with it, and say whose message to read."""
     calls: list[int] = []
@@ -72,7 +70,6 @@ def test_processes_end_together_when_the_data_of_one_fails(tmp_path: Path) -> No
     assert Checkpoints(tmp_path).steps() == [2]
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 def test_a_steps_checkpoint_is_written_before_its_evaluation(tmp_path: Path) -> None:
     seen: list[list[int]] = []
 
@@ -85,7 +82,6 @@ def test_a_steps_checkpoint_is_written_before_its_evaluation(tmp_path: Path) -> 
     assert [steps[-1] for steps in seen] == [1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 @pytest.mark.parametrize("every", [0, 1, 5])
 def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, every: int) -> None:
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
@@ -105,7 +101,6 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, every: int) -> N
     assert same(dict(resumed.model.state_dict()), dict(straight.model.state_dict()))
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 def test_an_evaluation_is_rehearsed_without_a_trace(tmp_path: Path) -> None:
     class Scored:
         rehearsed = 0
@@ -130,7 +125,6 @@ def test_an_evaluation_is_rehearsed_without_a_trace(tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(tmp_path / "2") if "eval" in line] == [2, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 def test_a_checkpoint_of_several_processes_says_why_one_cannot_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "step_00000004"
     folder.mkdir()
@@ -140,7 +134,6 @@ def test_a_checkpoint_of_several_processes_says_why_one_cannot_go_on(tmp_path: P
         Trainer(toy(), Noisy(), Stream(), config(6, tmp_path)).resume()
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 def test_where_there_is_no_terminal_a_line_comes_now_and_then(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -156,7 +149,6 @@ def test_where_there_is_no_terminal_a_line_comes_now_and_then(
     assert said[0] == "step 101/106: loss 0.5, tokens_s 70, 00:05 left" and "left" not in said[-1]
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 @pytest.mark.parametrize(("progress", "every_s", "lines"), [(True, 60.0, 2), (True, 0.0, 0), (False, 60.0, 0)])
 def test_the_interval_is_a_setting(
     capsys: pytest.CaptureFixture[str], progress: bool, every_s: float, lines: int
@@ -169,7 +161,6 @@ def test_the_interval_is_a_setting(
     assert len(said) == lines and all("loss " in line for line in said)
 
 
-@pytest.mark.xfail(strict=True, reason="such an end loses steps, or says nothing, so far")
 def test_the_end_is_told_by_the_signal_that_asked_for_it(tmp_path: Path, capfd: Any) -> None:
     import os
     import signal
