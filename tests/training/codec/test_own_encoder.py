@@ -118,3 +118,22 @@ def test_a_recording_of_anything_has_codes(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", rows)
     run = build_run(config_of(tmp_path, codec={"kind": "mel"}))
     assert run.trainer.step().tokens > 0
+
+
+def test_an_encoder_is_made_from_what_the_decoder_says() -> None:
+    """Where the codebooks are lost: the sounds of some codes tell most of the codes of others."""
+    from omni.training.codec.mel_codec import MelCodec
+    from omni.training.data.sound import read_speech
+
+    nano = OmniModel.from_pretrained("omni-nano", dtype="float32", device="cpu")
+    shipped = MelCodec.load(NANO_DATA / "codec_encoder")
+    samples, rate = soundfile.read(NANO_DATA / "demo" / "request.wav", dtype="float32")
+    said = [shipped.encode(read_speech((samples, round(rate * speed)), 24000)) for speed in (0.7, 0.8, 0.9, 1.1, 1.2)]
+    said += [shipped.encode(torch.from_numpy(tone(3, hz, 24000))) for hz in (150, 400)]
+    with pytest.raises(ValueError, match="frames cannot settle 320 values"):
+        MelCodec.of_decoder(nano.code2wav, said[:1])
+    codec = MelCodec.of_decoder(nano.code2wav, [*said, *(codes.flip(1) for codes in said)])
+    held = shipped.encode(read_speech((samples, rate), 24000))
+    with torch.no_grad():
+        heard = codec.encode(nano.code2wav(held[None])[0])[:, : held.shape[1]]
+    assert float((heard[0] == held[0, : heard.shape[1]]).float().mean()) > 0.5
