@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from omni.checkpoint.load import resolve_dtype
+from omni.checkpoint.placement import check_device
 from omni.checkpoint.shards import read_headers
 from omni.config.keywords import nearest
 from omni.config.locate import locate
@@ -152,7 +153,7 @@ def load_model(config: TrainConfig) -> OmniModel:
         assert table.config is not None
         torch.manual_seed(config.train.seed)
         dtype = torch.bfloat16 if table.dtype == "bfloat16" else torch.float32
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = OmniModel(OmniConfig.from_pretrained(table.config), table.parts).to(place, dtype)
     if table.processor is not None:
         model.processor = OmniProcessor.from_pretrained(table.processor)

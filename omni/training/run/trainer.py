@@ -27,7 +27,7 @@ from omni.training.run.optimiser import lr_factor, make_adamw, named_state, set_
 from omni.training.run.progress import show_progress
 from omni.training.run.signals import stop_signals
 from omni.training.run.train_config import TrainConfig
-from omni.training.run.train_log import TrainLog
+from omni.training.run.train_log import TrainLog, read_log
 
 
 @dataclass
@@ -97,6 +97,8 @@ class Trainer:
                 stack.enter_context(checkpoint_activations(self.model))
             self.model.train()
             self._rehearse()
+            if self.evaluate is not None and self._evaluation_is_missing(log):
+                self._evaluate(self.evaluate, log)
             while self.steps_done < run.steps and not (last is not None and last.stop):
                 last = self.step(stop.is_set)
                 self._report(last, log, bar)
@@ -146,7 +148,7 @@ class Trainer:
 
     def _next_batches(self, count: int) -> list[Any]:
         """A step's micro-batches. Where one cannot be read, on any process, all save what was before and end."""
-        self._before_step = self._local_state()
+        self._before_step = self._local_state() if self.store is not None else None
         failure: Exception | None = None
         batches: list[Any] = []
         try:
@@ -234,6 +236,15 @@ class Trainer:
         if rehearse is not None and every and self.config.train.steps // every > self.steps_done // every:
             with self._evaluating():
                 rehearse(self.model)
+
+    def _evaluation_is_missing(self, log: TrainLog | None) -> bool:
+        """Whether the run that is resumed ended between a checkpoint and its step's evaluation, as the log tells."""
+        every = self.config.eval.every
+        if not self._resumed or not every or not self.steps_done or self.steps_done % every:
+            return False
+        lines = read_log(self.config.log.folder or "") if log is not None else []
+        told = any("eval" in line for line in lines if line["step"] == self.steps_done)
+        return any(self.ranks.gather(log is not None and not told))
 
     def _evaluate(self, evaluate: Callable[[nn.Module, int], Mapping[str, float]], log: TrainLog | None) -> None:
         try:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from build import chat, speech_codes, write_rows
+from build import TINY, chat, speech_codes, write_rows
 
 from omni import OmniModel
 from omni.cli.main import main
+from omni.packaged.toy import TOY_DATA
 from omni.training.run.stages import build_run
 from omni.training.run.train_config import TrainConfig
 
@@ -105,7 +106,7 @@ def test_a_misspelt_objective_is_shown(tmp_path: Path, wrong: str) -> None:
         ("joint", ["thinker"], {}, "talker"),
         ("thinker", ["thinker"], {"train": {"objective": "thinker", "parameters": ["code2wav.*"]}}, "code2wav"),
         ("dpo", ["thinker"], {"objective": {"speech": True}}, "talker"),
-        ("thinker", ["thinker"], {"speaker": {"add": "robin"}}, "talker"),
+        ("talker", ["thinker"], {"speaker": {"add": "robin"}}, "talker"),
         ("thinker", ["thinker"], {"lora": {"patterns": ["talker.layers.*"]}}, "talker"),
     ],
 )
@@ -115,6 +116,15 @@ def test_a_part_that_is_left_out_is_named(
     tables = {**tables, "model": {"checkpoint": "nowhere", "parts": parts}}
     with pytest.raises(ValueError, match=rf"needs the {part}, which model\.parts = \['thinker'\] leaves out"):
         build_run(config_of(tmp_path, objective, **tables))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, device: str) -> None:
+    """Also where a new model is drawn."""
+    model = {"config": str(TINY), "processor": str(TOY_DATA)}
+    values = config_of(tmp_path, train={"device": device}).to_dict() | {"model": model}
+    with pytest.raises(ValueError, match=f"device '{device}'"):
+        build_run(TrainConfig.from_dict(values))
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -128,7 +138,7 @@ def test_folders_that_cannot_be_written_are_found_first(tmp_path: Path, name: st
         inner = inner.setdefault(key, {})
     inner[last] = str(tmp_path / place)
     with pytest.raises(OSError, match=rf"^{name} = .*choose (a|another) folder"):
-        build_run(config_of(tmp_path, **tables))
+        build_run(config_of(tmp_path, "talker", **tables))
     assert not list(tmp_path.glob(".omni-*"))
 
 
@@ -141,9 +151,8 @@ def test_a_codec_without_its_folder_is_named(tiny_checkpoint: Path, tmp_path: Pa
             build_run(config_of(tmp_path, "talker", model=model, data=table))
     write_rows(tmp_path / "said.jsonl", [{"messages": chat("Say it.", "So."), "speech": "said.wav"}])
     table = {"train": [{"manifest": str(tmp_path / "said.jsonl")}]}
-    run = build_run(config_of(tmp_path, "talker", model=model, data=table))
     with pytest.raises(ValueError, match=r"nothing turns them into codes: set data\.codec"):
-        run.trainer.step()
+        build_run(config_of(tmp_path, "talker", model=model, data=table)).trainer.step()
 
 
 def failing(*_: Any) -> Any:
@@ -275,6 +284,7 @@ SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
 from omni.cli.main import main
+from omni.packaged.toy import TOY_DATA
 from omni.training.run.trainer import Trainer
 step, number = Trainer.step, getattr(signal, sys.argv[1])
 

@@ -101,6 +101,26 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, every: int) -> N
     assert same(dict(resumed.model.state_dict()), dict(straight.model.state_dict()))
 
 
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path: Path) -> None:
+    """The curve of a run that ended in an evaluation, and was taken up again, is the whole curve."""
+    ended = [4]
+
+    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+        if step in ended:
+            raise KeyboardInterrupt
+        return {"score": float(step)}
+
+    table = replace(config(6, tmp_path, every=2), eval=EvalTable(every=2))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(toy(), Noisy(), Stream(), table, evaluate).train()
+    ended.clear()
+    for _ in range(2):  # the second time nothing is missing
+        resumed = Trainer(toy(), Noisy(), Stream(), table, evaluate)
+        resumed.resume()
+        resumed.train()
+        assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
 def test_an_evaluation_is_rehearsed_without_a_trace(tmp_path: Path) -> None:
     class Scored:
         rehearsed = 0
