@@ -73,7 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--language", default="en", metavar="L", help="whose rules texts are compared by, such as zh (default: en)")
     add("--seed", type=int, default=0, metavar="N", help="of the drawn codes (default: 0)")
     add("--codec", metavar="KIND", help="encoder of recorded speech: mimi, omni or mel")
-    add("--codec-path", type=Path, metavar="DIR", help="its folder (default: the kind's own on the Hub)")
+    add(
+        "--codec-path",
+        type=Path,
+        metavar="DIR",
+        help="its folder (default: the checkpoint's own, or Mimi's on the Hub)",
+    )
     add("--codec-cache", type=Path, metavar="DIR", help="folder that keeps the codes of recordings")
     add("--transcriber", metavar="M:F", help="module:function, (samples, rate in Hz) -> text, found from here too")
     add("--skip-limit", type=int, default=100, metavar="N", help="bad rows before it is an error (default: 100)")
@@ -168,14 +173,13 @@ def _encoder(args: argparse.Namespace, model: OmniModel) -> Callable[[Any], Tens
     if args.codec is None:
         return None
     from omni.code2wav.code2wav import Code2Wav
-    from omni.training.codec.speech_codes import cached_codes, load_codec_encoder
+    from omni.training.codec.speech_codes import cached_codes, find_encoder, load_codec_encoder
     from omni.training.data.sound import read_speech
 
     books = None if model.config.talker_config is None else model.config.talker_config.num_code_groups
     code2wav = model.code2wav if isinstance(model.code2wav, Code2Wav) else None
-    encoder = load_codec_encoder(
-        args.codec, args.codec_path, code2wav=code2wav, num_codebooks=books, device=model.device
-    )
+    kind, path = find_encoder(args.codec, args.codec_path, args.model) or (args.codec, None)
+    encoder = load_codec_encoder(kind, path, code2wav=code2wav, num_codebooks=books, device=model.device)
     if args.codec_cache is not None:
         return lambda source: cached_codes(source, encoder, args.codec_cache)
     return lambda source: encoder(read_speech(source, encoder.sample_rate))

@@ -30,6 +30,16 @@ examples:
   omni eval test.jsonl --model ./checkpoint
 """
 
+_PLACES = "--device auto uses all devices"
+_LESS_MEMORY = {  # what each command offers to one who has too little
+    "chat": f"--no-audio loads less, {_PLACES}",
+    "speak": f"{_PLACES}, --quantize int8 halves the weights",
+    "eval": f"a smaller --batch takes less, {_PLACES}",
+    "train": "lower data.max_tokens (objective.batch_size where there is one) and raise train.accumulate instead, set "
+    "train.activation_checkpointing = true, model.dtype = 'bfloat16' for frozen weights, or spread the run over more "
+    "GPUs (docs/training.md)",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """An argparse parser whose complaint is one line."""
@@ -57,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            args.run(args)
+            code = args.run(args)
         sys.stdout.flush()
-        return 0
+        return int(code or 0)
     except KeyboardInterrupt:
         print("omni: interrupted", file=sys.stderr)
         return 130
@@ -69,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("OMNI_DEBUG"):
             raise
-        print(f"omni: error: {_one_line(error)}", file=sys.stderr)
+        print(f"omni: error: {_one_line(error, args.command)}", file=sys.stderr)
         return 1
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, command: str) -> str:
     """An error's message in one line; an unforeseen kind is named, with the way to see more."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -81,7 +91,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError)) and text:
         return text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory ({text or 'no details'}); --no-audio loads less, --device auto uses all devices"
+        return f"out of memory ({text or 'no details'}); {_LESS_MEMORY.get(command, 'a smaller model needs less')}"
     return f"{type(error).__name__}: {text} (unexpected; OMNI_DEBUG=1 shows where)"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ Any setting of the file can be given after it, as table.key=value with the value
   torchrun --nproc-per-node 8 -m omni.cli train configs/train_s2_general.toml
 
 A run whose save.folder holds a checkpoint goes on from there, exactly where it was. Ctrl-C ends it after the step, with
-a checkpoint. docs/training.md walks from recordings to a new voice.
+a checkpoint, and the command with code 130. docs/training.md walks from recordings to a new voice.
 """
 
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if is_main():
         _conclude(training, result.step, result.stopped, result.skipped)
     shut_down()
-    return 0
+    return 128 + (result.signal or signal.SIGINT) if result.stopped else 0  # as a shell says it
 
 
 def _describe(training: Run) -> None:

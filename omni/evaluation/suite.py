@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,11 +27,12 @@ from omni.processing.messages import read_conversation
 from omni.processing.processor import OmniProcessor
 from omni.training.data.batches import collate
 from omni.training.data.conversation_samples import SampleMaker, SkipRow, check_codes, read_codes
+from omni.training.data.failures import RunError, reason
 from omni.training.data.manifest import Manifest, Row, Voice
-from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import IGNORED, Sample
 from omni.training.data.sound import read_speech
 from omni.training.objectives.teacher_forced import score_samples
+from omni.training.parallel.parallelise import gathered
 
 Transcribe = Callable[[Tensor, int], str]  # samples float32 [n] on the CPU and their rate in Hz -> what is said
 GREEDY = SamplingConfig(temperature=0)
@@ -110,7 +111,8 @@ def evaluate_rows(
     options = options or EvalOptions()
     processor = processor or model.processor
     evaluation = _Evaluation(model, rows, metrics, options, transcribe, codes, processor)
-    with _answering(model, evaluation.processor):
+    whole = gathered(model) if Need.ANSWER in evaluation.needs else nullcontext()
+    with _answering(model, evaluation.processor), whole:
         evaluation.run()
     return evaluation.result()
 
@@ -282,12 +284,12 @@ class _Evaluation:
             name = row.name or name
             category = self.rows.raw(place).get("category") if isinstance(self.rows, Manifest) else None
             return self._item(place, row, Record(name, None if category is None else str(category), ""))
-        except SkipRow as reason:
-            self._skip(name, str(reason), bad=False)
-        except NotUnderstood:  # all rows of the set are like it
+        except SkipRow as skipped:
+            self._skip(name, str(skipped), bad=False)
+        except RunError:
             raise
-        except (ValueError, TypeError, OSError) as error:
-            self._skip(name, str(error))
+        except Exception as error:  # whatever a decoder makes of a damaged file
+            self._skip(name, reason(error))
         return None
 
     def _item(self, place: int, row: Row, record: Record) -> _Item:

@@ -55,7 +55,8 @@ grammar) beside the original synthetic voice.
 Voices: flite and espeak-ng, with rooms, noise, speed and pitch varied; pictures and clips are drawn. Stages, in order:
 codes (k-means over mel spectra), Code2Wav on these codes, the Thinker on typed questions, the audio encoder by CTC on
 the Thinker's embeddings, the vision encoder on the embeddings of what is drawn, the Thinker on what both say, the
-Talker with its residual head on two, four, then up to eight words. See `recipes/nano/README.md`.
+Talker with its residual head on two, four, then up to eight words. See `recipes/nano/README.md`. The encoder in
+`codec_encoder`, which turns recordings into codes for training, was fitted last, to the finished model's own speech.
 {notes}
 """
 

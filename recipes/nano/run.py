@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from assemble import assemble
 from fit_codes import fit_codes
+from fit_encoder import fit_encoder
 from join_hearing import join_hearing
 from make_data import make_data
 from make_model import make_model
@@ -82,6 +83,8 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
     def report() -> None:
         from evaluate import evaluate  # needs PocketSphinx, which nothing else does
 
+        if not Path("model/codec_encoder/mel_codec.json").exists():
+            fit_encoder(Path("model"))
         figures = evaluate(Path("model"), Path("codes"), questions, Path("report.partial.json"))
         Path("report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -131,6 +131,37 @@ class MelCodec(nn.Module):
         table.zero_()
         table[:, :width] = (self.books.flatten(0, 1) * scale).to(table)
 
+    @classmethod
+    @torch.no_grad()
+    def of_decoder(cls, code2wav: Code2Wav, codes: Iterable[Tensor], ridge: float = 100.0) -> MelCodec:
+        """An encoder for a Code2Wav that was trained on such codes, where the codec that made them is lost.
+
+        codes: int64 [K, T] each, such as its Talker writes. Code2Wav sounds them; the map from the sound's patches to
+        what it reads of the codes is a linear one, found by least squares, and its own table has the codebooks. ridge:
+        keeps directions that these sounds hardly have from being blown up. Raises ValueError for fewer frames than a
+        patch has values.
+        """
+        books, size = code2wav.num_codebooks, code2wav.config.codebook_size
+        table = code2wav.code_embedding.weight.detach().float().view(books, size, -1)
+        codec = cls(books, size, table.shape[2], hop_length=code2wav.hop_length)
+        pairs = []
+        for frames in codes:
+            wave = code2wav(frames[None])[0].float()
+            wave = F.pad(wave, (0, frames.shape[1] * codec.hop_length - len(wave)))
+            read = torch.stack([book[chosen] for book, chosen in zip(table, frames)]).mean(0)
+            pairs.append((codec.patches(wave), read))
+        patches, read = (torch.cat(parts).double() for parts in zip(*pairs))
+        if len(patches) < patches.shape[1]:
+            raise ValueError(f"{len(patches)} frames cannot settle {patches.shape[1]} values; give more codes")
+        heard, centre = patches - patches.mean(0), read.mean(0)
+        values = heard.t() @ heard + ridge * torch.eye(heard.shape[1], dtype=heard.dtype)
+        components = torch.linalg.solve(values, heard.t() @ (read - centre))
+        # the mean belongs to patches: the one nearest to theirs that is read as zero
+        codec.mean.copy_(patches.mean(0) - centre @ torch.linalg.pinv(components))
+        codec.components.copy_(components)
+        codec.books.copy_(table / books)
+        return codec
+
     def save(self, folder: str | Path) -> None:
         """Write `mel_codec.json` and `mel_codec.safetensors`, all or nothing. Raises OSError when that fails."""
         books, size, width = self.books.shape

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -24,13 +25,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from omni.code2wav.code2wav import Code2Wav
+from omni.config.locate import locate
 from omni.config.writing import write_tensors
 from omni.processing.audio_file import read_array
 from omni.processing.sources import describe, open_source
+from omni.training.data.failures import RunError, RunOSError
 from omni.training.data.row_stores import AUDIO_SUFFIXES
 from omni.training.data.sound import medium_of, read_speech
 
 MIMI_FOLDER = "kyutai/mimi"  # on the Hub; CC-BY 4.0
+OWN_FOLDER = "codec_encoder"  # of a checkpoint that brings the encoder of its codec
+_OWN_KINDS = {"mel_codec.json": "mel", "codec.json": "omni"}  # by the file that only this kind has
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,42 @@ CODEC_ENCODERS: dict[str, Callable[[str | Path | None, Code2Wav | None, int | No
     "omni": load_omni,
     "mel": load_mel,
 }
+
+
+def own_encoder(checkpoint: str | Path) -> tuple[str, Path] | None:
+    """Kind and folder of the encoder that a checkpoint brings, None where it brings none."""
+    folder = locate(checkpoint) / OWN_FOLDER
+    return next(((kind, folder) for name, kind in _OWN_KINDS.items() if (folder / name).is_file()), None)
+
+
+def find_encoder(
+    kind: str | None, path: str | Path | None, checkpoint: str | Path | None
+) -> tuple[str, str | Path | None] | None:
+    """Kind and path of the encoder that is meant, for `load_codec_encoder`; None where none is named or brought.
+
+    Without a path it is the one that the checkpoint brings, if it is of this kind (None: of any). Raises ValueError for
+    a kind that is always trained or fitted, where neither a path nor the checkpoint has one.
+    """
+    if path is not None:
+        return kind or "mimi", path
+    own = own_encoder(checkpoint) if checkpoint is not None else None
+    if own is not None and kind in (None, own[0]):
+        return own
+    if kind in ("mel", "omni"):
+        raise ValueError(
+            f"data.codec.kind = {kind!r} needs the folder of an encoder that was made for this model's codec: "
+            f"{checkpoint or 'a new model'} brings none in {OWN_FOLDER}/; name one (data.codec.path, --codec-path of "
+            "omni eval), or write the codes into the manifest"
+        )
+    return None
+
+
+def keep_encoder(checkpoint: str | Path, folder: str | Path) -> None:
+    """Copy the encoder that a checkpoint brings, if it does, into the folder of one made from it."""
+    own = own_encoder(checkpoint)
+    target = Path(folder).expanduser() / OWN_FOLDER
+    if own is not None and own[1].resolve() != target.resolve():
+        shutil.copytree(own[1], target, dirs_exist_ok=True)
 
 
 def load_codec_encoder(
@@ -284,6 +325,8 @@ def _encode(
     for source in tqdm(sources, "speech codes", unit="file", delay=delay, disable=progress is False):
         try:
             codes, found = _cached(source, encoder, folder)
+        except RunError:
+            raise
         except (ValueError, TypeError, OSError) as error:
             report.fail(describe(source), str(error), max_failures)
             continue
@@ -321,14 +364,21 @@ def _read_entry(path: Path, encoder: SpeechEncoder) -> Tensor:
 
 
 def _write_entry(path: Path, codes: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Raises RunOSError: what hinders one entry hinders all, and is no fault of the recording."""
     small = codes.to(torch.int32).contiguous()
     fresh = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        write_tensors({"codes": small}, fresh, {"sha256": _codes_hash(small)})
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_tensors({"codes": small}, fresh, {"sha256": _codes_hash(small)})
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except (SafetensorError, OSError) as error:
+        raise RunOSError(
+            f"the codes of recordings cannot be kept in {path.parent.parent}: {error}; make room there, or choose "
+            "another folder with data.codec.cache"
+        ) from error
 
 
 def _codes_hash(codes: Tensor) -> str:

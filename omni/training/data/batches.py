@@ -16,9 +16,9 @@ from torch import Tensor
 from omni.processing.audio_file import join_clips
 from omni.processing.inputs import OmniInputs
 from omni.training.data.conversation_samples import SkipRow
+from omni.training.data.failures import RunError, reason
 from omni.training.data.manifest import Row
 from omni.training.data.mixture import Draw, Mixture, random_number
-from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import Pair, Sample, SpokenTurn, TrainingBatch
 from omni.training.data.tally import Tally, describe_counts
 
@@ -167,15 +167,15 @@ class Batches:
     def _make(self, draw: Draw) -> _Outcome:
         try:
             sample = self.make_sample(draw.read())
-        except SkipRow as error:
-            return _Outcome(draw.name, reason=str(error), kind=error.kind)
-        except NotUnderstood:  # all rows of the set are like it
+        except SkipRow as skipped:
+            return _Outcome(draw.name, reason=str(skipped), kind=skipped.kind)
+        except RunError:
             raise
-        except (ValueError, TypeError, OSError) as error:
-            return _Outcome(draw.name, reason=str(error), bad=True)
+        except Exception as error:  # whatever a decoder makes of a damaged file costs the row, not the run
+            return _Outcome(draw.name, reason=reason(error), bad=True)
         if size([sample], padded=self.padded) > self.max_tokens:
-            reason = f"more than {self.max_tokens} tokens and frames, the most of a batch"
-            return _Outcome(draw.name, reason=reason, kind=reason)
+            beyond = f"more than {self.max_tokens} tokens and frames, the most of a batch"
+            return _Outcome(draw.name, reason=beyond, kind=beyond)
         return _Outcome(draw.name, sample)
 
     def state_dict(self) -> dict[str, Any]:

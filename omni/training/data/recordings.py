@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni.training.data.conversation_samples import SkipRow
+from omni.training.data.failures import RunError, reason
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Draw, Mixture, random_number
-from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.row_stores import AUDIO_SUFFIXES, Checksum, RowStore
 from omni.training.data.sound import read_speech
 from omni.training.data.tally import Tally, describe_counts
@@ -189,12 +189,12 @@ class DrawnBatches(Generic[Item, Batch]):
     def _make(self, draw: Draw, number: int) -> _Made:
         try:
             return _Made(draw.name, self.make(draw, number))
-        except SkipRow as error:
-            return _Made(draw.name, reason=str(error), kind=error.kind)
-        except NotUnderstood:  # all rows of the set are like it
+        except SkipRow as skipped:
+            return _Made(draw.name, reason=str(skipped), kind=skipped.kind)
+        except RunError:
             raise
-        except (ValueError, TypeError, OSError) as error:
-            return _Made(draw.name, reason=str(error), bad=True)
+        except Exception as error:  # whatever a decoder makes of a damaged file costs the row, not the run
+            return _Made(draw.name, reason=reason(error), bad=True)
 
     def _good(self, made: _Made | Future[_Made]) -> Item:
         """The item, or that of the next draw that has one."""

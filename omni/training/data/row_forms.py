@@ -17,6 +17,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from omni.config.keywords import nearest
+from omni.training.data.failures import RunValueError
 from omni.training.data.row_stores import kind_of
 from omni.training.data.turns import answer, plain, read_turns
 
@@ -49,7 +50,7 @@ _HARMLESS = (
 )  # fmt: skip
 
 
-class NotUnderstood(ValueError):
+class NotUnderstood(RunValueError):
     """What the rows of a set hold is not what the run can learn from; such a row is never passed over as a bad one."""
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from omni.layers.experts_backends import EXPERTS, choose_experts, invert, sort_pairs
+from omni.layers.experts_backends import invert, sort_pairs
 from omni.layers.moe import Experts
 
 if TYPE_CHECKING:
@@ -55,9 +55,11 @@ class ParallelExperts(Experts):
             self.register_parameter(name, nn.Parameter(sharded, requires_grad=full.requires_grad))
         self.train(experts.training)
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, backend: str | None = None) -> Tensor:
-        """x [N, D], ids and weights [N, k] -> [N, D]. Every process of the group must call it, with any N."""
-        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
+    def _run(self, backend: str | None, *inputs: Tensor) -> Tensor:
+        """What `Experts.forward` does when types are settled: x [N, D], ids and weights [N, k], gate_up, down ->
+        [N, D]. Every process of the group must call it, with any N."""
+        x, ids, weights, *stacked = inputs
+        gate_up, down = map(_local, stacked)
         own, ranks = gate_up.shape[0], dist.get_world_size(self.group)
         order, ends = sort_pairs(ids, own * ranks)
         counts = torch.diff(ends.long(), prepend=ends.new_zeros(1, dtype=torch.long)).view(ranks, own)
@@ -66,17 +68,16 @@ class ParallelExperts(Experts):
         sends, receives = torch.stack((counts.sum(1), arriving.sum(1))).tolist()
         rows = _Exchange.apply(x.index_select(0, order // ids.shape[1]), sends, receives, self.group)  # [M, D]
         local_ids = torch.arange(own, device=x.device).repeat(ranks).repeat_interleave(arriving.flatten())
-        rows = self._compute(rows, local_ids[:, None], gate_up, down, backend)
+        rows = self._compute(backend, rows, local_ids[:, None], gate_up, down)
         pairs = _Exchange.apply(rows, receives, sends, self.group)  # [S, D], sorted as they were sent
         pairs = pairs.index_select(0, invert(order)).view(*ids.shape, x.shape[1])
         return (pairs * weights[..., None]).sum(1)
 
-    def _compute(self, rows: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, backend: str | None) -> Tensor:
+    def _compute(self, backend: str | None, rows: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Experts held here, rows [M, D] and ids [M, 1] -> [M, D], not weighted yet."""
         if not len(rows):  # all parameters still take part: the other processes wait for their gradients
             return rows + 0 * (gate_up[0, 0, 0] + down[0, 0, 0])
-        inputs = (rows, ids, rows.new_ones(ids.shape), gate_up, down)
-        return EXPERTS[backend or self.backend or choose_experts(*inputs)](*inputs)
+        return super()._run(backend, rows, ids, rows.new_ones(ids.shape), gate_up, down)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ batch holds each modality on all processes or on none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 _UNITS = (DecoderLayer, AudioLayer, VisionBlock, PatchMerger)
 _BUCKET = 1 << 26  # numbers that are summed over processes at once
+_RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a unit is spread again when it has run
 
 
 @dataclass(frozen=True)
@@ -136,26 +139,25 @@ def _shard(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     batch = mesh["data"] if config.expert == 1 else mesh[BATCH_DIMS]._flatten("batch")
     units: list[nn.Module] = []
+
+    def sharded(module: nn.Module, mesh: Any, again: bool, **options: Any) -> None:
+        fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=policy, **options)
+        _RESHARDS[module] = again
+        units.append(module)
+
     if config.expert > 1:
         for experts in [m for m in model.modules() if isinstance(m, Experts)]:
             # along another axis than the experts are, which each process of the expert group holds a part of
             _check_width(experts, mesh["data"].size())
-            fully_shard(
-                experts, mesh=mesh["data"], reshard_after_forward=reshard, mp_policy=policy,
-                shard_placement_fn=lambda parameter: Shard(1),
-            )  # fmt: skip
-            units.append(experts)
+            sharded(experts, mesh["data"], reshard, shard_placement_fn=lambda parameter: Shard(1))
     for module in _units(model):
         # an embedding is looked up as often as a process likes: gathered once, kept until the backward pass ends
-        keep = isinstance(module, nn.Embedding)
-        fully_shard(module, mesh=batch, reshard_after_forward=reshard and not keep, mp_policy=policy)
-        units.append(module)
+        sharded(module, batch, reshard and not isinstance(module, nn.Embedding))
     inside = {id(p) for unit in units for p in unit.parameters()}
     whole = {p for p in model.parameters() if id(p) not in inside}
     for module in (*([model.talker.mtp] if model.talker is not None else []), *model.children(), model):
         if module is model or any(isinstance(m, FSDPModule) for m in module.modules()):
-            fully_shard(module, mesh=batch, reshard_after_forward=reshard, mp_policy=policy, ignored_params=whole)
-            units.append(module)
+            sharded(module, batch, reshard, ignored_params=whole)
     for module in units:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
@@ -216,6 +218,25 @@ def _enter_root(model: OmniModel, register: Callable[[nn.Module, str], None]) ->
     register(root, "_enter")
     root._enter()
     del root._enter
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside the block each process holds all of what FSDP spreads, and the model may be run in any way: generating
+    reads weights outside the calls of their layers. Without gradients; all processes must enter it together. Memory:
+    the whole model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(_RESHARDS.get(unit, True), recurse=False)
+            unit.reshard()
 
 
 def full_weight(parameter: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from omni.checkpoint.atomic import atomic_folder
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
+SEVERAL = ".metadata"  # only a checkpoint by several processes has it
 _FOLDER = re.compile(r"step_(\d{8,})")
 _LEFT_OVER = re.compile(r"\.step_\d{8,}\.saving-[0-9a-f]+")
 _PLAIN = (str, int, float, bool, type(None))
@@ -127,13 +128,28 @@ class Checkpoints:
 
     def latest(self, current: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest checkpoint that can be read, None where there is none. Broken ones are passed
-        over with a warning. `current` is for stores that read into tensors which are there; here it is not needed."""
+        over with a warning. `current` is for stores that read into tensors which are there; here it is not needed.
+        Raises ValueError for one that several processes wrote."""
         for step in reversed(self.steps()):
+            if (self.path(step) / SEVERAL).exists():
+                raise ValueError(
+                    f"{self.path(step)} was written by {self._writers(step)} processes, each with its own place in the "
+                    "data and its own random numbers, which one process cannot go on from; start as many with "
+                    "torchrun, or save to another folder and begin a new run"
+                )
             try:
                 return step, self.load(step)
             except (OSError, ValueError) as error:
                 warnings.warn(f"passed over: {error}", stacklevel=2)
         return None
+
+    def _writers(self, step: int) -> str:
+        """How many processes wrote a checkpoint, as far as it says."""
+        try:
+            values = json.loads((self.path(step) / STATE).read_text(encoding="utf-8"))
+            return str(len(values["state"]["ranks"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return "several"
 
     def clean(self) -> None:
         """Delete what saves left behind that were killed half-way. No other run may be writing here."""

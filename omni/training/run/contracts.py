@@ -98,9 +98,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: after which step, whether a signal ended it early, steps skipped, the last step."""
+    """How a run ended: after which step, whether a signal ended it early, steps skipped, the last step, and the number
+    of the signal (0: none, or one that another process received)."""
 
     step: int
     stopped: bool
     skipped: int
     last: StepResult | None
+    signal: int = 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,8 +114,11 @@ def export(
     folder: str | Path,
     max_shard_size: str | int = "5GB",
     experts: Literal["separate", "fused"] = "separate",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a spread model in the Hub's layout, as `OmniModel.save_pretrained` does; all processes must call it.
+
+    dtype: of the floating weights in the files, see `stored_as`.
 
     One parameter after the other is gathered and put on rank 0's disk, beside the folder, so that memory holds one
     whole parameter and one shard at a time; until the end the disk holds the weights twice. Raises ValueError for a
@@ -134,11 +139,37 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.gathering-", dir=folder.parent) as work:
         on_disk = {name: _on_disk(_whole(tensor), Path(work) / name) for name, tensor in state.items()}
         plain.load_state_dict(on_disk, assign=True)
+        change_types(plain, dtype)
         plain.processor, plain.generation_config = model.processor, model.generation_config
         plain.voices = model.voices
         plain.save_pretrained(folder, max_shard_size=max_shard_size, experts=experts)
     if process_count() > 1:
         dist.barrier()
+
+
+def change_types(model: nn.Module, dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor]]:
+    """Turn the floating weights into `dtype` (None: none of them) but those of modules that say `always_float32`, in
+    place -> the tensors that were changed, and what they held."""
+    wide = [module for module in model.modules() if getattr(module, "always_float32", False)]
+    stay = {id(tensor) for module in wide for tensor in (*module.parameters(), *module.buffers())}
+    changed = []
+    for tensor in () if dtype is None else model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point() and tensor.dtype != dtype and id(tensor) not in stay:
+            changed.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(dtype)
+    return changed
+
+
+@contextmanager
+def stored_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside the block a model has the types in which it is to be saved; afterwards it is as before, bit for bit."""
+    changed: list[tuple[Tensor, Tensor]] = []
+    try:
+        changed = change_types(model, dtype)
+        yield
+    finally:
+        for tensor, before in changed:
+            tensor.data = before
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ An objective of your own is one entry of `OBJECTIVES`: a function that makes a `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,10 +31,11 @@ from omni.training.codec.codec_stage import (
     make_codec,
 )
 from omni.training.codec.discriminators import Discriminators
-from omni.training.codec.speech_codes import SpeechEncoder, cached_codes, load_codec_encoder
+from omni.training.codec.speech_codes import SpeechEncoder, cached_codes, find_encoder, load_codec_encoder
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.batches import Batches, collate
 from omni.training.data.conversation_samples import SampleMaker
+from omni.training.data.failures import RunValueError
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
@@ -55,7 +57,8 @@ from omni.training.objectives.transcription_stage import (
 from omni.training.run.contracts import Data, Objective, Stateful
 from omni.training.run.fit import look_at_rows
 from omni.training.run.objective_losses import ObjectiveLosses, merged
-from omni.training.run.train_config import DataTable, FilterTable, TrainConfig
+from omni.training.run.objective_options import objective_options
+from omni.training.run.train_config import FilterTable, TrainConfig
 
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
@@ -69,6 +72,11 @@ class Setup:
     model: OmniModel
     processor: OmniProcessor | None
     share: tuple[int, int] = (0, 1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the objective that are given, checked."""
+        return objective_options(self.config)
 
     def require_processor(self) -> OmniProcessor:
         """The processor, or a ValueError with the remedy."""
@@ -99,7 +107,8 @@ class Setup:
 @dataclass
 class Stage:
     """What the trainer is given. module: holds the parameters that learn; also: further things to save; finish: called
-    after training, to put the result into the model; evaluate: scores of the module at a step, on `data.eval`."""
+    after training, to put the result into the model; evaluate: scores of the module at a step, on `data.eval`;
+    keeps_codes: the finished model decodes the same codes as the one before."""
 
     module: nn.Module
     objective: Objective
@@ -107,6 +116,17 @@ class Stage:
     also: Mapping[str, Stateful] = field(default_factory=dict)
     finish: Callable[[], None] = lambda: None
     evaluate: Evaluate | None = None
+    keeps_codes: bool = True
+
+
+class Evaluation:
+    """Scores of a module at a step; `rehearse` tries them on little, so that what would fail fails before training."""
+
+    def __init__(self, score: Evaluate, rehearse: Callable[[nn.Module], Any]) -> None:
+        self.score, self.rehearse = score, rehearse
+
+    def __call__(self, module: nn.Module, step: int) -> Mapping[str, float]:
+        return self.score(module, step)
 
 
 class Collated:
@@ -151,7 +171,7 @@ def conversations(setup: Setup, *, speech: bool, pairs: bool = False) -> Collate
     maker = SampleMaker(
         processor,
         setup.model.config,
-        codes_of(setup.model, table) if speech else None,
+        (codes_of(setup) or _no_codec) if speech else None,
         max_tokens=table.max_tokens,
         loss_on=table.loss_on,
         speech=speech,
@@ -182,25 +202,42 @@ def scores(setup: Setup, data: Collated, objective: Objective) -> Evaluate | Non
         return None
     if not sources:
         raise ValueError("eval.every needs data to evaluate on; set data.eval = [{ manifest = 'eval.jsonl' }]")
-    scorer, metrics = import_name(table.scorer), table.metrics or ("loss",)
+    scorer, processor, codes = import_name(table.scorer), setup.require_processor(), codes_of(setup)
+    metrics = table.metrics or ("loss",)
     own = setup.config.train.objective != "thinker" and "loss" in metrics and table.scorer == type(table).scorer
     others = tuple(name for name in metrics if not own or name != "loss")
-    codes = codes_of(setup.model, setup.config.data)
-    hooks = {
-        manifest.path.stem: merged(
-            [scorer(setup.require_processor(), manifest, others, table.limit, codes)] if others else [],
-            [ObjectiveLosses(objective, data.batches, manifest, table.limit, data.pad_token_id)] if own else [],
-        )
-        for manifest in setup.mixture(part="eval").manifests
-    }
+    manifests = setup.mixture(part="eval").manifests
+
+    def hooks(limit: int) -> dict[str, Evaluate]:
+        return {
+            manifest.path.stem: merged(
+                [scorer(processor, manifest, others, limit, codes)] if others else [],
+                [ObjectiveLosses(objective, data.batches, manifest, limit, data.pad_token_id)] if own else [],
+            )
+            for manifest in manifests
+        }
+
+    whole = hooks(table.limit)
 
     def evaluate(module: nn.Module, step: int) -> dict[str, float]:
-        found = {name: dict(hook(module, step)) for name, hook in hooks.items()}
+        found = {name: dict(hook(module, step)) for name, hook in whole.items()}
         if len(found) == 1:
-            return next(iter(found.values()))
+            return dict(next(iter(found.values())))
         return {f"{manifest}/{name}": value for manifest, own in found.items() for name, value in own.items()}
 
-    return evaluate
+    def rehearse(module: nn.Module) -> None:
+        for limit in (1, 8, table.limit):  # the first rows may be bad ones
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # bad rows are named when they are scored
+                    for hook in hooks(limit).values():
+                        hook(module, 0)
+                return
+            except ValueError:
+                if limit == table.limit:
+                    raise
+
+    return Evaluation(evaluate, rehearse)
 
 
 def _on_fixed_batches(setup: Setup, batches: Callable[[], Iterator[Any]], score: Callable[..., Any]) -> Evaluate | None:
@@ -210,22 +247,22 @@ def _on_fixed_batches(setup: Setup, batches: Callable[[], Iterator[Any]], score:
         return None
     source = batches()
     held = [next(source) for _ in range(table.limit or 4)]
-    return lambda module, step: score(module, held)
+    return Evaluation(lambda module, step: score(module, held), lambda module: score(module, held[:1]))
 
 
-def codec_encoder(model: OmniModel, table: DataTable) -> SpeechEncoder | None:
-    """The encoder of data.codec; None where none is named."""
-    if table.codec.path is None:
+def codec_encoder(setup: Setup) -> SpeechEncoder | None:
+    """The encoder of data.codec, or the one that the checkpoint brings; None where there is neither."""
+    table, checkpoint = setup.config.data.codec, setup.config.model.checkpoint
+    found = find_encoder(table.kind, table.path, checkpoint)
+    if found is None:
         return None
-    talker = model.config.talker_config
-    return load_codec_encoder(
-        table.codec.kind, table.codec.path, num_codebooks=None if talker is None else talker.num_code_groups
-    )
+    talker = setup.model.config.talker_config
+    return load_codec_encoder(*found, num_codebooks=None if talker is None else talker.num_code_groups)
 
 
-def codes_of(model: OmniModel, table: DataTable) -> Callable[[Any], torch.Tensor] | None:
+def codes_of(setup: Setup) -> Callable[[Any], torch.Tensor] | None:
     """What encodes a recording to codes, through the cache; None without a codec (manifests then hold codes)."""
-    encoder = codec_encoder(model, table)
+    encoder, table = codec_encoder(setup), setup.config.data
     if encoder is None:
         return None
     beside = Path(table.train[0].manifest).parent  # of a dataset of the Hub there is none
@@ -233,10 +270,17 @@ def codes_of(model: OmniModel, table: DataTable) -> Callable[[Any], torch.Tensor
     return partial(cached_codes, encoder=encoder, folder=cache)
 
 
+def _no_codec(recording: Any) -> torch.Tensor:
+    raise RunValueError(
+        "the rows have recordings of speech, and nothing turns them into codes: set data.codec, for example to "
+        "{ kind = 'mimi', path = 'kyutai/mimi' }, or write the codes into the manifest; omni-nano brings its encoder"
+    )
+
+
 def _supervised(setup: Setup, *, text: bool, speech: bool) -> Stage:
     objective = _with_options(
         partial(Supervised, setup.model, text=text, speech=speech, given=setup.config.loss),
-        dict(setup.config.objective),
+        setup.options,
         ("detach", "residual_weight", "residual_share") if speech else (),
     )
     data = conversations(setup, speech=speech)
@@ -247,28 +291,28 @@ def _on_conversations(
     setup: Setup, make: Callable[..., Objective], *, speech: bool, known: tuple[str, ...], pairs: bool = False
 ) -> Stage:
     """An objective over the manifests' conversations."""
-    objective = _with_options(partial(make, setup.model, given=setup.config.loss), setup.config.objective, known)
+    objective = _with_options(partial(make, setup.model, given=setup.config.loss), setup.options, known)
     data = conversations(setup, speech=speech, pairs=pairs)
     return Stage(setup.model, objective, data, evaluate=scores(setup, data, objective))
 
 
 def _dpo(setup: Setup) -> Stage:
-    speech = bool(setup.config.objective.get("speech"))
+    speech = bool(setup.options.get("speech"))
     of_speech = ("residual_weight", "detach") if speech else ()
     known = ("text", "speech", "beta", "label_smoothing", "reference", *of_speech)
     return _on_conversations(setup, DPO, speech=speech, known=known, pairs=True)
 
 
 def _distillation(setup: Setup) -> Stage:
-    if "teacher" not in setup.config.objective:
+    if "teacher" not in setup.options:
         raise ValueError("distillation needs a teacher; set objective.teacher to its folder or Hub id")
-    of_answers = ("max_new_tokens", "sampling") if setup.config.objective.get("on_policy") else ()
+    of_answers = ("max_new_tokens", "sampling") if setup.options.get("on_policy") else ()
     known = ("teacher", "on_policy", "top_k", "temperature", "direction", *of_answers)
     return _on_conversations(setup, Distillation, speech=False, known=known)
 
 
 def _gspo(setup: Setup) -> Stage:
-    if "rewards" not in setup.config.objective:
+    if "rewards" not in setup.options:
         raise ValueError("gspo needs rewards; set objective.rewards, for example to ['exact_answer']")
     known = (
         "rewards", "group_size", "clip_low", "clip_high", "kl_weight", "max_new_tokens", "sampling", "audio",
@@ -281,7 +325,7 @@ def _codec(setup: Setup) -> Stage:
     code2wav, table = setup.model.require("code2wav"), setup.config.data
     if not isinstance(code2wav, Code2Wav):
         raise ValueError(f"codec trains Code2Wav, and this model's codec decoder is a {type(code2wav).__name__}")
-    options = dict(setup.config.objective)
+    options = setup.options
     decoder_only, fresh = options.pop("decoder_only", False), options.pop("fresh", False)
     width, crop_s, batch_size = options.pop("width", None), options.pop("crop_s", 1.0), options.pop("batch_size", 16)
     folder = options.pop("encoder_folder", None)
@@ -295,14 +339,14 @@ def _codec(setup: Setup) -> Stage:
     if codec is None:
         if fresh:
             draw_weights(code2wav)
-            encoder = codec_encoder(setup.model, table)
+            encoder = codec_encoder(setup)
             if encoder is not None and encoder.start_table is not None:
                 encoder.start_table(code2wav)
         make = partial(DecoderObjective, code2wav)
     else:
         make = partial(CodecObjective, codec, seed=setup.config.train.seed)
     objective = _with_options(partial(make, setup.config.loss, adversary=adversary), options, tuple(known))
-    codes = codes_of(setup.model, table) if decoder_only else None
+    codes = codes_of(setup) if decoder_only else None
 
     def crops(part: str, workers: int = 0) -> Any:
         return crop_batches(
@@ -320,7 +364,8 @@ def _codec(setup: Setup) -> Stage:
             codec.save(folder)
 
     module = nn.ModuleDict({"code2wav": code2wav}) if codec is None else codec
-    return Stage(module, objective, crops("train", table.workers), {"codec": objective}, finish, evaluate)
+    train = crops("train", table.workers)
+    return Stage(module, objective, train, {"codec": objective}, finish, evaluate, keeps_codes=codec is None)
 
 
 def _flow_matching(setup: Setup) -> Stage:
@@ -328,7 +373,7 @@ def _flow_matching(setup: Setup) -> Stage:
     code2wav, table = setup.model.require("code2wav"), setup.config.data
     if not isinstance(code2wav, Token2Wav):
         raise ValueError("flow_matching trains a diffusion transformer, and this model's codec decoder has none")
-    options, codes = dict(setup.config.objective), codes_of(setup.model, table)
+    options, codes = setup.options, codes_of(setup)
     batch_size = options.pop("batch_size", 16)
     made = {name: options.pop(name) for name in ("crop_s", "reference_s", "n_fft") if name in options}
     objective = _with_options(partial(FlowObjective, setup.config.loss), options, ("drop_rate",))
@@ -351,12 +396,10 @@ def _transcription(setup: Setup) -> Stage:
     setup.model.require("thinker")
     if setup.model.audio_encoder is None:
         raise ValueError("this model has no audio encoder to train")
-    options = dict(setup.config.objective)
+    options = setup.options
     language, max_s = options.pop("language", "en") or None, options.pop("max_s", 30.0)  # "": texts as they are
     batch_size, head = options.pop("batch_size", 16), options.pop("head", "ctc")
     alphabet, kind = options.pop("alphabet", None), options.pop("labels", "characters")
-    if kind not in ("characters", "tokens"):
-        raise ValueError(f"objective.labels: {nearest(str(kind), ('characters', 'tokens'))}")
     labels: Labels = CharacterLabels() if alphabet is None else CharacterLabels(alphabet)
     if kind == "tokens":
         labels = TokenLabels(setup.require_processor())

@@ -12,15 +12,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from omni.checkpoint.load import resolve_dtype
+from omni.checkpoint.placement import check_device
+from omni.checkpoint.shards import read_headers
 from omni.config.keywords import nearest
+from omni.config.locate import locate
 from omni.config.model import OmniConfig
 from omni.model import OmniModel
 from omni.processing.processor import OmniProcessor
-from omni.training.parallel.processes import init_from_env, process_count
+from omni.training.codec.speech_codes import keep_encoder
+from omni.training.parallel.processes import init_from_env, is_main, process_count
+from omni.training.run.checks import check_parts, check_writable
 from omni.training.run.contracts import TrainResult
 from omni.training.run.distributed_run import spread, store_of
 from omni.training.run.fit import check_settings
 from omni.training.run.lora import LoRABase, add_lora, merge_lora
+from omni.training.run.objective_options import objective_options
 from omni.training.run.optimiser import trainable
 from omni.training.run.speakers import SpeakerEmbedding, add_speaker, merge_speakers, speaker_parameters
 from omni.training.run.stage_table import OBJECTIVES, OWN_MODULE, Evaluate, Setup, Stage
@@ -64,7 +71,10 @@ class Run:
         with ema.applied() if ema is not None else nullcontext():
             self.stage.finish()
             finish_model(self.setup.model)
-            save(self.setup.model, folder)
+            save(self.setup.model, folder, dtype_to_save(self.setup))
+        checkpoint = self.setup.config.model.checkpoint
+        if checkpoint is not None and self.stage.keeps_codes and is_main():
+            keep_encoder(checkpoint, folder)
 
 
 def finish_model(model: OmniModel) -> None:
@@ -75,14 +85,27 @@ def finish_model(model: OmniModel) -> None:
         merge_speakers(model)
 
 
-def save(model: OmniModel, folder: str | Path) -> None:
-    """`save_pretrained`, by all processes together where there are several."""
-    from omni.training.run.distributed_checkpoint import export
+def dtype_to_save(setup: Setup) -> torch.dtype | None:
+    """The type of the finished model's weights: that of the checkpoint which the run started from, or what `save.dtype`
+    says; None: as they are."""
+    wanted, checkpoint = setup.config.save.dtype, setup.config.model.checkpoint
+    if wanted != "checkpoint":
+        return resolve_dtype(wanted)
+    if checkpoint is None:
+        return None
+    written = setup.model.config.dtype
+    return resolve_dtype("auto", written, () if written else read_headers(locate(checkpoint)).values())
+
+
+def save(model: OmniModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """`save_pretrained`, by all processes together where there are several. dtype: of the files' floating weights."""
+    from omni.training.run.distributed_checkpoint import export, stored_as
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        export(model, folder)
+        export(model, folder, dtype=dtype)
     else:
-        model.save_pretrained(folder)
+        with stored_as(model, dtype):
+            model.save_pretrained(folder)
 
 
 def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
@@ -91,7 +114,9 @@ def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
     Raises ValueError, FileNotFoundError or OSError.
     """
     if config.train.objective not in OBJECTIVES:
-        raise ValueError(f"train.objective: {nearest(config.train.objective, OBJECTIVES)}")
+        wrong = config.train.objective
+        raise ValueError(f"train.objective = {wrong!r} is not known; {nearest(wrong, OBJECTIVES)}")
+    options = objective_options(config)
     check_settings(config)
     parts = config.model.parts
     whole = "thinker" in parts and ("talker" in parts) == ("code2wav" in parts)
@@ -100,6 +125,8 @@ def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
             f"save.export writes a checkpoint, and {', '.join(parts)} make none; let model.parts be all parts, or the "
             "thinker alone, or leave save.export out"
         )
+    check_parts(config, options)
+    check_writable(config, options)
     init_from_env()  # before anything is put on a device
     torch.manual_seed(config.train.seed)  # what is added to the model is alike on all processes
     model = load_model(config)
@@ -138,7 +165,7 @@ def load_model(config: TrainConfig) -> OmniModel:
         assert table.config is not None
         torch.manual_seed(config.train.seed)
         dtype = torch.bfloat16 if table.dtype == "bfloat16" else torch.float32
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = OmniModel(OmniConfig.from_pretrained(table.config), table.parts).to(place, dtype)
     if table.processor is not None:
         model.processor = OmniProcessor.from_pretrained(table.processor)

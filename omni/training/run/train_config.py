@@ -122,9 +122,13 @@ class FilterTable:
 
 @dataclass(frozen=True)
 class CodecTable:
-    """[data.codec]: what turns speech into codes, and the folder that keeps them."""
+    """[data.codec]: what turns speech into codes, and the folder that keeps them.
 
-    kind: str = "mimi"
+    kind: "mimi", "omni" or "mel"; path: its folder. Without a path it is the encoder that the checkpoint brings, if it
+    brings one (of that kind); a path without a kind is Mimi's.
+    """
+
+    kind: str | None = None
     path: str | None = _path()
     cache: str | None = _path()
 
@@ -169,23 +173,30 @@ class SpeakerTable:
 
 @dataclass(frozen=True)
 class LogTable:
-    """[log]: folder of log.jsonl and of TensorBoard's files, None for no log; every: steps between lines."""
+    """[log]: folder of log.jsonl and of TensorBoard's files, None for no log; every: steps between its lines.
+
+    tensorboard: absent, it is written where it is installed; true asks for it. progress: a bar in a terminal; where
+    there is none, a line on stderr every `print_every_s` seconds (0: none).
+    """
 
     folder: str | None = _path()
     every: int = _number(1, low=1)
-    tensorboard: bool = True
+    tensorboard: bool | None = None
     progress: bool = True
+    print_every_s: float = _number(60.0, low=0)
 
 
 @dataclass(frozen=True)
 class SaveTable:
     """[save]: folder of the checkpoints, None for none; every: steps between them, 0 for one at the end; keep: the
-    newest that stay; export: folder of the finished model in the Hub's layout."""
+    newest that stay; export: folder of the finished model in the Hub's layout; dtype: of its weights, by default that
+    of the checkpoint that the run started from."""
 
     folder: str | None = _path()
     every: int = _number(500, low=0)
     keep: int = _number(3, low=1)
     export: str | None = _path()
+    dtype: Literal["checkpoint", "float32", "bfloat16"] = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -255,7 +266,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Build from nested tables; ValueError names the table and key that is wrong."""
-        config = _read_table(cls, values, "")
+        config = read_table(cls, values, "")
         m, t, o = config.model, config.train, config.optimiser
         if (m.checkpoint is None) == (m.config is None):
             raise ValueError("[model] takes one of checkpoint (weights to start from) and config (a new model)")
@@ -308,8 +319,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def _read_table(kind: type[T], values: Any, where: str) -> T:
-    """One dataclass from one table."""
+def read_table(kind: type[T], values: Any, where: str) -> T:
+    """One dataclass from one table. Raises ValueError that names the table, the key and what it may be."""
     if not isinstance(values, Mapping):
         raise ValueError(f"[{where}] must be a table, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -343,7 +354,7 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
             raise ValueError(f"{path} must be a table, got {value!r}")
         return {key: _check(args[1], item, f"{path}.{key}", limits) for key, item in value.items()}
     if dataclasses.is_dataclass(kind):
-        return _read_table(kind, value, path)  # type: ignore[arg-type]
+        return read_table(kind, value, path)  # type: ignore[arg-type]
     if kind is Any:
         return value
     return _check_scalar(kind, value, path, limits)
@@ -373,6 +384,6 @@ def _check_scalar(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -
         low, above, high, below = limits["range"]
         if not (low <= value <= high and above < value < below):
             bounds = [(low, "at least"), (above, "above"), (high, "at most"), (below, "below")]
-            rule = " and ".join(f"{word} {bound:g}" for bound, word in bounds if math.isfinite(bound))
+            rule = " and ".join(f"{word} {bound:g}" for bound, word in bounds if math.isfinite(bound)) or "finite"
             raise ValueError(f"{path} must be {rule}, got {value!r}")
     return value

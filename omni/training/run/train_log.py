@@ -20,20 +20,27 @@ FILE = "log.jsonl"
 
 
 class TrainLog:
-    """Appends to `folder`/log.jsonl, and to TensorBoard's files in the same folder if it is installed.
+    """Appends to `folder`/log.jsonl, and to TensorBoard's files in the same folder.
 
-    after: the step that the run goes on from; what the file says about later steps, and a line cut short by a kill,
-    is removed, so that the curve of a resumed run is one curve. Raises OSError if the folder cannot be written.
+    tensorboard: None writes them where it is installed; True warns where it is not. after: the step that the run goes
+    on from; what the file says about later steps, and a line cut short by a kill, is removed, so that the curve of a
+    resumed run is one curve. Raises OSError if the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, after: int = 0, *, tensorboard: bool = True) -> None:
+    def __init__(self, folder: str | Path, after: int = 0, *, tensorboard: bool | None = None) -> None:
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
         if path.exists():
             os.truncate(path, _length_until(path, after))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _summary_writer(folder, after) if tensorboard else None
+        self._board = None if tensorboard is False else _summary_writer(folder, after)
+        if tensorboard and self._board is None:
+            warnings.warn(
+                "log.tensorboard = true, but TensorBoard is not installed: log.jsonl alone is written; "
+                "pip install tensorboard, or leave the setting out",
+                stacklevel=2,
+            )
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, which needs a `step`. It survives the end of this process, however it ends."""

@@ -10,19 +10,15 @@ No shapes of its own: batches and losses are the objective's.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from omni.training.data.tally import add_counts
 from omni.training.objectives.ema import EMA, forget_copies
@@ -30,8 +26,10 @@ from omni.training.run.activations import checkpoint_activations
 from omni.training.run.checkpoints import Checkpoints, rng_state, seed_everything, set_rng_state
 from omni.training.run.contracts import Data, Objective, Ranks, Stateful, StepResult, Store, TrainResult
 from omni.training.run.optimiser import lr_factor, make_adamw, named_state, set_lr
+from omni.training.run.progress import show_progress
+from omni.training.run.signals import stop_signals
 from omni.training.run.train_config import TrainConfig
-from omni.training.run.train_log import TrainLog
+from omni.training.run.train_log import TrainLog, read_log
 
 
 @dataclass
@@ -39,9 +37,10 @@ class Trainer:
     """Minimises an objective over the parameters of `model` that require gradients.
 
     evaluate(model, step) -> numbers by name, called every `eval.every` steps without gradients, in eval mode, with the
-    averaged parameters if there are any; it does not disturb the run's random numbers. `also`: what else belongs into
-    a checkpoint (further optimisers, adaptive rewards). tokens_of(batch): for the log. store: `Checkpoints` in
-    `save.folder` if None. Raises ValueError if nothing is trainable.
+    averaged parameters if there are any; it does not disturb the run's random numbers. Where it has a
+    `rehearse(model)`, that is called before the first step: what an evaluation would fail of fails then. `also`: what
+    else belongs into a checkpoint (further optimisers, adaptive rewards). tokens_of(batch): for the log. store:
+    `Checkpoints` in `save.folder` if None. Raises ValueError if nothing is trainable.
     """
 
     model: nn.Module
@@ -68,6 +67,7 @@ class Trainer:
         self._resumed = False
         self._saved_at: int | None = None
         self._batches: Iterator[Any] | None = None
+        self._before_step: dict[str, Any] | None = None  # data and random numbers, while a step reads its batches
 
     @property
     def is_main(self) -> bool:
@@ -77,8 +77,10 @@ class Trainer:
     def train(self) -> TrainResult:
         """Run to `train.steps`; on SIGINT or SIGTERM finish the step, save and return.
 
-        A new run seeds the global generators of Python, NumPy and PyTorch with `train.seed` plus the share. Raises
-        ValueError if `save.folder` holds another run, or after more than `train.skip_limit` skipped steps in a row.
+        A new run seeds the global generators of Python, NumPy and PyTorch with `train.seed` plus the share. A step's
+        checkpoint is written before its evaluation, and one of the last step before data or an evaluation ends the run
+        by an error. Raises ValueError if `save.folder` holds another run, or after more than `train.skip_limit` skipped
+        steps in a row.
         """
         run, save = self.config.train, self.config.save
         if run.threads:
@@ -90,12 +92,15 @@ class Trainer:
         was_training, last = self.model.training, None
         with ExitStack() as stack:
             stack.callback(self.model.train, was_training)
-            stop = stack.enter_context(stop_signals())
+            stop = stack.enter_context(stop_signals(say=self.is_main))
             log = self._open_log(stack)
             bar = stack.enter_context(self._progress())
             if run.activation_checkpointing:
                 stack.enter_context(checkpoint_activations(self.model))
             self.model.train()
+            self._rehearse()
+            if self.evaluate is not None and self._evaluation_is_missing(log):
+                self._evaluate(self.evaluate, log)
             while self.steps_done < run.steps and not (last is not None and last.stop):
                 last = self.step(stop.is_set)
                 self._report(last, log, bar)
@@ -105,19 +110,20 @@ class Trainer:
                         f"{last.step} (loss {last.loss}, gradient norm {last.grad_norm}); lower optimiser.lr or "
                         "look at the data, or raise train.skip_limit"
                     )
+                if (save.every and last.step % save.every == 0) or last.stop or last.step == run.steps:
+                    self.save(log)
                 if self.evaluate is not None and self.config.eval.every and last.step % self.config.eval.every == 0:
                     self._evaluate(self.evaluate, log)
-                if save.every and last.step % save.every == 0:
-                    self.save(log)
             if self._saved_at != self.steps_done:
                 self.save(log)
-        return TrainResult(self.steps_done, self.steps_done < run.steps, self.steps_skipped, last)
+        stopped = self.steps_done < run.steps
+        return TrainResult(self.steps_done, stopped, self.steps_skipped, last, stop.number if stopped else 0)
 
     def step(self, stop: Callable[[], bool] = lambda: False) -> StepResult:
         """One update from the next `train.accumulate` micro-batches. `stop` is asked at the end whether this process
         is to end; all processes learn of it. Raises ValueError for losses that do not keep the objective's contract."""
         start, run = time.perf_counter(), self.config.train
-        batches = [self._next_batch() for _ in range(run.accumulate)]
+        batches = [self._prepared(batch) for batch in self._next_batches(run.accumulate)]
         names = sorted(self.objective.weights)
         local = [self.objective.counts(batch) for batch in batches]
         counts = self._over_ranks([sum(float(count.get(name, 0)) for count in local) for name in names])
@@ -142,13 +148,27 @@ class Trainer:
             self.steps_done, loss, means, lr, grad_norm, int(all_tokens), seconds, not finite, stopping > 0
         )
 
-    def _next_batch(self) -> Any:
-        if self._batches is None:
-            self._batches = iter(self.data)
+    def _next_batches(self, count: int) -> list[Any]:
+        """A step's micro-batches. Where one cannot be read, on any process, all save what was before and end."""
+        self._before_step = self._local_state() if self.store is not None else None
+        failure: Exception | None = None
+        batches: list[Any] = []
         try:
-            batch = next(self._batches)
+            if self._batches is None:
+                self._batches = iter(self.data)
+            batches = [next(self._batches) for _ in range(count)]
         except StopIteration:
-            raise ValueError("the training data ended; batches must never end (repeat the data)") from None
+            failure = ValueError("the training data ended; batches must never end (repeat the data)")
+        except Exception as error:
+            failure = error
+        if any(self._over_ranks([float(failure is not None)])):
+            if self.steps_done and self._saved_at != self.steps_done:
+                self.save()
+            raise failure or ValueError("the data of another process ended the run; its message says why")
+        self._before_step = None
+        return batches
+
+    def _prepared(self, batch: Any) -> Any:
         prepare = getattr(self.objective, "prepare", None)
         if prepare is None:
             return batch
@@ -212,17 +232,46 @@ class Trainer:
             self.ema.update()
         return table.lr * factor
 
+    def _rehearse(self) -> None:
+        """Try the evaluation before the first step, where this run comes to one."""
+        rehearse, every = getattr(self.evaluate, "rehearse", None), self.config.eval.every
+        if rehearse is not None and every and self.config.train.steps // every > self.steps_done // every:
+            with self._evaluating():
+                rehearse(self.model)
+
+    def _evaluation_is_missing(self, log: TrainLog | None) -> bool:
+        """Whether the run that is resumed ended between a checkpoint and its step's evaluation, as the log tells."""
+        every = self.config.eval.every
+        if not self._resumed or not every or not self.steps_done or self.steps_done % every:
+            return False
+        lines = read_log(self.config.log.folder or "") if log is not None else []
+        told = any("eval" in line for line in lines if line["step"] == self.steps_done)
+        return any(self.ranks.gather(log is not None and not told))
+
     def _evaluate(self, evaluate: Callable[[nn.Module, int], Mapping[str, float]], log: TrainLog | None) -> None:
-        generators = rng_state()
-        self.model.eval()
-        with torch.no_grad(), self.ema.applied() if self.ema is not None else nullcontext(), self._autocast():
-            forget_copies(self.model)
-            numbers = evaluate(self.model, self.steps_done)
-        forget_copies(self.model)
-        self.model.train()
-        set_rng_state(generators)
+        try:
+            with self._evaluating():
+                numbers = evaluate(self.model, self.steps_done)
+        except Exception:
+            if self._saved_at != self.steps_done and not (self.store is not None and self.store.collective):
+                self.save(log)  # several processes may not have failed together
+            raise
         if log is not None:
             log.write({"step": self.steps_done, "eval": {name: float(value) for name, value in numbers.items()}})
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model as it is evaluated; afterwards model and random numbers are as before."""
+        generators = rng_state()
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.ema.applied() if self.ema is not None else nullcontext(), self._autocast():
+                forget_copies(self.model)
+                yield
+        finally:
+            forget_copies(self.model)
+            self.model.train()
+            set_rng_state(generators)
 
     def _open_log(self, stack: ExitStack) -> TrainLog | None:
         table = self.config.log
@@ -233,9 +282,9 @@ class Trainer:
         return log
 
     def _progress(self) -> Any:
-        show = self.is_main and self.config.log.progress
-        steps = self.config.train.steps
-        return tqdm(total=steps, initial=self.steps_done, unit="step", delay=2, disable=None if show else True)
+        table = self.config.log
+        show = self.is_main and table.progress
+        return show_progress(self.config.train.steps, self.steps_done, show=show, every_s=table.print_every_s)
 
     def _report(self, result: StepResult, log: TrainLog | None, bar: Any) -> None:
         speed = result.tokens / max(result.seconds, 1e-9)
@@ -275,7 +324,6 @@ class Trainer:
         every process its place in the data and its random numbers. Tensors are the live ones, not copies."""
         everything = self.model.state_dict()
         buffers = everything.keys() - {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        local = {"data": self.data.state_dict(), "rng": rng_state()}
         return {
             "config": self.config.to_dict(),
             "steps_done": self.steps_done,
@@ -286,8 +334,12 @@ class Trainer:
             "optimizer": named_state(self.optimizer),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "also": {name: part.state_dict() for name, part in self.also.items()},
-            "ranks": self.ranks.gather(local),
+            "ranks": self.ranks.gather(self._before_step or self._local_state()),
         }
+
+    def _local_state(self) -> dict[str, Any]:
+        """What of the state is this process's own."""
+        return {"data": self.data.state_dict(), "rng": rng_state()}
 
     def save(self, log: TrainLog | None = None) -> None:
         """Write a checkpoint of this moment; nothing where there is no store."""
@@ -355,30 +407,6 @@ class Trainer:
         self.data.load_state_dict(local["data"])
         self._batches = None
         set_rng_state(local["rng"])
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set inside the block; a second one interrupts at once.
-
-    Outside the main thread, which alone receives signals, it is never set.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tokens(batch: Any) -> int:

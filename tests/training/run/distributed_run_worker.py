@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from omni import OmniModel
+from omni.layers.moe import Experts
 from omni.packaged.toy import toy_processor
 from omni.training.data.batches import collate
 from omni.training.data.conversation_samples import SampleMaker
@@ -30,6 +31,8 @@ from omni.training.data.samples import TrainingBatch
 from omni.training.objectives.losses import Loss
 from omni.training.objectives.passes import thinker_pass
 from omni.training.objectives.supervised import Supervised, text_losses
+from omni.training.parallel.expert_parallel import ParallelExperts
+from omni.training.parallel.parallelise import ParallelConfig, make_mesh
 from omni.training.parallel.processes import shut_down
 from omni.training.run import stages
 from omni.training.run.checkpoints import pack
@@ -324,6 +327,42 @@ def killed(folder: Path) -> None:
 
 def resumed(folder: Path) -> None:
     run_noisy(folder / "broken")
+
+
+def answering(folder: Path) -> None:
+    """Runs that score their own answers while FSDP spreads the model, one of them with experts shared in bfloat16."""
+    manifest = SourceTable(str(folder / "rows.jsonl"))
+    for name, expert, metrics in (("spread", 1, ("accuracy", "loss")), ("half", 2, ("accuracy",))):
+        config = TrainConfig(
+            RunTable("thinker", 2, parameters=LEARNT[:1], precision="bf16", device="cpu"),
+            ModelTable(config=str(TINY), processor=str(DEMO)),
+            data=DataTable((manifest,), (manifest,), max_tokens=150, bucket=4),
+            log=LogTable(str(folder / name), tensorboard=False, progress=False),
+            save=SaveTable(str(folder / name / "checkpoints") if expert == 1 else None),
+            eval=EvalTable(every=1, limit=2, metrics=metrics),
+            parallel=ParallelTable(expert=expert),
+        )
+        build_run(config).train()
+    shared_experts_in_half()
+
+
+def shared_experts_in_half() -> None:
+    """Experts shared by the processes compute in autocast's type, as whole ones do, and learn in fp32."""
+    torch.manual_seed(0)
+    whole = Experts(4, 16, 8)
+    whole.initialise(0.3)
+    shared = ParallelExperts(whole, make_mesh(ParallelConfig(expert=2), "cpu")["expert"])
+    torch.manual_seed(dist.get_rank())
+    x, ids = torch.randn(5 + dist.get_rank(), 16), torch.randint(0, 4, (5 + dist.get_rank(), 2))
+    for backend in ("loop", "grouped", None):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = shared(x, ids, torch.full(ids.shape, 0.5), backend=backend)
+            expected = whole(x, ids, torch.full(ids.shape, 0.5), backend=backend)
+        assert found.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+        found.float().square().sum().backward()
+    grad = shared.gate_up_proj.grad
+    assert grad is not None and grad.dtype == torch.float32 and bool(grad.to_local().isfinite().all())
 
 
 def start(scenario: Callable[[Path], None], rank: int, world: int, folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from omni import OmniModel
 from omni.training.run.contracts import Ranks
 from omni.training.run.distributed_run import DistributedStore, spread, store_of
-from omni.training.run.train_config import ParallelTable
+from omni.training.run.train_config import EvalTable, ParallelTable, SaveTable
 from omni.training.run.train_log import read_log
 
 PRELOADED = ["torch.distributed." + name for name in ("fsdp", "tensor.parallel", "checkpoint.state_dict")]
@@ -119,6 +119,22 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
     assert curve(folder / "broken") == curve(folder / "whole")
     whole, broken = (weights(folder / name / "exported") for name in ("whole", "broken"))
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_spread_models_answer_between_steps(tmp_path: Path) -> None:
+    """A metric that generates, on layers that FSDP shards and on experts that two processes share in bfloat16; one
+    process that takes such a run up is told why it cannot."""
+    worker.write_manifest(tmp_path)
+    assert run(worker.answering, tmp_path) == [0, 0]
+    for name in ("spread", "half"):
+        lines = read_log(tmp_path / name)
+        assert [line["step"] for line in lines] == [1, 1, 2, 2]
+        assert all(0 < line["loss"] < 20 for line in lines[::2])
+        assert all("accuracy" in line["eval"] for line in lines[1::2])
+    config = worker.mixed_config("all", tmp_path, 1)
+    config = replace(config, save=SaveTable(str(tmp_path / "spread" / "checkpoints")), eval=EvalTable())
+    with pytest.raises(ValueError, match="written by 2 processes"):
+        worker.build_run(config).train()
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
