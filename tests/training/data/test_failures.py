@@ -77,7 +77,7 @@ def full_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     def save(*_: Any, **__: Any) -> None:
         raise request.param
 
-    monkeypatch.setattr(speech_codes, "save_file", save)
+    monkeypatch.setattr(speech_codes, "write_tensors", save)
 
 
 def encoder() -> SpeechEncoder:
