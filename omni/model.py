@@ -249,6 +249,8 @@ class OmniModel(ModelParts):
         remedy.
         """
         parts, everything = check_parts(parts), parts is PARTS
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict must be True or False, got {strict!r}")
         folder = locate(
             folder_or_hub_id,
             revision=revision,

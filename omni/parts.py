@@ -235,7 +235,7 @@ class ModelParts(nn.Module):
 
 def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
     """The parts as a tuple; ValueError for an unknown or empty choice."""
-    chosen = (parts,) if isinstance(parts, str) else tuple(parts or ())
+    chosen = (parts,) if isinstance(parts, str) else () if parts is None else tuple(parts)
     unknown = [part for part in chosen if part not in PARTS]
     if unknown or not chosen:
         raise ValueError(f"parts must name some of {', '.join(PARTS)}, got {list(chosen)}")

@@ -21,7 +21,8 @@ MODES = ("eager", "inductor", "graphs")
 
 def compile_steps(model: ModelParts, mode: str | None, batch_sizes: Sequence[int]) -> None:
     """See `OmniModel.compile`."""
-    mode = mode or ("graphs" if model.device.type == "cuda" else "inductor")
+    if mode is None:
+        mode = "graphs" if model.device.type == "cuda" else "inductor"
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "graphs" and model.device.type != "cuda":

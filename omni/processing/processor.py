@@ -196,7 +196,7 @@ class OmniProcessor:
         for conversation in map(read_conversation, split_batch(messages)):
             first = conversation.messages[0]
             self.check_speech_system(first["content"] if first["role"] == "system" else None)
-            chat = self.tool_chat if tools else self.chat
+            chat = self.tool_chat if isinstance(tools, Sequence) and tools else self.chat
             ids = chat.encode_chat(conversation.messages, tools, **template_options)
             rows.append(self._expand(ids, conversation.media, options, batch))
         if use_audio_in_video and batch.silent and not batch.with_sound:

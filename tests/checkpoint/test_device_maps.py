@@ -119,7 +119,9 @@ SECOND = [
     {"": "cpu", "code2wav.dit": "disk"},
     {"": "cpu", "code2wav.bigvgan.resblocks": "disk", "code2wav.dit.blocks.1": "disk"},
 ]
-CASES = [("first", m) for m in PARTS + FIRST] + [("second", m) for m in PARTS + SECOND]
+QUICK = [("first", m) for m in [*PARTS[:4], *FIRST]] + [("second", m) for m in [*PARTS[::3], *SECOND]]
+MORE = [(family, m) for family in FAMILIES for m in PARTS if (family, m) not in QUICK]
+CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 @pytest.mark.parametrize(("family", "places"), CASES, ids=lambda x: x if isinstance(x, str) else "+".join(x))

@@ -185,8 +185,7 @@ def quantised(source: Path, folder: Path, kind: str, *, names: bool, config: boo
     return folder
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("signs", ["names", "config", "both"])
+@pytest.mark.parametrize(("signs", "strict"), [("names", False), ("config", True), ("both", True), ("both", False)])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_quantised_checkpoints_are_refused_by_name(kind, signs, strict, tiny_checkpoint, tmp_path: Path) -> None:
     folder = quantised(tiny_checkpoint, tmp_path, kind, names=signs != "config", config=signs != "names")

@@ -315,6 +315,12 @@ WRONG: dict[str, Callable[[OmniModel], Any]] = {
     "features of rank 1": lambda model: OmniInputs([[1]], input_features=torch.zeros(3)),
     "grid for the encoder": lambda model: model.encode_vision(torch.zeros(4, 6), torch.tensor([1, 2, 2])),
     "device": lambda model: model.processor(chat("hi")).to("cuda:99"),
+    "parts": lambda model: OmniModel(model.config, parts=torch.tensor([1, 2])),
+    "parts number": lambda model: OmniModel(model.config, parts=[1]),
+    "strict": lambda model: OmniModel.from_pretrained(TOY_DATA, strict=torch.tensor([1, 2])),
+    "mode": lambda model: model.compile(torch.tensor([1, 2])),
+    "mode number": lambda model: model.compile(0),
+    "tools": lambda model: model.processor(chat("hi"), tools=torch.tensor([1, 2])),
     "device text": lambda model: model.processor(chat("hi")).to("nowhere"),
 }
 
