@@ -104,6 +104,7 @@ class OmniSession:
             raise ValueError("a session needs a processor: OmniSession(model, OmniProcessor.from_pretrained(folder))")
         self.model, self.processor, self.speaker = model, found, speaker
         self.streaming = streaming or StreamingConfig()
+        options.check_window(model, self.streaming)
         self.use_audio_in_video = use_audio_in_video
         self._lock: Any = threading.RLock()  # a reply that is taken asynchronously may be interrupted from elsewhere
         self._text: list[str] = []

@@ -190,6 +190,7 @@ NAMED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a place that is infinite": lambda v: v["talker"].update(start=float("inf")),
     "a voice that the model does not have": lambda v: v.update(speaker="nobody"),
     "knobs that there are not": lambda v: v["streaming"].update(fast=True),
+    "a window that the encoder cannot have": lambda v: v["streaming"].update(audio_window_s=0.5),
     "knobs of a wrong type": lambda v: v["streaming"].update(silence_s="1"),
     "no past": lambda v: v.pop("past"),
     "a past that is no list": lambda v: v.update(past=3),
