@@ -49,8 +49,9 @@ class AudioChunk:
 class TurnEnd:
     """The last event of a row.
 
-    reason: `stop`, `max_new_tokens`, `max_frames` (its speech was cut), `interrupted` or `error`; `silence` or
-    `code_loop` where runaway speech was ended. text: the whole answer. usage: prompt_tokens, reply_tokens, frames.
+    reason: `stop`, `max_new_tokens`, `max_frames` (its speech was cut) or `interrupted`; `silence` or `code_loop` where
+    runaway speech was ended. What a part raises leaves the iterator. text: the whole answer. usage: prompt_tokens,
+    reply_tokens, frames.
     timing: seconds, see `docs/streaming.md`.
     """
 

@@ -227,8 +227,8 @@ class Conversation:
     def fork(self, rows: Rows, row: int) -> Conversation:
         """The same past in another, empty row."""
         self.rows.copy_row(self.row, rows, row)
-        own = {name: list(getattr(self, name)) for name in ("ids", "pending", "queued", "past")}
-        return replace(self, rows=rows, row=row, **own)
+        ids, pending, queued, past = list(self.ids), list(self.pending), list(self.queued), list(self.past)
+        return replace(self, rows=rows, row=row, ids=ids, pending=pending, queued=queued, past=past)
 
     @property
     def reply_slots(self) -> tuple[int, int]:

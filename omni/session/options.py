@@ -35,6 +35,12 @@ def check_speaker(model: ModelParts, speaker: Any) -> None:
         speaker_name(model, speaker)
 
 
+def check_window(model: ModelParts, streaming: StreamingConfig) -> None:
+    """The audio window is one that the encoder can have. Raises TypeError or ValueError."""
+    if model.audio_encoder is not None and streaming.audio_window_s is not None:
+        model.audio_encoder.window_frames(streaming.audio_window_s)
+
+
 def check_text(name: str, value: Any) -> None:
     """A text or None. Raises TypeError."""
     if value is not None and not isinstance(value, str):

@@ -55,8 +55,11 @@ class OmniSession:
     speaker: default voice of its replies. system: text of a system turn. streaming: knobs of latency.
     use_audio_in_video: sound pushed while a video is open belongs to the video. keep_media: keep the embeddings of
     media (one vector of the Thinker's width a token), so that turns with media can be read again by
-    `drop_oldest_turns`. A session is used from one thread at a time.
+    `drop_oldest_turns`. A session takes one call at a time. A call that fails or is cut changes nothing; where it
+    cannot be undone the session is `closed`, and every later call raises ValueError with the reason.
     """
+
+    _conversation: Conversation
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class OmniSession:
             raise ValueError("a session needs a processor: OmniSession(model, OmniProcessor.from_pretrained(folder))")
         self.model, self.processor, self.speaker = model, found, speaker
         self.streaming = streaming or StreamingConfig()
+        options.check_window(model, self.streaming)
         self.use_audio_in_video = use_audio_in_video
         self._lock: Any = threading.RLock()  # a reply that is taken asynchronously may be interrupted from elsewhere
         self._text: list[str] = []

@@ -60,8 +60,8 @@ class Undo:
         for name, value in self.turn.items():
             setattr(session._turn, name, value)
         rows.put(row, self.running)
-        for note in self.states:
-            note.apply()
+        for state in self.states:
+            state.apply()
         if not self.rewrites:
             rows.mark_seen(row, session._conversation.ids)
 

@@ -24,6 +24,7 @@ MADE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "media flag": ({"keep_media": "x"}, TypeError, "keep_media must be True or False"),
     "media number": ({"keep_media": 1}, TypeError, "keep_media must be True or False"),
     "unknown speaker": ({"speaker": "nobody"}, ValueError, "unknown speaker 'nobody'; this checkpoint has"),
+    "half a chunk": ({"streaming": StreamingConfig(audio_window_s=0.5)}, ValueError, "multiple of one chunk"),
     "speaker number": ({"speaker": 3}, TypeError, "speaker must be a text"),
 }
 

@@ -137,7 +137,7 @@ def test_files_changed_at_random(model: OmniModel, saved: Path, older: bool, tmp
     rng = random.Random(f"{saved.name} {older}")
     values, tensors = json.loads((saved / "session.json").read_text()), load_file(saved / "session.safetensors")
     refused = 0
-    for _ in range(40):
+    for _ in range(25):
         changed = change_values(rng, values) if rng.random() < 0.6 else values
         parts = change_tensors(rng, tensors) if changed is values else tensors
         (tmp_path / "session.json").write_text(json.dumps(changed))
@@ -156,7 +156,7 @@ def test_files_changed_at_random(model: OmniModel, saved: Path, older: bool, tmp
             refused += 1
             continue
         use(session)
-    assert refused > 5
+    assert refused > 3
 
 
 @pytest.mark.parametrize("name", ["session.json", "session.safetensors"])
@@ -165,7 +165,7 @@ def test_bytes_changed_at_random(model: OmniModel, saved: Path, name: str, tmp_p
     for other in ("session.json", "session.safetensors"):
         (tmp_path / other).write_bytes((saved / other).read_bytes())
     whole = (saved / name).read_bytes()
-    for _ in range(25):
+    for _ in range(12):
         data = bytearray(whole)
         if rng.random() < 0.3:
             del data[rng.randrange(len(data)) :]
@@ -190,6 +190,7 @@ NAMED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a place that is infinite": lambda v: v["talker"].update(start=float("inf")),
     "a voice that the model does not have": lambda v: v.update(speaker="nobody"),
     "knobs that there are not": lambda v: v["streaming"].update(fast=True),
+    "a window that the encoder cannot have": lambda v: v["streaming"].update(audio_window_s=0.5),
     "knobs of a wrong type": lambda v: v["streaming"].update(silence_s="1"),
     "no past": lambda v: v.pop("past"),
     "a past that is no list": lambda v: v.update(past=3),

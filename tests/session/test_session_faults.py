@@ -19,6 +19,7 @@ from test_session_template import first_model, second_model
 
 from omni import AudioChunk, OmniConfig, OmniEngine, OmniModel, OmniSession, StreamingConfig
 from omni.code2wav.chunk_schedule import ChunkSchedule
+from omni.encoders.contract import AudioEncoderContract, EncoderOutput
 from omni.generation.rows import Rows
 from omni.generation.runner import Runner
 from omni.layers.cache import KVCache
@@ -263,6 +264,36 @@ def test_frames_of_a_video_have_one_size(model: OmniModel, frames: int) -> None:
         assert_same_reply(session, twin)
     finally:
         model.processor.vision.frame_pixels = usual
+
+
+class Averaging(AudioEncoderContract):
+    """Each token is the mean of twenty frames; it hears a clip at its end."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(128, width)
+
+    def num_tokens(self, length: int) -> int:
+        return -(-length // 20)
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> EncoderOutput:
+        means = [frames.mean(0) for clip, n in zip(features, lengths.tolist()) for frames in clip[:, :n].T.split(20)]
+        return EncoderOutput(self.proj(torch.stack(means)), [self.num_tokens(n) for n in lengths.tolist()], taps=[])
+
+
+def test_an_encoder_of_one_s_own_forgets_what_was_undone(model: OmniModel) -> None:
+    mine = OmniModel(model.config, audio_encoder=Averaging(model.config.thinker_config.text_config.hidden_size))
+    mine.processor = model.processor
+    session, twin = OmniSession(mine), OmniSession(mine)
+    for number in range(3):
+        for after in (False, True):
+            with fault(AudioFrontEnd, "push", after=after), pytest.raises(Broken):
+                session.push_audio(noise(30000, 9))
+        for one in (session, twin):
+            one.push_audio(noise(20000, number))
+    with fault(AudioFrontEnd, "finish", after=True), pytest.raises(Broken):
+        session.respond(**PLAIN)
+    assert_same_reply(session, twin)
 
 
 def test_a_session_that_cannot_be_put_back_is_closed_and_says_why(model: OmniModel) -> None:

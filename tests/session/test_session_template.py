@@ -126,7 +126,7 @@ def split_clips(content: list[Any]) -> list[Any]:
     return out
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(system=st.none() | TEXTS, turns=st.lists(TURNS, min_size=1, max_size=3))
 def test_ids_are_the_processor_s(model: OmniModel, system: str | None, turns: list[Any]) -> None:
     session, processor = OmniSession(model, system=system), model.processor
