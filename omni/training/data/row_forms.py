@@ -17,14 +17,16 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from omni.config.keywords import nearest
-from omni.training.data.row_stores import kind_of
+from omni.training.data.row_stores import Cell, kind_of
 from omni.training.data.turns import answer, plain, read_turns
 
 Columns = dict[str, Any]
 MEDIA = {"image": "images", "audio": "audios", "video": "videos"}
 COMMON = (*MEDIA.values(), "speech", "codes", "speaker", "system", "tools", "use_audio_in_video", "category")
 REFUSED = {
-    **dict.fromkeys(("label", "labels", "kto_tag"), "no objective learns from single answers that are called good or bad"),
+    **dict.fromkeys(
+        ("label", "labels", "kto_tag"), "no objective learns from single answers that are called good or bad"
+    ),
     **dict.fromkeys(("rejected_images", "rejected_audios", "rejected_videos"), "both answers see the same media"),
     **dict.fromkeys(("weight", "loss", "loss_scale", "loss_mask", "margin"), "whole rows count alike"),
     "objects": "boxes are not written into texts",
@@ -328,8 +330,8 @@ def _misspelt(key: str, name: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """A number, or a cell of text that is one."""
-    if isinstance(value, str):
+    """A number, or a cell of CSV that is one."""
+    if isinstance(value, Cell):
         try:
             return bool(float(value)) or True
         except ValueError:

@@ -143,9 +143,9 @@ def keeps(row: Mapping[str, Any], filters: tuple[FilterTable, ...]) -> bool:
     return True
 
 
-def conversations(setup: Setup, *, speech: bool, pairs: bool = False) -> Collated:
+def conversations(setup: Setup, *, speech: bool, pairs: bool | None = None) -> Collated:
     """The manifests' conversations as batches; with `speech`, the answers' recordings as codes; with `pairs`, two
-    answers each. A sample of the rows is looked at: raises ValueError where the objective would learn nothing of them,
+    answers each (None: one or two). A sample of the rows is looked at: raises ValueError where the objective would learn nothing of them,
     or the wrong thing."""
     processor, table, mixture = setup.require_processor(), setup.config.data, setup.mixture()
     maker = SampleMaker(
@@ -239,7 +239,7 @@ def _supervised(setup: Setup, *, text: bool, speech: bool) -> Stage:
         dict(setup.config.objective),
         ("detach", "residual_weight", "residual_share") if speech else (),
     )
-    data = conversations(setup, speech=speech)
+    data = conversations(setup, speech=speech, pairs=False)
     return Stage(setup.model, objective, data, evaluate=scores(setup, data, objective))
 
 
