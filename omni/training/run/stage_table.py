@@ -145,8 +145,8 @@ def keeps(row: Mapping[str, Any], filters: tuple[FilterTable, ...]) -> bool:
 
 def conversations(setup: Setup, *, speech: bool, pairs: bool | None = None) -> Collated:
     """The manifests' conversations as batches; with `speech`, the answers' recordings as codes; with `pairs`, two
-    answers each (None: one or two). A sample of the rows is looked at: raises ValueError where the objective would learn nothing of them,
-    or the wrong thing."""
+    answers each (None: one or two). A sample of the rows is looked at: raises ValueError where the objective would
+    learn nothing of them, or the wrong thing."""
     processor, table, mixture = setup.require_processor(), setup.config.data, setup.mixture()
     maker = SampleMaker(
         processor,
