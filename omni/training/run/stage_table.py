@@ -32,12 +32,11 @@ from omni.training.codec.codec_stage import (
 from omni.training.codec.discriminators import Discriminators
 from omni.training.codec.speech_codes import SpeechEncoder, cached_codes, load_codec_encoder
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
-from omni.training.data.batches import Batches, collate
+from omni.training.data.batches import Batches, Collated
 from omni.training.data.conversation_samples import SampleMaker
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
-from omni.training.data.samples import TrainingBatch
 from omni.training.objectives.distillation import Distillation
 from omni.training.objectives.dpo import DPO
 from omni.training.objectives.flow_stage import FlowMaker, FlowObjective, evaluate_flow, flow_batches, speakers_of
@@ -107,26 +106,6 @@ class Stage:
     also: Mapping[str, Stateful] = field(default_factory=dict)
     finish: Callable[[], None] = lambda: None
     evaluate: Evaluate | None = None
-
-
-class Collated:
-    """Lists of samples as training batches; saving and resuming are the list's."""
-
-    def __init__(self, batches: Batches, pad_token_id: int) -> None:
-        self.batches = batches
-        self.pad_token_id = pad_token_id
-
-    def __iter__(self) -> Iterator[TrainingBatch]:
-        return (collate(samples, self.pad_token_id) for samples in self.batches)
-
-    def counts(self) -> dict[str, Any]:
-        return self.batches.counts()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches.load_state_dict(state)
 
 
 def keeps(row: Mapping[str, Any], filters: tuple[FilterTable, ...]) -> bool:
