@@ -280,6 +280,26 @@ def collate(samples: Sequence[Made], pad_token_id: int = 0) -> TrainingBatch:
     return TrainingBatch(inputs, [sample.labels for sample in rows], spoken, [sample.name for sample in rows])
 
 
+class Collated:
+    """Lists of samples as training batches; saving and resuming are the list's."""
+
+    def __init__(self, batches: Batches, pad_token_id: int) -> None:
+        self.batches = batches
+        self.pad_token_id = pad_token_id
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        return (collate(samples, self.pad_token_id) for samples in self.batches)
+
+    def counts(self) -> dict[str, Any]:
+        return self.batches.counts()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches.load_state_dict(state)
+
+
 def _join_inputs(rows: Sequence[OmniInputs], pad_token_id: int) -> OmniInputs:
     """Batches of one, made one batch."""
     width = max(row.input_ids.shape[1] for row in rows)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from omni.config.keywords import nearest
 from omni.training.data.failures import RunValueError
-from omni.training.data.row_stores import kind_of
+from omni.training.data.row_stores import Cell, kind_of
 from omni.training.data.turns import answer, plain, read_turns
 
 Columns = dict[str, Any]
@@ -331,8 +331,8 @@ def _misspelt(key: str, name: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """A number, or a cell of text that is one."""
-    if isinstance(value, str):
+    """A number, or a cell of CSV that is one."""
+    if isinstance(value, Cell):
         try:
             return bool(float(value)) or True
         except ValueError:

@@ -173,6 +173,12 @@ def json_rows(path: Path, seen: Checksum) -> RowStore:
     return lines
 
 
+class Cell(str):
+    """A cell of CSV, which knows no types: what looks like a number may be one."""
+
+    __slots__ = ()
+
+
 class Csv(RowStore):
     """CSV: a row a record, columns named by the first one; empty cells are left out. `.tsv` knows no quotes."""
 
@@ -222,7 +228,7 @@ class Csv(RowStore):
             record = next(csv.reader((line.decode("utf-8") for line in file), **self.options))
         if len(record) > len(self.columns):
             raise ValueError(f"the row has {len(record)} cells for {len(self.columns)} columns")
-        return {name: cell for name, cell in zip(self.columns, record) if cell}
+        return {name: Cell(cell) for name, cell in zip(self.columns, record) if cell}
 
 
 class Tar(RowStore):

@@ -33,13 +33,12 @@ from omni.training.codec.codec_stage import (
 from omni.training.codec.discriminators import Discriminators
 from omni.training.codec.speech_codes import SpeechEncoder, cached_codes, find_encoder, load_codec_encoder
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
-from omni.training.data.batches import Batches, collate
+from omni.training.data.batches import Batches, Collated
 from omni.training.data.conversation_samples import SampleMaker
 from omni.training.data.failures import RunValueError
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
-from omni.training.data.samples import TrainingBatch
 from omni.training.objectives.distillation import Distillation
 from omni.training.objectives.dpo import DPO
 from omni.training.objectives.flow_stage import FlowMaker, FlowObjective, evaluate_flow, flow_batches, speakers_of
@@ -129,26 +128,6 @@ class Evaluation:
         return self.score(module, step)
 
 
-class Collated:
-    """Lists of samples as training batches; saving and resuming are the list's."""
-
-    def __init__(self, batches: Batches, pad_token_id: int) -> None:
-        self.batches = batches
-        self.pad_token_id = pad_token_id
-
-    def __iter__(self) -> Iterator[TrainingBatch]:
-        return (collate(samples, self.pad_token_id) for samples in self.batches)
-
-    def counts(self) -> dict[str, Any]:
-        return self.batches.counts()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches.load_state_dict(state)
-
-
 def keeps(row: Mapping[str, Any], filters: tuple[FilterTable, ...]) -> bool:
     """Whether a manifest's row passes every filter: the quality filter of continued pre-training."""
     for wanted in filters:
@@ -163,10 +142,10 @@ def keeps(row: Mapping[str, Any], filters: tuple[FilterTable, ...]) -> bool:
     return True
 
 
-def conversations(setup: Setup, *, speech: bool, pairs: bool = False) -> Collated:
+def conversations(setup: Setup, *, speech: bool, pairs: bool | None = None) -> Collated:
     """The manifests' conversations as batches; with `speech`, the answers' recordings as codes; with `pairs`, two
-    answers each. A sample of the rows is looked at: raises ValueError where the objective would learn nothing of them,
-    or the wrong thing."""
+    answers each (None: one or two). A sample of the rows is looked at: raises ValueError where the objective would
+    learn nothing of them, or the wrong thing."""
     processor, table, mixture = setup.require_processor(), setup.config.data, setup.mixture()
     maker = SampleMaker(
         processor,
@@ -283,7 +262,7 @@ def _supervised(setup: Setup, *, text: bool, speech: bool) -> Stage:
         setup.options,
         ("detach", "residual_weight", "residual_share") if speech else (),
     )
-    data = conversations(setup, speech=speech)
+    data = conversations(setup, speech=speech, pairs=False)
     return Stage(setup.model, objective, data, evaluate=scores(setup, data, objective))
 
 

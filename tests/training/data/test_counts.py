@@ -19,6 +19,7 @@ from omni.training.data.manifest import Manifest, Row, Voice
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
 from omni.training.data.samples import Sample
+from omni.training.run.train_config import TrainConfig
 
 MAKE = SampleMaker(toy_processor(), tiny_config(), max_tokens=60)
 
@@ -168,3 +169,12 @@ def test_a_bucket_with_one_row_over_makes_no_batch_of_it(tmp_path: Path) -> None
     manifest = Manifest(write_rows(tmp_path / "a.jsonl", [{"messages": chat("q", "abcd")}] * 9))
     batches = Batches(Mixture([manifest]), MAKE, max_tokens=8 * sample(4).tokens, bucket_size=9, padded=False)
     assert sorted(len(next(batches)) for _ in range(4)) == [4, 4, 5, 5]
+
+
+def test_the_published_updates_on_new_rows_replay_old_ones() -> None:
+    """On new rows alone a model forgets."""
+    root = Path(__file__).parents[3]
+    config = TrainConfig.from_toml(root / "configs" / "train_thinker_lora.toml")
+    shares = {Path(source.manifest).stem: source.weight for source in config.data.train}
+    assert shares.keys() == {"train", "replay"} and 0.1 < shares["replay"] / sum(shares.values()) < 0.5
+    assert "**Replay.**" in (root / "docs" / "training.md").read_text(encoding="utf-8")

@@ -112,7 +112,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [user([media("audio", "a.wav")]), {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}],
     ),
     "Common Voice": (
-        {"path": "a.mp3", "sentence": "hello", "client_id": "0f", "up_votes": "2", "age": "twenties", "locale": "en"},
+        {"path": "a.mp3", "sentence": "hello", "client_id": "0f", "up_votes": 2, "age": "twenties", "locale": "en"},
         [user([media("audio", "a.mp3")]), {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}],
     ),
     "a picture and its caption": (
@@ -260,6 +260,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt pair": ({"messages": chat("q", "a"), "rejected_mesages": chat("q", "b")}, "mean 'rejected_messages'"),
     "a pair of another name": ({"messages": chat("q", "a"), "bad_answer": "b"}, "bad_answer"),
     "pictures of another name": ({"messages": chat("q", "a"), "pictures": ["1.png"]}, "pictures"),
+    "an answer that is a number": ({"query": "q", "response": "3", "rejected": "4"}, "unknown key 'rejected'"),
     "a picture's address": ({"messages": chat("q", "a"), "image_url": "http://x/1.png"}, "image_url"),
     "the rejected one's pictures": (
         {"messages": chat("q", "a"), "rejected_response": "b", "rejected_images": ["1.png"]},

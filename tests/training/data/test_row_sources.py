@@ -88,6 +88,8 @@ def test_records_with_a_header(tmp_path: Path, suffix: str, delimiter: str) -> N
         {"query": "q", "response": "a", "system": "s"},
     ]
     assert manifest[1].messages == [{"role": "system", "content": "s"}, *chat("q", "a")]
+    with pytest.warns(UserWarning, match="nothing but filters reads wer"):  # a number in a file that knows none
+        assert manifest[0].messages == chat("é", said)
     kept = [keeps(row, (FilterTable("wer", max=0.5),)) for row in every(manifest)]
     assert kept == [True, False]
 
