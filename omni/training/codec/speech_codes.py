@@ -166,7 +166,7 @@ def find_encoder(
         raise ValueError(
             f"data.codec.kind = {kind!r} needs the folder of an encoder that was made for this model's codec: "
             f"{checkpoint or 'a new model'} brings none in {OWN_FOLDER}/; name one (data.codec.path, --codec-path of "
-            "omni eval), or write the codes into the manifest"
+            "omni eval), make one (MelCodec.of_decoder), or write the codes into the manifest"
         )
     return None
 

@@ -9,10 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from omni.code2wav.code2wav import Code2Wav
@@ -31,11 +29,9 @@ from omni.training.codec.codec_stage import (
     make_codec,
 )
 from omni.training.codec.discriminators import Discriminators
-from omni.training.codec.speech_codes import SpeechEncoder, cached_codes, find_encoder, load_codec_encoder
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.batches import Batches, Collated
 from omni.training.data.conversation_samples import SampleMaker
-from omni.training.data.failures import RunValueError
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
@@ -57,6 +53,7 @@ from omni.training.run.contracts import Data, Objective, Stateful
 from omni.training.run.fit import look_at_rows
 from omni.training.run.objective_losses import ObjectiveLosses, merged
 from omni.training.run.objective_options import objective_options
+from omni.training.run.recorded_speech import codec_encoder, codes_of, no_codec
 from omni.training.run.train_config import FilterTable, TrainConfig
 
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
@@ -150,7 +147,7 @@ def conversations(setup: Setup, *, speech: bool, pairs: bool | None = None) -> C
     maker = SampleMaker(
         processor,
         setup.model.config,
-        (codes_of(setup) or _no_codec) if speech else None,
+        (codes_of(setup.config, setup.model) or no_codec) if speech else None,
         max_tokens=table.max_tokens,
         loss_on=table.loss_on,
         speech=speech,
@@ -181,7 +178,7 @@ def scores(setup: Setup, data: Collated, objective: Objective) -> Evaluate | Non
         return None
     if not sources:
         raise ValueError("eval.every needs data to evaluate on; set data.eval = [{ manifest = 'eval.jsonl' }]")
-    scorer, processor, codes = import_name(table.scorer), setup.require_processor(), codes_of(setup)
+    scorer, processor, codes = import_name(table.scorer), setup.require_processor(), codes_of(setup.config, setup.model)
     metrics = table.metrics or ("loss",)
     own = setup.config.train.objective != "thinker" and "loss" in metrics and table.scorer == type(table).scorer
     others = tuple(name for name in metrics if not own or name != "loss")
@@ -227,33 +224,6 @@ def _on_fixed_batches(setup: Setup, batches: Callable[[], Iterator[Any]], score:
     source = batches()
     held = [next(source) for _ in range(table.limit or 4)]
     return Evaluation(lambda module, step: score(module, held), lambda module: score(module, held[:1]))
-
-
-def codec_encoder(setup: Setup) -> SpeechEncoder | None:
-    """The encoder of data.codec, or the one that the checkpoint brings; None where there is neither."""
-    table, checkpoint = setup.config.data.codec, setup.config.model.checkpoint
-    found = find_encoder(table.kind, table.path, checkpoint)
-    if found is None:
-        return None
-    talker = setup.model.config.talker_config
-    return load_codec_encoder(*found, num_codebooks=None if talker is None else talker.num_code_groups)
-
-
-def codes_of(setup: Setup) -> Callable[[Any], torch.Tensor] | None:
-    """What encodes a recording to codes, through the cache; None without a codec (manifests then hold codes)."""
-    encoder, table = codec_encoder(setup), setup.config.data
-    if encoder is None:
-        return None
-    beside = Path(table.train[0].manifest).parent  # of a dataset of the Hub there is none
-    cache = table.codec.cache or str((beside if beside.is_dir() else Path()) / "codes")
-    return partial(cached_codes, encoder=encoder, folder=cache)
-
-
-def _no_codec(recording: Any) -> torch.Tensor:
-    raise RunValueError(
-        "the rows have recordings of speech, and nothing turns them into codes: set data.codec, for example to "
-        "{ kind = 'mimi', path = 'kyutai/mimi' }, or write the codes into the manifest; omni-nano brings its encoder"
-    )
 
 
 def _supervised(setup: Setup, *, text: bool, speech: bool) -> Stage:
@@ -318,14 +288,14 @@ def _codec(setup: Setup) -> Stage:
     if codec is None:
         if fresh:
             draw_weights(code2wav)
-            encoder = codec_encoder(setup)
+            encoder = codec_encoder(setup.config, setup.model)
             if encoder is not None and encoder.start_table is not None:
                 encoder.start_table(code2wav)
         make = partial(DecoderObjective, code2wav)
     else:
         make = partial(CodecObjective, codec, seed=setup.config.train.seed)
     objective = _with_options(partial(make, setup.config.loss, adversary=adversary), options, tuple(known))
-    codes = codes_of(setup) if decoder_only else None
+    codes = codes_of(setup.config, setup.model) if decoder_only else None
 
     def crops(part: str, workers: int = 0) -> Any:
         return crop_batches(
@@ -352,7 +322,7 @@ def _flow_matching(setup: Setup) -> Stage:
     code2wav, table = setup.model.require("code2wav"), setup.config.data
     if not isinstance(code2wav, Token2Wav):
         raise ValueError("flow_matching trains a diffusion transformer, and this model's codec decoder has none")
-    options, codes = setup.options, codes_of(setup)
+    options, codes = setup.options, codes_of(setup.config, setup.model)
     batch_size = options.pop("batch_size", 16)
     made = {name: options.pop(name) for name in ("crop_s", "reference_s", "n_fft") if name in options}
     objective = _with_options(partial(FlowObjective, setup.config.loss), options, ("drop_rate",))

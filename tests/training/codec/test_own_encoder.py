@@ -139,7 +139,6 @@ def test_an_encoder_is_made_from_what_the_decoder_says() -> None:
     assert float((heard[0] == held[0, : heard.shape[1]]).float().mean()) > 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="codes that Code2Wav has never heard are learnt without a word so far")
 def test_codebooks_that_were_fitted_anew_are_warned_of(spoken: Path, tmp_path: Path) -> None:
     """They are other codes than those that the model's Code2Wav sounds, however good they are."""
     from omni.training.codec.mel_codec import MelCodec
