@@ -19,16 +19,6 @@ from test_media import picture, read_video
 from omni.processing.audio_file import load_audio
 from omni.training.data.sound import read_speech
 
-PENDING = (
-    "test_a_pattern_in_a_name_reads_no_sequence",
-    "test_any_number_of_channels",
-    "test_channels_as_the_same_samples_in_a_wav[flac-7.1]",
-    "test_channels_as_the_same_samples_in_a_wav[pcm_s16le-7.1]",
-    "test_channels_as_the_same_samples_in_a_wav[pcm_s16le-7.1.4]",
-    "test_scripts_open_nothing[txt]",
-    "test_scripts_open_nothing[m3u8]",
-)
-
 # ---- scripts: files that make FFmpeg open something else ----
 
 SCRIPTS = {

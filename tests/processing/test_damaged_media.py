@@ -19,43 +19,6 @@ from test_media import picture, read_video
 from omni.processing.audio_file import load_audio
 from omni.training.data.sound import read_speech
 
-PENDING = (
-    "test_a_cover_is_not_the_film[matroska-True]",
-    "test_a_damaged_packet_in_the_sound_of_a_film[mp4]",
-    "test_a_damaged_packet_in_the_sound_of_a_film[matroska]",
-    "test_a_damaged_packet_in_the_sound_of_a_film[webm]",
-    "test_a_damaged_packet_is_left_out[mp3-libmp3lame]",
-    "test_a_damaged_packet_is_left_out[adts-aac]",
-    "test_a_damaged_packet_is_left_out[ipod-aac]",
-    "test_a_damaged_packet_is_left_out[webm-vorbis]",
-    "test_a_damaged_packet_is_left_out[matroska-aac]",
-    "test_a_damaged_packet_is_left_out[matroska-libmp3lame]",
-    "test_a_damaged_packet_is_left_out[matroska-flac]",
-    "test_a_damaged_packet_is_left_out[matroska-ac3]",
-    "test_a_damaged_packet_is_left_out[matroska-eac3]",
-    "test_a_damaged_picture_is_left_out[matroska-libx264]",
-    "test_a_damaged_picture_is_left_out[mp4-mpeg4]",
-    "test_a_damaged_picture_is_left_out[webm-libvpx-vp9]",
-    "test_a_silent_track_does_not_hide_the_sound[matroska]",
-    "test_a_silent_track_does_not_hide_the_sound[mov]",
-    "test_a_wav_whose_header_knows_no_size[0-0]",
-    "test_a_wav_whose_header_knows_no_size[36-0]",
-    "test_a_wav_whose_header_knows_no_size[4294967295-0]",
-    "test_a_wav_whose_header_knows_no_size[None-0]",
-    "test_an_empty_track_does_not_hide_the_sound",
-    "test_chained_ogg_is_read_to_its_end[2-VORBIS]",
-    "test_chained_ogg_is_read_to_its_end[2-OPUS]",
-    "test_chained_ogg_is_read_to_its_end[3-VORBIS]",
-    "test_chained_ogg_is_read_to_its_end[3-OPUS]",
-    "test_ogg_chains_of_other_rates",
-    "test_sound_before_the_first_picture[0.3]",
-    "test_sound_before_the_first_picture[1.0]",
-    "test_sound_before_the_first_picture[2.5]",
-    "test_the_default_sound_track[1-matroska-flac]",
-    "test_the_default_sound_track[1-mp4-aac]",
-    "test_the_default_sound_track[1-mov-pcm_s16le]",
-)
-
 # ---- damaged packets ----
 
 SOUNDS = [

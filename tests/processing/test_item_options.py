@@ -14,51 +14,6 @@ from test_media import picture
 from omni.processing.audio_file import load_audio
 from omni.processing.processor import OmniProcessor
 
-PENDING = (
-    "test_a_number_of_frames[8-8]",
-    "test_a_number_of_frames[7-8]",
-    "test_a_number_of_frames[2-2]",
-    "test_a_number_of_frames[1-2]",
-    "test_a_number_of_frames[100-100]",
-    "test_a_number_of_frames[1000-100]",
-    "test_a_number_of_frames[6.0-6]",
-    "test_a_part_of_a_long_sound_may_be_within_the_limit",
-    "test_a_part_of_a_sound[wav-0.5-1.0]",
-    "test_a_part_of_a_sound[wav-None-0.7]",
-    "test_a_part_of_a_sound[wav-1.2-None]",
-    "test_a_part_of_a_sound[wav-0.0-9.0]",
-    "test_a_part_of_a_sound[wav-0.25-0.250625]",
-    "test_a_part_of_a_sound[flac-0.5-1.0]",
-    "test_a_part_of_a_sound[flac-None-0.7]",
-    "test_a_part_of_a_sound[flac-1.2-None]",
-    "test_a_part_of_a_sound[flac-0.0-9.0]",
-    "test_a_part_of_a_sound[flac-0.25-0.250625]",
-    "test_a_part_of_a_sound[matroska-0.5-1.0]",
-    "test_a_part_of_a_sound[matroska-None-0.7]",
-    "test_a_part_of_a_sound[matroska-1.2-None]",
-    "test_a_part_of_a_sound[matroska-0.0-9.0]",
-    "test_a_part_of_a_sound[matroska-0.25-0.250625]",
-    "test_a_part_of_a_sound[array-0.5-1.0]",
-    "test_a_part_of_a_sound[array-None-0.7]",
-    "test_a_part_of_a_sound[array-1.2-None]",
-    "test_a_part_of_a_sound[array-0.0-9.0]",
-    "test_a_part_of_a_sound[array-0.25-0.250625]",
-    "test_a_part_of_a_sound[8 kHz-0.5-1.0]",
-    "test_a_part_of_a_sound[8 kHz-None-0.7]",
-    "test_a_part_of_a_sound[8 kHz-1.2-None]",
-    "test_a_part_of_a_sound[8 kHz-0.0-9.0]",
-    "test_a_part_of_a_sound[8 kHz-0.25-0.250625]",
-    "test_a_rate_and_a_number_contradict_each_other",
-    "test_a_size_in_pixels[64-96]",
-    "test_a_size_in_pixels[70-100]",
-    "test_a_size_in_pixels[1-33]",
-    "test_a_size_in_pixels[320-32]",
-    "test_a_size_in_pixels[31.0-64]",
-    "test_wrong_parts_of_a_sound[options1-audio_start < audio_end]",
-    "test_wrong_parts_of_a_sound[options5-nothing lies|no samples]",
-    "test_wrong_parts_of_a_sound[options6-'audio_start']",
-)
-
 PROCESSOR = OmniProcessor.from_pretrained(TOY_DATA)
 FILM = [40 * i for i in range(100)]
 

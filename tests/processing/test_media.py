@@ -30,11 +30,6 @@ from omni.processing.image_file import load_image
 from omni.processing.sources import open_source
 from omni.processing.video_file import Sampling, VideoClip, load_video
 
-PENDING = (
-    "test_sound_is_lined_up_with_the_pictures",
-    "test_times_are_the_moments_asked_for",
-)
-
 
 def tone(rate: int, seconds: float = 0.5, hz: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * math.pi * hz * np.arange(int(rate * seconds)) / rate)).astype(np.float32)

@@ -22,26 +22,6 @@ from omni.processing.image_file import load_image
 from omni.processing.processor import OmniProcessor
 from omni.training.data.sound import read_speech
 
-PENDING = (
-    "test_a_mute_video_behaves_alone_as_in_a_batch",
-    "test_audio_decoders[1]",
-    "test_audio_decoders[2]",
-    "test_audio_decoders[6]",
-    "test_dicts_of_bytes_and_paths",
-    "test_errors_name_conversation_message_and_item[item0-FileNotFoundError]",
-    "test_errors_name_conversation_message_and_item[item1-ValueError]",
-    "test_errors_name_conversation_message_and_item[item2-ValueError]",
-    "test_errors_name_conversation_message_and_item[item3-ValueError]",
-    "test_errors_name_conversation_message_and_item[item4-error4]",
-    "test_errors_name_conversation_message_and_item[item5-ValueError]",
-    "test_errors_name_conversation_message_and_item[item6-ValueError]",
-    "test_errors_name_conversation_message_and_item[item7-ValueError]",
-    "test_heic_where_its_library_is_there",
-    "test_more_picture_formats[AVIF]",
-    "test_more_picture_formats[JPEG2000]",
-    "test_video_decoders",
-)
-
 PROCESSOR = OmniProcessor.from_pretrained(TOY_DATA)
 
 

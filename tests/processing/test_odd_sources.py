@@ -22,27 +22,6 @@ from omni.processing.image_file import load_image
 from omni.processing.processor import OmniProcessor
 from omni.processing.sources import open_source
 
-PENDING = (
-    "test_a_download_ends_with_its_limit[continue]",
-    "test_a_download_ends_with_its_limit[trailer]",
-    "test_a_download_ends_with_its_limit[drops]",
-    "test_a_part_without_an_end[inf]",
-    "test_a_picture_track_of_unknown_codec",
-    "test_a_sound_track_of_unknown_codec",
-    "test_an_svg_is_no_film",
-    "test_numbers_that_name_no_moment[options0]",
-    "test_numbers_that_name_no_moment[options1]",
-    "test_numbers_that_name_no_moment[options2]",
-    "test_numbers_that_name_no_moment[options3]",
-    "test_numbers_that_name_no_moment[options4]",
-    "test_numbers_that_name_no_moment[options5]",
-    "test_numbers_that_name_no_moment[options6]",
-    "test_redirects_stay_on_the_web[ftp://127.0.0.1:9/a.wav]",
-    "test_too_little_memory_for_sound_and_film",
-    "test_too_little_memory_is_not_called_damage[convert]",
-    "test_too_little_memory_is_not_called_damage[load]",
-)
-
 Send = Callable[[bytes], Any]
 
 

@@ -26,11 +26,6 @@ from omni.encoders.mel import LEVELS
 from omni.processing.processor import OmniProcessor
 from omni.rope.positions import AudioVideo, Video
 
-PENDING = (
-    "test_sound_of_videos",
-    "test_wrong_call_options",
-)
-
 ROOT = Path(__file__).parents[2]
 RELEASED = ROOT / "omni" / "processing" / "released"
 CONFIG = tiny_config().thinker_config
