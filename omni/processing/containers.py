@@ -138,6 +138,8 @@ def read_packets(container: InputContainer, wanted: Sequence[Any], damage: Damag
         except av.FFmpegError as error:
             damage.add(error)
             return
+        except IndexError:  # PyAV at the end of a file in which a track has appeared later
+            return
         if packet is None:
             return
         if packet.size:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import soundfile
 from media_files import amplitudes, encode_sound, grey_film, in_child, sines
@@ -58,16 +56,15 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
-@pytest.mark.parametrize("suffix", ["txt", "m3u8"])
-def test_scripts_open_nothing(tmp_path: Path, suffix: str) -> None:
+def test_scripts_open_nothing(tmp_path: Path) -> None:
     """A file that names other files, addresses or ports is no medium, by path, as bytes, as sound and as film."""
     secret = tmp_path / "secret.wav"
     soundfile.write(secret, sines(1), 48000)
     paths = []
     for name, text in SCRIPTS.items():
-        path = tmp_path / f"{name}.{'sdp' if name == 'sdp' and suffix != 'txt' else suffix}"
-        path.write_text(text.replace("{secret}", str(secret)))
-        paths.append(path)
+        for suffix in ("txt", "m3u8", "sdp", "wav"):
+            paths.append(tmp_path / f"{name}.{suffix}")
+            paths[-1].write_text(text.replace("{secret}", str(secret)))
     said = in_child(_READ_SCRIPTS, *map(str, paths), timeout_s=60)
     outcomes = said[1::2]
     assert len(outcomes) == 4 * len(paths) and all(outcome[2] == "ValueError" for outcome in outcomes), outcomes
@@ -164,12 +161,11 @@ def test_pictures_as_films() -> None:
 # ---- any number of channels ----
 
 LAYOUTS = [
-    "mono", "stereo", "2.1", "3.0", "quad", "5.0", "5.1", "5.1(side)", "6.1", "6.1(front)", "7.0", "7.1", "7.1(wide)",
-    "octagonal", "5.1.2", "5.1.4", "7.1.2", "7.1.4", "hexadecagonal", "22.2",
+    "mono", "stereo", "2.1", "quad", "5.1", "5.1(side)", "6.1", "7.1", "7.1(wide)", "5.1.2", "7.1.2", "7.1.4", "22.2",
 ]  # fmt: skip
 CODINGS = [
-    ("mp4", "aac"), ("matroska", "flac"), ("matroska", "libopus"), ("matroska", "pcm_s16le"), ("matroska", "pcm_f32le"),
-    ("mov", "pcm_s16le"), ("caf", "pcm_s16le"), ("avi", "pcm_s16le"), ("w64", "pcm_s16le"), ("mp4", "alac"),
+    ("mp4", "aac"), ("matroska", "flac"), ("matroska", "libopus"), ("matroska", "pcm_s16le"),
+    ("mov", "pcm_s16le"), ("caf", "pcm_s16le"), ("avi", "pcm_s16le"), ("mp4", "alac"),
     ("matroska", "wavpack"), ("matroska", "ac3"), ("matroska", "eac3"), ("matroska", "vorbis"),
 ]  # fmt: skip
 
@@ -196,7 +192,7 @@ def _channel_files(folder: Path) -> list[Path]:
                 if codec == "vorbis":
                     path.write_bytes(_vorbis_in_matroska(channels))
                 else:
-                    path.write_bytes(encode_sound(container, codec, sines(channels, 1.2), layout=layout))
+                    path.write_bytes(encode_sound(container, codec, sines(channels, 0.7), layout=layout))
                 paths.append(path)
             except (av.FFmpegError, ValueError, soundfile.LibsndfileError):
                 path.unlink(missing_ok=True)  # the encoder does not take that layout
@@ -210,7 +206,7 @@ def _vorbis_in_matroska(channels: int) -> bytes:
     if channels > 8:
         raise ValueError("Vorbis defines up to 8 channels")
     ogg, out = io.BytesIO(), io.BytesIO()
-    soundfile.write(ogg, sines(channels, 1.2), 48000, format="OGG", subtype="VORBIS")
+    soundfile.write(ogg, sines(channels, 0.7), 48000, format="OGG", subtype="VORBIS")
     with av.open(io.BytesIO(ogg.getvalue())) as source, av.open(out, "w", format="matroska") as target:
         track = target.add_stream_from_template(source.streams.audio[0])
         for packet in source.demux(audio=0):
@@ -224,7 +220,7 @@ def test_any_number_of_channels(tmp_path: Path) -> None:
     """Every layout in every coding is the mean of its channels: each sine at its part of the amplitude."""
     paths = _channel_files(tmp_path)
     kinds = {path.name.split(" ")[0] for path in paths}
-    assert len(paths) > 100 and {"aac", "flac", "libopus", "pcm_s16le", "vorbis"} <= kinds
+    assert len(paths) > 70 and {"aac", "flac", "libopus", "pcm_s16le", "vorbis"} <= kinds
     said = in_child(_READ_CHANNELS, *map(str, paths), timeout_s=120)
     assert said[-1][1] != "opened", said[-1]
     found = {name: values for name, values in said if values != "opened"}
@@ -235,22 +231,17 @@ def test_any_number_of_channels(tmp_path: Path) -> None:
         assert found[path.name] == pytest.approx(expected, rel=0.01 if exact else 0.35), path.name
 
 
-@pytest.mark.parametrize("layout", ["7.1", "7.1.4"])
-@pytest.mark.parametrize("codec", ["flac", "pcm_s16le"])
-def test_channels_as_the_same_samples_in_a_wav(tmp_path: Path, layout: str, codec: str) -> None:
-    import av
-
-    channels = av.AudioLayout(layout).nb_channels
-    if codec == "flac" and channels > 8:
-        pytest.skip("FLAC has up to 8 channels")
-    samples = sines(channels)
-    soundfile.write(tmp_path / "a.wav", samples, 48000, subtype="PCM_16")
-    (tmp_path / "b.mkv").write_bytes(encode_sound("matroska", codec, samples, layout=layout))
+def test_channels_as_the_same_samples_in_a_wav(tmp_path: Path) -> None:
+    names = []
+    for codec, channels, layout in (("flac", 8, "7.1"), ("pcm_s16le", 8, "7.1"), ("pcm_s16le", 12, "7.1.4")):
+        names.append(str(tmp_path / f"{codec} {layout}"))
+        soundfile.write(f"{names[-1]}.wav", sines(channels), 48000, subtype="PCM_16")
+        Path(f"{names[-1]}.mkv").write_bytes(encode_sound("matroska", codec, sines(channels), layout=layout))
     code = """
 from omni.processing.audio_file import load_audio
-wav, other = load_audio(sys.argv[1]), load_audio(sys.argv[2])
-say([len(wav), len(other), float((wav - other).abs().max())])
+for name in sys.argv[1:]:
+    wav, other = load_audio(name + ".wav"), load_audio(name + ".mkv")
+    say([name, len(wav) == len(other), float((wav - other).abs().max())])
 """
-    lengths_and_distance: Any = in_child(code, str(tmp_path / "a.wav"), str(tmp_path / "b.mkv"))[0]
-    assert lengths_and_distance[0] == lengths_and_distance[1] and lengths_and_distance[2] < 1e-4
-    assert np.isfinite(lengths_and_distance[2])
+    said = in_child(code, *names)
+    assert len(said) == 3 and all(same and distance < 1e-4 for _, same, distance in said), said

@@ -155,6 +155,16 @@ def test_clocks_that_restart(codec: str, parts: int) -> None:
     assert last.frames.float().mean(dim=(1, 2, 3))[0] == pytest.approx(40 + 60 * (parts - 1) + 25, abs=5)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_a_track_that_appears_later(codec: str) -> None:
+    """A recording whose sound is switched on after a while."""
+    stamps, levels = [40 * i for i in range(50)], [80] * 50
+    mute = grey_film("mpegts", codec, stamps, levels)
+    film = mute + grey_film("mpegts", codec, stamps, levels, sound=sines(1, 2.0), sound_codec="aac")
+    assert len(read_video(film).frames) == 8
+    assert len(read_video(film, want_sound=True).frames) == 8
+
+
 def turned(matrix: tuple[int, int, int, int]) -> bytes:
     """A film of a white upper left quarter, whose display matrix has a, b, c, d."""
     picture = np.zeros((48, 64, 3), np.uint8)
