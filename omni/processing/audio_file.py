@@ -33,6 +33,7 @@ from omni.processing.sources import (
     is_source,
     open_source,
     read_part,
+    unpack,
 )
 
 SAMPLE_RATE = 16000
@@ -105,10 +106,9 @@ def from_decoder(value: Any) -> Any:
 
 def check_samples(samples: Tensor, name: str, part: tuple[float, float] = WHOLE) -> None:
     """Raise ValueError for a clip without samples, or with NaN or infinite ones; `part`: the part that was taken."""
-    if samples.numel() == 0 and part != WHOLE:
-        raise ValueError(f"audio {name}: nothing lies in {part[0]:g}..{part[1]:g} s; it is shorter")
     if samples.numel() == 0:
-        raise ValueError(f"audio {name} has no samples; leave it out or give a clip with sound")
+        told = "; leave it out or give a clip with sound" if part == WHOLE else f" in {part[0]:g}..{part[1]:g} s"
+        raise ValueError(f"audio {name} has no samples{told}")
     _check_finite(samples, name)
 
 
@@ -120,12 +120,14 @@ def read_piece(value: Any) -> Tensor:
 
 
 def _check_finite(samples: Tensor, name: str, before: int = 0) -> None:
-    """Raise ValueError for NaN and infinity; `before` samples came earlier."""
-    if not bool(torch.isfinite(samples).all()):
-        bad = int((~torch.isfinite(samples)).nonzero()[0])
-        raise RefusedError(
-            f"audio {name}: sample {before + bad} is {samples[bad].item()}; remove NaN and infinite samples"
-        )
+    """Raise ValueError for NaN and infinity; `before` samples came earlier. In blocks: torch makes several copies."""
+    for block in samples.split(_BLOCK_SAMPLES):
+        if not bool(torch.isfinite(block).all()):
+            bad = int((~torch.isfinite(block)).nonzero()[0])
+            raise RefusedError(
+                f"audio {name}: sample {before + bad} is {block[bad].item()}; remove NaN and infinite samples"
+            )
+        before += len(block)
 
 
 def resample(samples: Tensor, rate_hz: int | float, name: str = "", budget: MediaBudget = DEFAULT_BUDGET) -> Tensor:
@@ -191,10 +193,7 @@ def _read_mapping(value: Mapping[str, Any], sampling_rate: int | None) -> tuple[
         raise ValueError(f"an audio dict has the keys {', '.join(known)}; got {wrong[0]!r}")
     if value.get("array") is not None:
         return value["array"], value.get("sampling_rate", sampling_rate)
-    for key in ("bytes", "path"):
-        if value.get(key) is not None:
-            return value[key], sampling_rate
-    raise ValueError("an audio dict needs 'array' (with 'sampling_rate'), 'path' or 'bytes'")
+    return unpack({key: value.get(key) for key in ("bytes", "path")}, "audio"), sampling_rate
 
 
 class _Recording:
@@ -214,6 +213,7 @@ class _Recording:
     ) -> None:
         self.name, self.rate_hz, self.device, self.budget, self.part = name, rate_hz, device, budget, part
         self.kept: list[Tensor] = []
+        self.loose: list[Tensor] = []
         self.pending: list[Tensor] = []
         self.resampler: StreamingResampler | None = None
         self.source_hz = self.place = self.passed = self.waiting = self.decoded = self.kept_bytes = 0
@@ -242,8 +242,7 @@ class _Recording:
     def finish(self) -> Tensor:
         """All samples [m]; the parts are freed as they are joined, so that they are not held twice."""
         self._close()
-        if len(self.kept) == 1:
-            return self.kept.pop()
+        self.kept, self.loose = self.kept + self.loose, []
         whole = torch.empty(sum(map(len, self.kept)), device=self.device)
         end = len(whole)
         while self.kept:
@@ -288,7 +287,10 @@ class _Recording:
             self.resampler = None
 
     def _keep(self, samples: Tensor) -> None:
-        self.kept.append(samples)
+        self.loose.append(samples)
+        if sum(map(len, self.loose)) > _PIECE_SAMPLES:  # in large blocks, whose memory is given back when they go
+            self.kept.append(torch.cat(self.loose))
+            self.loose = []
         self.kept_bytes += samples.nbytes
         self.budget.check("kept_bytes", self.kept_bytes, f"audio {self.name}", "takes more bytes")
 

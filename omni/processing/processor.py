@@ -46,6 +46,8 @@ class CallOptions:
     def __post_init__(self) -> None:
         if self.use_audio_in_video is not None and not isinstance(self.use_audio_in_video, bool):
             raise TypeError(f"use_audio_in_video must be None, True or False, got {self.use_audio_in_video!r}")
+        if not isinstance(self.media_budget, MediaBudget):
+            raise TypeError(f"media_budget must be a MediaBudget, got {self.media_budget!r}")
 
     def budget(self, options: Mapping[str, Any]) -> PixelBudget:
         names = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
@@ -184,7 +186,7 @@ class OmniProcessor:
             max_frames,
             mel_level,
             _usable(device),
-            media_budget or self.media_budget,
+            self.media_budget if media_budget is None else media_budget,
         )
         template_options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
         if enable_thinking is not None:

@@ -158,6 +158,13 @@ def test_a_budget_is_of_positive_numbers(name: str, value: Any) -> None:
         MediaBudget(**{name: value})
 
 
+def test_a_budget_is_nothing_else() -> None:
+    processor = OmniProcessor.from_pretrained(TOY_DATA)
+    for wrong in (5, 0, "large", {"pixels": 5}):
+        with pytest.raises(TypeError, match="media_budget"):
+            processor(chat("a"), media_budget=wrong)
+
+
 def test_length_is_counted_while_decoding() -> None:
     """Headers that say nothing, or too little, do not help."""
     from omni.processing.budget import MediaBudget
