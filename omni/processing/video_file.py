@@ -7,6 +7,7 @@ Shapes: T chosen frames of H x W pixels.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,9 +215,14 @@ def _read_sound(
     part_start_s, part_end_s = sampling.part_s
     start_s, whole = first_s + part_start_s, part_start_s == 0
     end_s = None if part_end_s == math.inf else first_s + part_end_s
-    decoded = decode_sound_track(
-        source, f"track of {name}", -math.inf if whole else start_s, end_s, SAMPLE_RATE, None, budget
-    )
+    from_s = -math.inf if whole else start_s
+    try:
+        decoded = decode_sound_track(source, f"track of {name}", from_s, end_s, SAMPLE_RATE, None, budget)
+    except RefusedError:
+        raise
+    except ValueError as error:  # the pictures are left
+        warnings.warn(f"{name} is shown without its sound: {error}", stacklevel=2)
+        return None, 0.0
     if decoded is None or decoded[0].numel() == 0 or decoded[2] > last_s + _LATEST_SOUND_S:
         return None, 0.0
     sound, _, sound_s = decoded

@@ -79,6 +79,14 @@ def test_a_damaged_packet_in_the_sound_of_a_film(container: str) -> None:
     assert len(clip.frames) == 4 and clip.sound is not None and 20000 < len(clip.sound) < 33000
 
 
+def test_a_film_whose_sound_is_lost_altogether() -> None:
+    film = grey_film("matroska", "mpeg4", [40 * i for i in range(50)], sound=sines(1, 2.0), sound_codec="ac3")
+    film = damage(film, list(range(len(packets_of(film)))))
+    with pytest.warns(UserWarning, match="without its sound: .* cannot be decoded"):
+        clip = read_video(film, want_sound=True)
+    assert len(clip.frames) == 4 and clip.sound is None
+
+
 @pytest.mark.parametrize(("container", "codec"), [("matroska", "libx264"), ("mp4", "mpeg4"), ("webm", "libvpx-vp9")])
 def test_a_damaged_picture_is_left_out(container: str, codec: str) -> None:
     stamps = [40 * i for i in range(100)]
