@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ _SOURCE_KEYS = {  # kind -> keys that may hold the medium
 }
 _OPTIONS = {
     "text": (),
-    "audio": ("sampling_rate",),
-    "image": ("min_pixels", "max_pixels"),
+    "audio": ("sampling_rate", "audio_start", "audio_end"),
+    "image": ("min_pixels", "max_pixels", "resized_height", "resized_width"),
     "video": (
         "fps",
         "min_pixels",
         "max_pixels",
         "total_pixels",
+        "resized_height",
+        "resized_width",
+        "nframes",
         "min_frames",
         "max_frames",
         "video_start",
@@ -51,11 +55,15 @@ _KIND_OF_KEY = {key: kind for kind, keys in _SOURCE_KEYS.items() for key in keys
 
 @dataclass(frozen=True)
 class Medium:
-    """One audio clip, image or video of a conversation: where it is, and the options written beside it."""
+    """One audio clip, image or video of a conversation: the medium, and the options written beside it.
+
+    where: its message and item, for errors.
+    """
 
     kind: str
     source: Any
     options: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,20 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     media: list[Medium]
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Errors raised inside begin with the place: "conversation 2", "message 1, item 0"; "" leaves them alone."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        if not where:
+            raise
+        kinds = (FileNotFoundError, PermissionError, OSError, TypeError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        mark = "," if str(error).startswith("message ") else ":"
+        raise kind(f"{where}{mark} {error}") from error
 
 
 def split_batch(messages: Any) -> list[list[Any]]:
@@ -172,7 +194,7 @@ def _read_item(item: Any, where: str) -> str | Medium:
             raise TypeError(f"{where}: text must be a string, got {type(item['text']).__name__}")
         return item["text"]
     options = {key: item[key] for key in _OPTIONS[kind] if item.get(key) is not None}
-    return Medium(kind, _unwrap(sources[0], item[sources[0]], where), options)
+    return Medium(kind, _unwrap(sources[0], item[sources[0]], where), options, where)
 
 
 def _keys(kind: str) -> tuple[str, ...]:

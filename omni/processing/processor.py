@@ -19,10 +19,11 @@ from omni.config.keywords import nearest
 from omni.config.writing import atomic_folder
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
+from omni.processing.budget import DEFAULT_BUDGET, MediaBudget
 from omni.processing.files import ProcessorFiles, build_tokenizer, choose_templates, load_files
 from omni.processing.inputs import OmniInputs
-from omni.processing.messages import Medium, read_conversation, split_batch
-from omni.processing.sources import describe
+from omni.processing.messages import Medium, located, read_conversation, split_batch
+from omni.processing.sources import describe, is_source
 from omni.processing.template import ChatTokenizer, built_in_template
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
@@ -42,14 +43,17 @@ class CallOptions:
     max_frames: int | None = None
     mel_level: str = "clip"
     device: torch.device | None = None
+    media_budget: MediaBudget = DEFAULT_BUDGET
 
     def __post_init__(self) -> None:
         if self.use_audio_in_video is not None and not isinstance(self.use_audio_in_video, bool):
             raise TypeError(f"use_audio_in_video must be None, True or False, got {self.use_audio_in_video!r}")
+        if not isinstance(self.media_budget, MediaBudget):
+            raise TypeError(f"media_budget must be a MediaBudget, got {self.media_budget!r}")
 
     def budget(self, options: Mapping[str, Any]) -> PixelBudget:
-        names = ("min_pixels", "max_pixels", "total_pixels")
-        return PixelBudget(*(options.get(name, getattr(self, name)) for name in names))
+        names = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
+        return PixelBudget(*(options.get(name, getattr(self, name, None)) for name in names))
 
 
 @dataclass
@@ -63,8 +67,6 @@ class _Batch:
     video_grids: list[list[int]] = field(default_factory=list)
     video_times: list[Tensor] = field(default_factory=list)
     video_seconds: list[float] = field(default_factory=list)
-    silent: list[str] = field(default_factory=list)
-    with_sound: int = 0
 
 
 class OmniProcessor:
@@ -72,7 +74,7 @@ class OmniProcessor:
 
     Attributes: `tokenizer` (transformers), `chat` (template and safe tokenisation), `vision`, `log_mel`,
     `position_rule` (order and positions of media), `speech_system` (the system text that the family's speech needs, or
-    None).
+    None), `media_budget` (what one medium may cost while it is decoded, where a call says nothing else).
     """
 
     def __init__(self, tokenizer: Any, files: ProcessorFiles) -> None:
@@ -97,6 +99,7 @@ class OmniProcessor:
         self.audio_tokens: Callable[[int], int] = family.token_counter(self.log_mel.chunk_frames)
         self.position_rule = files.position_rule
         self.speech_system = family.speech_system
+        self.media_budget = DEFAULT_BUDGET
         self._warned = False
         self.tokens = MediaTokens(
             audio=self._token_id("audio_token"),
@@ -156,6 +159,7 @@ class OmniProcessor:
         max_frames: int | None = None,
         mel_level: str = "clip",
         device: torch.device | str | None = None,
+        media_budget: MediaBudget | None = None,
     ) -> OmniInputs:
         """One conversation -> a batch of 1; a list of conversations -> a left-padded batch.
 
@@ -168,22 +172,32 @@ class OmniProcessor:
                 on from there; `OmniInputs.reply_start` tells where the reply begins.
             tools: JSON schemas or documented functions, for the template.
             enable_thinking: passed to the template when set; False asks for a reply without reasoning.
-            use_audio_in_video: True uses the sound of every video that has one; items may set it for themselves.
+            use_audio_in_video: True uses the sound of every video that has one; an item may set it for itself, and True
+                there needs a sound.
             fps: frames taken from each second of a video file (default 2), and the rate of frame lists and arrays.
             min_pixels, max_pixels: size limits for every image and video frame.
-            total_pixels: most pixels of one video, each temporal patch's frames counted once (default: no limit); long
-                videos then get smaller frames. Qwen's own recipe uses 128000 * 32 * 32 * 0.9 = 117964800.
+            total_pixels: most pixels of one video, each temporal patch's frames counted once; long videos get smaller
+                frames (default: 128000 * 0.9 tokens, Qwen's own recipe: 117964800 pixels where a token has 32 x 32).
             max_frames: most frames taken from one video (default 768).
             mel_level: the reference level of the log-mel features: "clip" takes each clip's loudest value, "causal" the
                 loudest up to the end of each second, as sessions do.
             device: where features are computed from decoded sound and pictures, and where the inputs lie (None: CPU).
+            media_budget: what one medium may cost while it is decoded (None: the attribute `media_budget`).
 
         Raises ValueError, TypeError, FileNotFoundError or OSError naming the message or medium and the remedy.
         """
         if mel_level not in LEVELS:
             raise ValueError(f"unknown mel_level {mel_level!r}; {nearest(str(mel_level), LEVELS)}")
         options = CallOptions(
-            use_audio_in_video, fps, min_pixels, max_pixels, total_pixels, max_frames, mel_level, _usable(device)
+            use_audio_in_video,
+            fps,
+            min_pixels,
+            max_pixels,
+            total_pixels,
+            max_frames,
+            mel_level,
+            _usable(device),
+            self.media_budget if media_budget is None else media_budget,
         )
         template_options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -193,14 +207,15 @@ class OmniProcessor:
             template_options["enable_thinking"] = enable_thinking
         batch = _Batch()
         rows = []
-        for conversation in map(read_conversation, split_batch(messages)):
-            first = conversation.messages[0]
-            self.check_speech_system(first["content"] if first["role"] == "system" else None)
-            chat = self.tool_chat if isinstance(tools, Sequence) and tools else self.chat
-            ids = chat.encode_chat(conversation.messages, tools, **template_options)
-            rows.append(self._expand(ids, conversation.media, options, batch))
-        if use_audio_in_video and batch.silent and not batch.with_sound:
-            raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")
+        given = split_batch(messages)
+        for number, row in enumerate(given):
+            with located(f"conversation {number}" if len(given) > 1 else ""):
+                conversation = read_conversation(row)
+                first = conversation.messages[0]
+                self.check_speech_system(first["content"] if first["role"] == "system" else None)
+                chat = self.tool_chat if isinstance(tools, Sequence) and tools else self.chat
+                ids = chat.encode_chat(conversation.messages, tools, **template_options)
+                rows.append(self._expand(ids, conversation.media, options, batch))
         inputs = self._pack(rows, batch)
         if continue_final_message:
             width = inputs.input_ids.shape[1]
@@ -288,7 +303,9 @@ class OmniProcessor:
         expanded: list[int] = []
         for token in ids:
             if token in kinds:
-                expanded.extend(self._medium_ids(next(queues[kinds[token]]), options, batch))
+                medium = next(queues[kinds[token]])
+                with located(medium.where):
+                    expanded.extend(self._medium_ids(medium, options, batch))
             else:
                 expanded.append(token)
         return expanded
@@ -298,7 +315,9 @@ class OmniProcessor:
         merge = self.vision.merge_size
         segment: Segment
         if medium.kind == "audio":
-            samples = load_audio(medium.source, medium.options.get("sampling_rate"), options.device)
+            own, budget = medium.options, options.media_budget
+            part = own.get("audio_start", 0.0), own.get("audio_end")
+            samples = load_audio(medium.source, own.get("sampling_rate"), options.device, budget, *part)
             if self._clip_tokens(samples.numel()) == 0:
                 least = next((n for n in range(1, self.log_mel.sample_rate) if self._clip_tokens(n)), None)
                 if least is None:
@@ -309,7 +328,8 @@ class OmniProcessor:
                 )
             segment = self._add_clip(samples, options, batch)
         elif medium.kind == "image":
-            pixels, grid = self.vision.image(medium.source, options.budget(medium.options), options.device)
+            limits = options.budget(medium.options)
+            pixels, grid = self.vision.image(medium.source, limits, options.device, options.media_budget)
             batch.image_pixels.append(pixels)
             batch.image_grids.append(grid)
             segment = Image(grid[1] // merge, grid[2] // merge)
@@ -332,9 +352,11 @@ class OmniProcessor:
         if own is not None and not isinstance(own, bool):
             raise TypeError(f"use_audio_in_video of a video item must be True or False, got {own!r}")
         want_sound = bool(options.use_audio_in_video) if own is None else own
+        if "nframes" in medium.options and "fps" in medium.options and is_source(medium.source):
+            raise ValueError("a video item has nframes or fps, not both: each says how many frames are taken")
         settings = {"fps": options.fps, "max_frames": options.max_frames, **medium.options}
         budget = options.budget(medium.options)
-        clip = self.vision.video(medium.source, settings, budget, want_sound, options.device)
+        clip = self.vision.video(medium.source, settings, budget, want_sound, options.device, options.media_budget)
         batch.video_pixels.append(clip.pixels)
         batch.video_grids.append(clip.grid)
         batch.video_times.append(torch.tensor(clip.grid_times_s, dtype=torch.float64))
@@ -347,10 +369,7 @@ class OmniProcessor:
         if clip.sound is None or self._clip_tokens(clip.sound.numel()) == 0:
             if own:
                 raise ValueError(f"video {clip.name} has no sound, but use_audio_in_video is set for it; leave it out")
-            if want_sound:
-                batch.silent.append(clip.name)
             return video
-        batch.with_sound += 1
         return AudioVideo(video, self._add_clip(clip.sound, options, batch))
 
     def _pack(self, rows: list[list[int]], batch: _Batch) -> OmniInputs:

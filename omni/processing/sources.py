@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
+import math
 import os
+import socket
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any, Union
+
+from omni.processing.budget import as_number
 
 MAX_DOWNLOAD_BYTES = 512 * 1024 * 1024
 MAX_DOWNLOAD_S = 60.0
@@ -61,9 +69,53 @@ def open_source(value: Any, kind: str) -> Source:
 
 
 def as_file(source: Source) -> Any:
-    """What decoders open: the path as a string, or a new file object over the bytes."""
-    # absolute: FFmpeg takes what stands before a colon in a relative name for a protocol
+    """What Pillow and soundfile open: the path as a string, or a new file object over the bytes."""
     return str(source.absolute()) if isinstance(source, Path) else io.BytesIO(source)
+
+
+def unpack(value: Any, kind: str) -> Any:
+    """The bytes or the path of a dict {"bytes", "path"}, which `datasets` hands out; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    wrong = [key for key in value if key not in ("bytes", "path")]
+    if wrong:
+        raise ValueError(f"{kind}: a dict must have the keys 'bytes' and 'path', got {wrong[0]!r}")
+    found = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if found is None:
+        raise ValueError(f"{kind}: a dict must have 'bytes' or 'path', both are missing")
+    return found
+
+
+def first_bytes(source: Source, count: int) -> bytes:
+    """How a file begins."""
+    if isinstance(source, bytes):
+        return source[:count]
+    with source.open("rb") as file:
+        return file.read(count)
+
+
+def read_part(start: Any, end: Any, kind: str) -> tuple[float, float]:
+    """The bounds of a part in seconds; without an end it is infinity. `kind` begins the options' names in errors."""
+    bounds = []
+    for name, moment in ((f"{kind}_start", start), (f"{kind}_end", math.inf if end is None else end)):
+        if isinstance(moment, bool) or not isinstance(moment, Real):
+            raise TypeError(f"{name} must be a number of seconds, got {moment!r}")
+        bounds.append(as_number(moment))
+    first, last = bounds
+    if not 0 <= first < last:  # also where one is NaN
+        raise ValueError(f"a part of {kind} must have 0 <= {kind}_start < {kind}_end, got {start!r:.50}..{end!r:.50}")
+    return first, last
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Too little memory is an OSError that names the medium."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise OSError(f"{what} needs more memory than is free; make it smaller, or give a part of it") from error
 
 
 def decode_base64(text: str | bytes, kind: str) -> bytes:
@@ -128,21 +180,24 @@ class _TooLargeError(ValueError):
 def _download(address: str, kind: str) -> bytes:
     """Fetch over http(s) within the limits on time and size.
 
-    A thread does the work and is left behind when the time is over: a server that sends its headers drop by drop, or a
-    name server that does not answer, cannot be interrupted otherwise.
+    A thread does the work. When the time is over its connections are cut, so that it ends wherever it is: a server that
+    sends its headers drop by drop cannot be interrupted otherwise.
     """
     outcome: list[bytes | Exception] = []
+    lines = _Lines()
 
     def work() -> None:
         try:
-            outcome.append(_fetch(address))
+            outcome.append(_fetch(address, lines))
         except Exception as error:  # handed to the caller below
             outcome.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, daemon=True, name="omni download")
     thread.start()
     thread.join(MAX_DOWNLOAD_S)
-    result = outcome[0] if outcome else TimeoutError(f"it took more than {MAX_DOWNLOAD_S:g} s")
+    done = list(outcome)
+    lines.cut()
+    result = done[0] if done else TimeoutError(f"it took more than {MAX_DOWNLOAD_S:g} s")
     if isinstance(result, bytes):
         return result
     if isinstance(result, urllib.error.HTTPError):
@@ -154,14 +209,68 @@ def _download(address: str, kind: str) -> bytes:
     raise known(f"{kind} {describe(address)!r} cannot be fetched: {' '.join(reason.split())}") from result
 
 
-def _fetch(address: str) -> bytes:
+class _Lines:
+    """The connections of one download, which another thread can cut."""
+
+    def __init__(self) -> None:
+        self.sockets: list[socket.socket] = []
+        self.over = False
+
+    def cut(self) -> None:
+        self.over = True
+        for line in self.sockets:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+
+    def watched(self, kind: type[http.client.HTTPConnection]) -> Any:
+        """Makes connections of a kind, whose sockets are known here."""
+
+        def connection(host: str, **options: Any) -> http.client.HTTPConnection:
+            made = kind(host, **options)
+            connect = made.connect
+
+            def watch() -> None:
+                connect()
+                self.sockets.append(made.sock)
+                if self.over:
+                    self.cut()
+
+            made.connect = watch  # type: ignore[method-assign]
+            return made
+
+        return connection
+
+
+class _Web(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens http and https addresses over watched connections."""
+
+    def __init__(self, lines: _Lines) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(self.lines.watched(http.client.HTTPConnection), req)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(self.lines.watched(http.client.HTTPSConnection), req)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise urllib.error.URLError(f"it redirects to {describe(newurl)!r}, which is no http(s) address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch(address: str, lines: _Lines) -> bytes:
     """The body behind an address. Spaces and letters beyond ASCII in it are quoted, as browsers do."""
     started = time.monotonic()
     quoted = urllib.parse.quote(address, safe="!#$%&'()*+,/:;=?@[]~")
     request = urllib.request.Request(quoted, headers={"User-Agent": "omni"})
     blocks: list[bytes] = []
     size = 0
-    with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S) as reply:
+    opener = urllib.request.build_opener(_Web(lines), _Redirects)
+    with opener.open(request, timeout=CONNECT_TIMEOUT_S) as reply:
         length = reply.headers.get("Content-Length", "")
         expected = int(length) if length.isdecimal() else None
         _check_download(expected or 0)

@@ -1,66 +1,34 @@
-"""Video from files and frame arrays: chosen frames, resized as they are decoded, with their real times; and its sound.
+"""Video from files and frame arrays: frames shown at evenly spread moments, resized as they are decoded; and its sound.
 
-A file is read twice: once without decoding, for the time of every frame, then frame by frame. Only the chosen frames
-are kept, and only after they are resized, so memory does not depend on the length of the file.
+Only the chosen frames are kept, and only after they are resized, so memory does not depend on the length of the file.
 Shapes: T chosen frames of H x W pixels.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omni.processing.audio_file import SAMPLE_RATE, check_samples, decode_sound_track, resample
+from omni.processing.audio_file import SAMPLE_RATE, decode_sound_track
+from omni.processing.budget import DEFAULT_BUDGET, MediaBudget, RefusedError
+from omni.processing.containers import Damage, open_container, reason_of
+from omni.processing.film import DEFAULT_FPS, Sampling, check_rate, choose, frames_at, read_index, upright
 from omni.processing.image_file import check_size, load_image
-from omni.processing.sources import Source, as_file, describe, is_source, open_source
+from omni.processing.sources import Source, describe, enough_memory, is_source, open_source, unpack
 
-if TYPE_CHECKING:
-    import av.container
-
-DEFAULT_FPS = 2.0  # frames taken from each second, as the models were trained
 _SOUND_OFFSET_S = 0.04  # smaller differences between the starts of sound and picture are encoder delay, left alone
 _LATEST_SOUND_S = 60.0  # sound that begins later than this after the last picture has a wrong clock
+_EARLIEST_SOUND_S = 60.0  # and so has sound that begins earlier than this before the first one
 
 # uint8 [3, height, width] of a frame, and how many are taken -> the frame at the size that the model sees
 Resize = Callable[[Tensor, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which frames to take: `fps` a second, their number kept within the limits and a multiple of `multiple`."""
-
-    fps: float = DEFAULT_FPS
-    min_frames: int = 4
-    max_frames: int = 768
-    multiple: int = 2
-    start_s: float = 0.0
-    end_s: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_rate(self.fps, "the sampling")
-        for name in ("min_frames", "max_frames"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name, moment in (("video_start", self.start_s), ("video_end", self.end_s)):
-            if moment is not None and (isinstance(moment, bool) or not isinstance(moment, Real)):
-                raise TypeError(f"{name} must be a number of seconds, got {moment!r}")
-        if not self.start_s >= 0 or (self.end_s is not None and not self.end_s > self.start_s):
-            raise ValueError(f"a video part must have 0 <= video_start < video_end, got {self.start_s}..{self.end_s}")
-
-    def count(self, frames: int, duration_s: float) -> int:
-        """How many of `frames` to take."""
-        most = min(self.max_frames, frames)
-        wanted = min(max(duration_s * self.fps, self.min_frames), most)
-        return max(math.floor(wanted / self.multiple) * self.multiple, min(most, self.multiple))
 
 
 @dataclass(frozen=True)
@@ -72,31 +40,40 @@ class VideoClip:
     sound: Tensor | None
 
 
-def _check_rate(rate: Any, name: str) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not (math.isfinite(rate) and float(rate) > 0):
-        raise ValueError(f"fps of {name} must be a positive number, got {rate!r}")
-
-
-def load_video(value: Any, sampling: Sampling, resize: Resize, frame_rate: float | None, want_sound: bool) -> VideoClip:
+def load_video(
+    value: Any,
+    sampling: Sampling,
+    resize: Resize,
+    frame_rate: float | None,
+    want_sound: bool,
+    budget: MediaBudget = DEFAULT_BUDGET,
+) -> VideoClip:
     """Read a video.
 
-    `value` is a path, address, data URI or bytes of a file (mp4, webm, mkv, …), a list of pictures, or an array
-    [T, H, W, C] or [T, C, H, W]. `frame_rate` is the rate of a list or array, in frames a second; its frames are all
-    taken unless there are more than `max_frames`. Sound is None where the file has none or `want_sound` is false.
+    `value` is a path, address, data URI or bytes of a file (mp4, webm, mkv, …), a dict with `path` or `bytes`, a
+    torchcodec VideoDecoder, a list of pictures, or an array [T, H, W, C] or [T, C, H, W]. `frame_rate` is the rate of a
+    list or array, in frames a second; its frames are all taken unless there are more than `max_frames`. Sound is None
+    where the file has none or `want_sound` is false.
+    Times are the moments asked for: a frame is shown until the next one comes. Where sound is wanted that begins
+    before the first picture, times are counted from its start. Damaged packets are left out, with a warning.
     Raises FileNotFoundError, OSError or ValueError naming the medium.
     """
+    value = unpack(value, "video")
     name = f"video {describe(value)}"
+    if hasattr(value, "get_frame_played_at"):
+        return _read_decoder(value, sampling, resize, name)
     if not is_source(value):
         return _read_frames(value, sampling, resize, DEFAULT_FPS if frame_rate is None else frame_rate, name)
     source = open_source(value, "video")
-    frames, times, first_s, last_s = _decode(source, sampling, resize, name)
-    sound = _read_sound(source, first_s + sampling.start_s, last_s, sampling, name) if want_sound else None
-    return VideoClip(_stack(frames), tuple(times), sound)
+    with enough_memory(name):
+        frames, times, first_s, last_s = _decode(source, sampling, resize, budget, name)
+        sound, lead_s = _read_sound(source, first_s, last_s, sampling, budget, name) if want_sound else (None, 0.0)
+        return VideoClip(_stack(frames), tuple(time + lead_s for time in times), sound)
 
 
 def _read_frames(value: Any, sampling: Sampling, resize: Resize, rate: float, name: str) -> VideoClip:
     """A list of pictures or one array of frames."""
-    _check_rate(rate, name)
+    check_rate(rate, name)
     if not isinstance(value, (list, tuple)):
         ndim = getattr(value, "ndim", 0)
         if ndim != 4:
@@ -107,12 +84,13 @@ def _read_frames(value: Any, sampling: Sampling, resize: Resize, rate: float, na
     total = len(value)
     if total == 0:
         raise ValueError(f"{name} has no frames")
-    first, last = min(math.ceil(sampling.start_s * rate), total), total
-    if sampling.end_s is not None:
-        last = min(math.ceil(sampling.end_s * rate), total)
+    start_s, end_s = sampling.part_s
+    first, last = math.ceil(min(start_s * rate, total)), math.ceil(min(end_s * rate, total))
     if first >= last:
-        raise ValueError(f"{name} lasts {total / rate:g} s; nothing lies in {sampling.start_s}..{sampling.end_s} s")
+        raise ValueError(f"{name} lasts {total / rate:g} s; nothing lies in {start_s:g}..{end_s:g} s")
     taken = min(last - first, sampling.max_frames)
+    if sampling.frames is not None:
+        taken = sampling.count(last - first, 0.0)
     chosen = [first + index * (last - first) // taken for index in range(taken)]
     pictures = [value[index] for index in chosen]
     if not isinstance(value, (list, tuple)):
@@ -122,6 +100,24 @@ def _read_frames(value: Any, sampling: Sampling, resize: Resize, rate: float, na
         frames.append(resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1), taken))
     _check_one_size(frames, name)
     return VideoClip(_stack(frames), tuple((index - first) / rate for index in chosen), None)
+
+
+def _read_decoder(value: Any, sampling: Sampling, resize: Resize, name: str) -> VideoClip:
+    """What torchcodec's VideoDecoder shows; it has no sound."""
+    origin_s = float(value.metadata.begin_stream_seconds or 0.0)
+    length_s = float(value.metadata.end_stream_seconds) - origin_s
+    start_s, end_s = sampling.part_s
+    end_s = min(end_s, length_s)
+    if not start_s < end_s:
+        raise ValueError(f"{name} lasts {length_s:g} s; no frame lies in {start_s:g}..{end_s:g} s")
+    count = sampling.count(max(1, round(len(value) * (end_s - start_s) / length_s)), end_s - start_s)
+    times = [step * (end_s - start_s) / count for step in range(count)]
+    frames = []
+    for time_s in times:
+        picture = load_image(value.get_frame_played_at(seconds=origin_s + start_s + time_s).data)
+        frames.append(resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1), count))
+    _check_one_size(frames, name)
+    return VideoClip(_stack(frames), tuple(times), None)
 
 
 def _on_one_scale(frames: list[Any]) -> list[Any]:
@@ -153,112 +149,88 @@ def _check_one_size(frames: Sequence[Tensor], name: str) -> None:
 
 
 def _decode(
-    source: Source, sampling: Sampling, resize: Resize, name: str
+    source: Source, sampling: Sampling, resize: Resize, budget: MediaBudget, name: str
 ) -> tuple[list[Tensor], list[float], float, float]:
     """Chosen frames, their times from the part's start, and the file's times of its first and last frame."""
     import av
 
-    try:
-        with av.open(as_file(source)) as container:
-            if not container.streams.video or container.format.name == "tty":  # FFmpeg shows any text file as a film
-                raise ValueError(f"{name} has no picture track; give a sound file as an audio item")
-            context = container.streams.video[0].codec_context
-            check_size(context.height, context.width, name)
-            stamps, base_s, origin = _frame_stamps(container, name)
-        start, end = origin + sampling.start_s / base_s, math.inf
-        if sampling.end_s is not None:
-            end = origin + sampling.end_s / base_s
-        part = [stamp for stamp in stamps if start <= stamp < end]
-        if not part:
-            raise ValueError(
-                f"{name} lasts {(stamps[-1] - origin) * base_s:g} s; no frame lies in "
-                f"{sampling.start_s}..{sampling.end_s} s"
-            )
-        chosen = _choose(part, base_s, sampling)
-        with av.open(as_file(source)) as container:
-            if chosen[0] != stamps[0]:
-                with suppress(av.error.FFmpegError):  # no index: decode from the start instead
-                    container.seek(chosen[0], stream=container.streams.video[0])  # to the key frame before it
-            frames, taken = _take(container, chosen, resize)
-    except (av.error.FFmpegError, OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{name} cannot be decoded ({reason}); it must be mp4, webm or mkv, and complete") from error
-    if not frames:
-        raise ValueError(f"{name} has no frames that can be decoded; the file may be cut short")
-    _check_one_size(frames, name)
-    return frames, [(stamp - max(start, stamps[0])) * base_s for stamp in taken], origin * base_s, stamps[-1] * base_s
+    damage, decoded = Damage(), 0
 
+    def check(frame: Any) -> None:
+        nonlocal decoded
+        check_size(frame.height, frame.width, name, budget.pixels)
+        decoded += frame.height * frame.width
+        budget.check("film_pixels", decoded, name, "has more pixels in its frames together", "take fewer frames of it")
 
-def _frame_stamps(container: av.container.InputContainer, name: str) -> tuple[list[int], float, int]:
-    """The time stamp of every frame in order, the seconds of one tick, and the first stamp; nothing is decoded."""
-    stream = container.streams.video[0]
-    stamps = []
-    for packet in container.demux(stream):
-        stamp = packet.pts if packet.pts is not None else packet.dts
-        if packet.size and stamp is not None and not packet.is_discard:
-            stamps.append(stamp)
-    if not stamps or stream.time_base is None:
-        raise ValueError(f"{name} has no frames")
-    stamps.sort()
-    return stamps, float(stream.time_base), stamps[0]
-
-
-def _choose(stamps: Sequence[int], base_s: float, sampling: Sampling) -> list[int]:
-    """The stamps of the frames to take: evenly spread in time, each the last frame shown at its moment."""
-    total = len(stamps)
-    span = (stamps[-1] - stamps[0]) * total / (total - 1) if total > 1 else 0.0  # the last frame lasts as the others
-    count = sampling.count(total, span * base_s)
-    chosen, index = [], 0
-    for step in range(count):
-        moment = stamps[0] + step * span / count
-        while index + 1 < total and stamps[index + 1] <= moment + 0.5:  # half a tick against rounded stamps
-            index += 1
-        chosen.append(stamps[index])
-    return chosen
-
-
-def _take(
-    container: av.container.InputContainer, chosen: Sequence[int], resize: Resize
-) -> tuple[list[Tensor], list[int]]:
-    """Decode up to the last chosen stamp and keep the chosen frames, resized."""
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
     frames: list[Tensor] = []
-    taken: list[int] = []
-    for frame in container.decode(stream):
-        stamp = frame.pts if frame.pts is not None else frame.dts
-        if stamp is None or stamp < chosen[len(frames)]:
-            continue
-        check_size(frame.height, frame.width, "a video frame")
-        pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-        turns = round(frame.rotation / 90) % 4  # phones store the picture lying and a turn, counter-clockwise
-        picture = resize(torch.rot90(pixels, turns).permute(2, 0, 1).contiguous(), len(chosen))
-        while len(frames) < len(chosen) and chosen[len(frames)] <= stamp:  # a slow video may show one frame twice
-            taken.append(chosen[len(frames)])
+    try:
+        with open_container(source) as container:
+            index = read_index(container, name, Damage())
+            context: Any = container.streams[index.track].codec_context
+            check_size(context.height, context.width, name, budget.pixels)
+        choice = choose(index, sampling, name)
+        shape, kept, last = None, 0, None
+        for frame in frames_at(source, index, choice.stamps, check, damage):
+            if frame is not last:
+                picture = _fit(torch.from_numpy(upright(frame)).permute(2, 0, 1), shape)
+                shape, last = picture.shape, frame
+                picture = resize(picture, len(choice.stamps))
+                kept = picture.nbytes * len(choice.stamps)
+                budget.check("kept_bytes", kept, name, "takes more bytes", "take fewer or smaller frames of it")
             frames.append(picture)
-        if len(frames) == len(chosen):
-            break
-    return frames, taken
+    except (RefusedError, MemoryError):
+        raise
+    except (OSError, RuntimeError, av.FFmpegError) as error:
+        raise ValueError(
+            f"{name} cannot be decoded ({reason_of(error)}); it must be mp4, webm or mkv, and complete"
+        ) from error
+    if not frames:
+        reason = f" ({damage.reason})" if damage.packets else "; the file may be cut short"
+        raise ValueError(f"{name} has no frames that can be decoded{reason}")
+    damage.warn(name)
+    _check_one_size(frames, name)
+    first_s, last_s = index.shown[0] * index.base_s, index.shown[-1] * index.base_s
+    return frames, choice.times_s[: len(frames)], first_s, last_s
 
 
-def _read_sound(source: Source, start_s: float, last_s: float, sampling: Sampling, name: str) -> Tensor | None:
-    """The video's sound at 16 kHz, lined up with its pictures, which begin at `start_s` of the file's clock.
+def _fit(picture: Tensor, shape: torch.Size | None) -> Tensor:
+    """A picture [3, H, W] at the size of the first one, where the size changes inside a film."""
+    if shape is None or picture.shape == shape:
+        return picture.contiguous()
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
 
-    None where the file has none, or where it begins long after the last picture, at `last_s`.
+    return resize(picture, list(shape[1:]), interpolation=InterpolationMode.BICUBIC, antialias=True).contiguous()
+
+
+def _read_sound(
+    source: Source, first_s: float, last_s: float, sampling: Sampling, budget: MediaBudget, name: str
+) -> tuple[Tensor | None, float]:
+    """The video's sound at 16 kHz, and how many seconds of it come before the first picture.
+
+    Pictures begin at `first_s` of the file's clock and end at `last_s`. Sound is lined up with the part's start; a
+    part from the film's start keeps what comes before. None where the file has no sound, or where it begins long after
+    the last picture.
     """
-    end_s = None if sampling.end_s is None else start_s + sampling.end_s - sampling.start_s
-    decoded = decode_sound_track(source, f"track of {name}", start_s, end_s)
-    if decoded is None or decoded[0].numel() == 0:
-        return None
-    samples, rate, first_s = decoded
-    if first_s > last_s + _LATEST_SOUND_S:
-        return None
-    check_samples(samples, f"track of {name}")
-    sound = resample(samples, rate, f"track of {name}")
-    late = first_s - start_s
-    if abs(late) > _SOUND_OFFSET_S:
-        shift = round(late * SAMPLE_RATE)
+    part_start_s, part_end_s = sampling.part_s
+    start_s, whole = first_s + part_start_s, part_start_s == 0
+    end_s = None if part_end_s == math.inf else first_s + part_end_s
+    from_s = -math.inf if whole else start_s
+    try:
+        decoded = decode_sound_track(source, f"track of {name}", from_s, end_s, SAMPLE_RATE, None, budget)
+    except RefusedError:
+        raise
+    except ValueError as error:  # the pictures are left
+        warnings.warn(f"{name} is shown without its sound: {error}", stacklevel=2)
+        return None, 0.0
+    if decoded is None or decoded[0].numel() == 0 or decoded[2] > last_s + _LATEST_SOUND_S:
+        return None, 0.0
+    sound, _, sound_s = decoded
+    late_s = sound_s - start_s
+    lead_s = -late_s if whole and _SOUND_OFFSET_S < -late_s <= _EARLIEST_SOUND_S else 0.0
+    if abs(late_s) > _SOUND_OFFSET_S and not lead_s:
+        shift = round(late_s * SAMPLE_RATE)
         sound = torch.cat((torch.zeros(shift), sound)) if shift > 0 else sound[-shift:]
     if end_s is not None:
-        sound = sound[: math.ceil((end_s - start_s) * SAMPLE_RATE)]
-    return sound if sound.numel() else None
+        sound = sound[: math.ceil((end_s - start_s + lead_s) * SAMPLE_RATE)]
+    return (sound, lead_s) if sound.numel() else (None, 0.0)

@@ -6,15 +6,18 @@ video [t * h * w, …], [t, h, w].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from omni.processing.budget import DEFAULT_BUDGET, MediaBudget, as_number
 from omni.processing.image_file import MAX_ASPECT_RATIO, load_image
 from omni.processing.sources import describe
 from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
@@ -22,7 +25,9 @@ from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
 # Pixels of one video frame: 128 .. 768 tokens of 32 x 32 pixels (the default of Qwen3-Omni's processor).
 VIDEO_MIN_PIXELS = 128 * 32 * 32
 VIDEO_MAX_PIXELS = 768 * 32 * 32
+_LARGE_PIXELS = 16_000_000  # a larger picture is shrunk before anything copies it
 LARGEST_MIN_PIXELS = 16384 * 32 * 32  # a picture enlarged to this takes 16384 tokens
+VIDEO_TOKENS = 128000 * 0.9  # of a whole video, where a call says nothing else (Qwen's video recipe)
 _LEAST_ABOVE_MIN = 1.05  # of min_pixels: what a budget for the whole video leaves each frame (Qwen's video recipe)
 
 
@@ -30,13 +35,16 @@ _LEAST_ABOVE_MIN = 1.05  # of min_pixels: what a budget for the whole video leav
 class PixelBudget:
     """Fewest and most pixels of a picture after resizing; None takes the checkpoint's.
 
-    `total_pixels` bounds a whole video (None: no bound, as in the reference's processor): the pixels of all its frames
-    after resizing, those of one temporal patch counted once.
+    `total_pixels` bounds a whole video (None: no bound): the pixels of all its frames after resizing, those of one
+    temporal patch counted once. The processor's own default is what `VIDEO_TOKENS` tokens hold. `resized_height` and
+    `resized_width`, rounded to whole tokens, are a size that no limit changes.
     """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
     total_pixels: int | None = None
+    resized_height: float | None = None
+    resized_width: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("min_pixels", "max_pixels", "total_pixels"):
@@ -47,6 +55,25 @@ class PixelBudget:
             raise ValueError(f"min_pixels {self.min_pixels} exceeds the limit of {LARGEST_MIN_PIXELS}; make it smaller")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}")
+
+        sides = (self.resized_height, self.resized_width)
+        if sides != (None, None) and not all(_is_side(side) for side in sides):
+            raise ValueError(f"resized_height and resized_width must both be positive numbers, got {sides}")
+
+    def size(self, factor: int) -> tuple[int, int] | None:
+        """The height and width that are asked for, as multiples of `factor`; None where the limits decide.
+
+        Raises ValueError for more than the largest picture that can be asked for.
+        """
+        if self.resized_height is None or self.resized_width is None:
+            return None
+        height, width = (max(1, round(side / factor)) * factor for side in (self.resized_height, self.resized_width))
+        if height * width > LARGEST_MIN_PIXELS:
+            raise ValueError(
+                f"resized_height x resized_width is {height} x {width} pixels, more than the limit of "
+                f"{LARGEST_MIN_PIXELS}; make it smaller"
+            )
+        return height, width
 
     def within(self, least: int, most: int) -> tuple[int, int]:
         """The limits with the defaults `least` and `most`; a limit that was given moves the other default."""
@@ -74,6 +101,10 @@ class VideoPixels:
     grid: list[int]
     grid_times_s: list[float]
     sound: Tensor | None
+
+
+def _is_side(value: Any) -> bool:
+    return 0 < as_number(value) < math.inf
 
 
 def _given(settings: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -114,15 +145,31 @@ class VisionProcessor:
         self.merge_size: int = self.image_processor.merge_size
         self.temporal_patch_size: int = self.video_processor.temporal_patch_size
         self.frame_pixels = frame_pixels
+        self.factor: int = self.video_processor.patch_size * self.video_processor.merge_size
+        self.total_pixels = int(VIDEO_TOKENS * self.factor * self.factor)
 
-    def image(self, value: Any, budget: PixelBudget, device: torch.device | None = None) -> tuple[Tensor, list[int]]:
-        """One picture: patches and grid, computed on `device` (None: the CPU)."""
-        picture = load_image(value)
+    def image(
+        self,
+        value: Any,
+        budget: PixelBudget,
+        device: torch.device | None = None,
+        media_budget: MediaBudget = DEFAULT_BUDGET,
+    ) -> tuple[Tensor, list[int]]:
+        """One picture: patches and grid, computed on `device` (None: the CPU). `media_budget` is for decoding it."""
+        picture: Any = load_image(value, media_budget)
         low, high = budget.within(*self._image_limits)
         size = {"shortest_edge": low, "longest_edge": high}
-        if not self.image_processor.do_resize:
+        options: dict[str, Any] = {"size": size, "return_tensors": "pt", "device": device}
+        target = budget.size(self.factor)
+        if not self.image_processor.do_resize and target is None:
             self._check_sides(picture.height, picture.width, self.image_processor, f"picture {describe(value)}")
-        out = self.image_processor(images=[picture], size=size, return_tensors="pt", device=device)
+        elif target is not None or picture.width * picture.height > _LARGE_PIXELS:
+            # as the image processor would, which alone holds a large picture several times
+            target = target or self._target(picture.height, picture.width, low, high)
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+            del picture
+            picture, options["do_resize"] = _scale(pixels.to(device), target), False
+        out = self.image_processor(images=[picture], **options)
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
 
     def video(
@@ -132,10 +179,11 @@ class VisionProcessor:
         budget: PixelBudget,
         want_sound: bool,
         device: torch.device | None = None,
+        media_budget: MediaBudget = DEFAULT_BUDGET,
     ) -> VideoPixels:
-        """One video, its patches computed on `device` (None: the CPU).
+        """One video, its patches computed on `device` (None: the CPU). `media_budget` is for decoding it.
 
-        `settings` may hold fps, min_frames, max_frames, video_start and video_end (None: default).
+        `settings` may hold fps, nframes, min_frames, max_frames, video_start and video_end (None: default).
         """
         sampling = Sampling(
             fps=_given(settings, "fps", DEFAULT_FPS),
@@ -144,12 +192,18 @@ class VisionProcessor:
             multiple=self.temporal_patch_size,
             start_s=_given(settings, "video_start", 0.0),
             end_s=settings.get("video_end"),
+            frames=settings.get("nframes"),
         )
+        size = budget.size(self.factor)
+
+        if budget.total_pixels is None:
+            budget = replace(budget, total_pixels=self.total_pixels)
 
         def resize(frame: Tensor, frames: int) -> Tensor:
-            return self._resize(frame, *budget.of_frame(frames, self.temporal_patch_size, self.frame_pixels))
+            limits = budget.of_frame(frames, self.temporal_patch_size, self.frame_pixels)
+            return self._resize(frame, *limits) if size is None else _scale(frame, size)
 
-        clip = load_video(value, sampling, resize, settings.get("fps"), want_sound)
+        clip = load_video(value, sampling, resize, settings.get("fps"), want_sound, media_budget)
         times = list(clip.times_s[:: self.temporal_patch_size])
         pixels, grid = self._patches(clip.frames, device)
         return VideoPixels(describe(value), pixels, grid, times, clip.sound)
@@ -176,8 +230,6 @@ class VisionProcessor:
 
     def frame(self, value: Any) -> Tensor:
         """One frame of a video that is pushed frame by frame: uint8 [3, height, width], resized as in a video."""
-        import numpy as np
-
         pixels = torch.from_numpy(np.array(load_image(value))).permute(2, 0, 1)
         return self._resize(pixels, *self.frame_pixels)
 
@@ -196,17 +248,26 @@ class VisionProcessor:
 
     def _resize(self, frame: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
         """One frame uint8 [3, height, width] at the size that the model sees."""
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2.functional import resize
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
         height, width = frame.shape[-2:]
-        factor = self.video_processor.patch_size * self.video_processor.merge_size
         if not self.video_processor.do_resize:
             self._check_sides(height, width, self.video_processor, "a video frame")
             return frame.to(torch.uint8)
+        return _scale(frame, self._target(height, width, min_pixels, max_pixels))
+
+    def _target(self, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+        """The height and width of what the model sees, within the limits."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
         assert max(height, width) <= MAX_ASPECT_RATIO * min(height, width)
-        target = list(smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels))
-        if target == [height, width]:
-            return frame
-        return resize(frame.to(torch.uint8), target, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        h, w = smart_resize(height, width, factor=self.factor, min_pixels=min_pixels, max_pixels=max_pixels)
+        return int(h), int(w)
+
+
+def _scale(frame: Tensor, target: tuple[int, int]) -> Tensor:
+    """A frame uint8 [3, height, width] at another height and width."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    if target == tuple(frame.shape[-2:]):
+        return frame
+    return resize(frame.to(torch.uint8), list(target), interpolation=InterpolationMode.BICUBIC, antialias=True)

@@ -8,15 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from omni.encoders.resample import MAX_RATE_HZ, MIN_RATE_HZ, StreamingResampler
-from omni.processing.audio_file import check_samples, decode_audio, read_array
-from omni.processing.sources import describe, is_source, open_source
+from omni.processing.audio_file import check_samples, decode_audio, from_decoder, read_array
+from omni.processing.sources import describe, enough_memory, is_source, open_source
 
 
 def read_speech(source: Any, rate_hz: int) -> Tensor:
     """A recording as mono fp32 samples [n] at `rate_hz`.
 
-    `source` is a path, address, data URI or bytes, an `(array, rate_hz)` pair or a dict with `array` and
-    `sampling_rate` (or `path` / `bytes`). Raises FileNotFoundError, OSError or ValueError naming the medium.
+    `source` is a path, address, data URI or bytes, an `(array, rate_hz)` pair, a dict with `array` and
+    `sampling_rate` (or `path` / `bytes`) or a torchcodec AudioDecoder. Damaged packets are left out, with a warning.
+    Raises FileNotFoundError, OSError or ValueError naming the medium.
     """
     value = medium_of(source)
     name = describe(value[0] if isinstance(value, tuple) else value)
@@ -27,13 +28,16 @@ def read_speech(source: Any, rate_hz: int) -> Tensor:
                 f"the sampling rate of audio {name} is {rate!r}; it must lie in {MIN_RATE_HZ}..{MAX_RATE_HZ}"
             )
     else:
-        samples, rate = decode_audio(open_source(value, "audio"), name)
+        source = open_source(value, "audio")
+        with enough_memory(f"audio {name}"):
+            samples, rate = decode_audio(source, name, rate_hz)
     check_samples(samples, name)
     return StreamingResampler(round(float(rate)), rate_hz)(samples)
 
 
 def medium_of(source: Any) -> Any:
     """A path, address or bytes; or an (array, rate) pair."""
+    source = from_decoder(source)
     if isinstance(source, Mapping):
         if source.get("array") is not None:
             if source.get("sampling_rate") is None:
