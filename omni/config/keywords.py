@@ -41,13 +41,14 @@ def _edit_distance(a: str, b: str) -> int:
 def names_keywords(function: F) -> F:
     """Refuse a keyword that `function` does not take with a TypeError that names the nearest one it takes."""
     known = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+    called = function.__qualname__.split(".")[0] if function.__name__ == "__call__" else function.__name__
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         for key in kwargs:
             if key not in known:
                 hint = nearest(key, known, f"it takes {', '.join(known)}")
-                raise TypeError(f"{function.__name__} has no argument {key!r}; {hint}")
+                raise TypeError(f"{called} has no argument {key!r}; {hint}")
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

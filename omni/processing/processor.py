@@ -9,15 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni.config.keywords import nearest
+from omni.config.keywords import names_keywords, nearest
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
+from omni.processing.budget import TokenBudget
 from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.messages import Medium, read_conversation, split_batch
@@ -132,6 +134,7 @@ class OmniProcessor:
         self.tokenizer.save_pretrained(str(folder))
         self.files.save(Path(folder), self.chat.template)
 
+    @names_keywords
     def __call__(
         self,
         messages: Any,
@@ -139,6 +142,8 @@ class OmniProcessor:
         add_generation_prompt: bool = True,
         tools: Sequence[Any] | None = None,
         enable_thinking: bool | None = None,
+        control_tokens: bool = False,
+        allow_long: bool = False,
         use_audio_in_video: bool | None = None,
         fps: float | None = None,
         min_pixels: int | None = None,
@@ -157,6 +162,10 @@ class OmniProcessor:
             add_generation_prompt: end with the header of the assistant's reply.
             tools: JSON schemas or documented functions, for the template.
             enable_thinking: passed to the template when set; False asks for a reply without reasoning.
+            control_tokens: special tokens and the markup of reasoning and tool calls become their ids where messages
+                hold them; by default they are text, and other added tokens become their ids.
+            allow_long: warn where a conversation has more tokens than the model has positions, instead of refusing it
+                (without config.json: more than `omni.processing.budget.USUAL_POSITIONS`).
             use_audio_in_video: True uses the sound of every video that has one; items may set it for themselves.
             fps: frames taken from each second of a video file (default 2), and the rate of frame lists and arrays.
             min_pixels, max_pixels: size limits for every image and video frame.
@@ -174,7 +183,10 @@ class OmniProcessor:
         options = CallOptions(
             use_audio_in_video, fps, min_pixels, max_pixels, total_pixels, max_frames, mel_level, _usable(device)
         )
-        template_options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        template_options: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "control_tokens": control_tokens,
+        }
         if enable_thinking is not None:
             template_options["enable_thinking"] = enable_thinking
         batch = _Batch()
@@ -182,8 +194,15 @@ class OmniProcessor:
         for conversation in map(read_conversation, split_batch(messages)):
             first = conversation.messages[0]
             self.check_speech_system(first["content"] if first["role"] == "system" else None)
-            ids = self.chat.encode_chat(conversation.messages, tools, **template_options)
-            rows.append(self._expand(ids, conversation.media, options, batch))
+            budget = TokenBudget(self.files.positions, allow_long)
+            ids = self.chat.encode_chat(
+                conversation.messages,
+                tools,
+                check=partial(budget.check_text, encode=partial(self.encode_text, control_tokens=True)),
+                **template_options,
+            )
+            budget.spend(len(ids), "text")
+            rows.append(self._expand(ids, conversation.media, options, batch, budget))
         if use_audio_in_video and batch.silent and not batch.with_sound:
             raise ValueError(f"use_audio_in_video=True, but no video has sound ({', '.join(batch.silent)})")
         return self._pack(rows, batch).to(options.device)
@@ -209,9 +228,9 @@ class OmniProcessor:
             raise ValueError(f"decode takes one row of ids, got {len(row)} rows; decode them one by one")
         return self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; control tokens written in it stay text."""
-        return self.chat.encode_text(text)
+    def encode_text(self, text: str, control_tokens: bool = False) -> list[int]:
+        """Ids of a text. Added tokens in it become their ids; those that control the chat only if `control_tokens`."""
+        return self.chat.encode_text(text, control_tokens)
 
     @property
     def think_token_ids(self) -> tuple[int, int] | None:
@@ -228,7 +247,9 @@ class OmniProcessor:
             )
         return self.chat.added_ids[token]
 
-    def _expand(self, ids: list[int], media: list[Medium], options: CallOptions, batch: _Batch) -> list[int]:
+    def _expand(
+        self, ids: list[int], media: list[Medium], options: CallOptions, batch: _Batch, budget: TokenBudget
+    ) -> list[int]:
         """Replace each placeholder of the template by its medium's tokens; features go to `batch`."""
         kinds = {self.tokens.audio: "audio", self.tokens.image: "image", self.tokens.video: "video"}
         queues = {kind: iter([item for item in media if item.kind == kind]) for kind in kinds.values()}
@@ -243,14 +264,15 @@ class OmniProcessor:
         expanded: list[int] = []
         for token in ids:
             if token in kinds:
-                expanded.extend(self._medium_ids(next(queues[kinds[token]]), options, batch))
+                expanded.extend(self._medium_ids(next(queues[kinds[token]]), options, batch, budget))
             else:
                 expanded.append(token)
         return expanded
 
-    def _medium_ids(self, medium: Medium, options: CallOptions, batch: _Batch) -> list[int]:
-        """Process one medium and return the ids that stand for it."""
-        merge = self.vision.merge_size
+    def _medium_ids(self, medium: Medium, options: CallOptions, batch: _Batch, budget: TokenBudget) -> list[int]:
+        """Process one medium and return the ids that stand for it; its tokens are counted before they are made."""
+        merge, name = self.vision.merge_size, f"{medium.kind} {describe(medium.source)}"
+        check = partial(budget.check, name=name)
         segment: Segment
         if medium.kind == "audio":
             samples = load_audio(medium.source, medium.options.get("sampling_rate"), options.device)
@@ -262,15 +284,17 @@ class OmniProcessor:
                     f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
                     f"{least} ({1000 * least / self.log_mel.sample_rate:.3g} ms) are needed"
                 )
+            check(self._clip_tokens(samples.numel()))
             segment = self._add_clip(samples, options, batch)
         elif medium.kind == "image":
-            pixels, grid = self.vision.image(medium.source, options.budget(medium.options), options.device)
+            pixels, grid = self.vision.image(medium.source, options.budget(medium.options), options.device, check)
             batch.image_pixels.append(pixels)
             batch.image_grids.append(grid)
             segment = Image(grid[1] // merge, grid[2] // merge)
         else:
-            segment = self._add_video(medium, options, batch)
+            segment = self._add_video(medium, options, batch, check)
         ids = placeholder_ids(segment, self.tokens, self.position_rule)
+        budget.spend(len(ids), name)
         return [self.tokens.audio_start, *ids, self.audio_end_id] if isinstance(segment, AudioVideo) else ids
 
     def _clip_tokens(self, samples: int) -> int:
@@ -282,14 +306,16 @@ class OmniProcessor:
         batch.mels.append(mel)
         return Audio(self.audio_tokens(mel.shape[1]))
 
-    def _add_video(self, medium: Medium, options: CallOptions, batch: _Batch) -> Video | AudioVideo:
+    def _add_video(
+        self, medium: Medium, options: CallOptions, batch: _Batch, check: Callable[[int], None]
+    ) -> Video | AudioVideo:
         own = medium.options.get("use_audio_in_video")
         if own is not None and not isinstance(own, bool):
             raise TypeError(f"use_audio_in_video of a video item must be True or False, got {own!r}")
         want_sound = bool(options.use_audio_in_video) if own is None else own
         settings = {"fps": options.fps, "max_frames": options.max_frames, **medium.options}
         budget = options.budget(medium.options)
-        clip = self.vision.video(medium.source, settings, budget, want_sound, options.device)
+        clip = self.vision.video(medium.source, settings, budget, want_sound, options.device, check)
         batch.video_pixels.append(clip.pixels)
         batch.video_grids.append(clip.grid)
         batch.video_times.append(torch.tensor(clip.grid_times_s, dtype=torch.float64))

@@ -6,7 +6,7 @@ video [t * h * w, …], [t, h, w].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -115,10 +115,23 @@ class VisionProcessor:
         self.temporal_patch_size: int = self.video_processor.temporal_patch_size
         self.frame_pixels = frame_pixels
 
-    def image(self, value: Any, budget: PixelBudget, device: torch.device | None = None) -> tuple[Tensor, list[int]]:
-        """One picture: patches and grid, computed on `device` (None: the CPU)."""
+    def image(
+        self,
+        value: Any,
+        budget: PixelBudget,
+        device: torch.device | None = None,
+        check: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, list[int]]:
+        """One picture: patches and grid, computed on `device` (None: the CPU).
+
+        check: is told how many tokens there will be, before any is made.
+        """
         picture = load_image(value)
         low, high = budget.within(*self._image_limits)
+        if check is not None:
+            factor = int(self.image_processor.patch_size * self.merge_size)
+            height, width = _model_size(picture.height, picture.width, factor, low, high)
+            check(height * width // factor**2)
         size = {"shortest_edge": low, "longest_edge": high}
         out = self.image_processor(images=[picture], size=size, return_tensors="pt", device=device)
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
@@ -130,10 +143,12 @@ class VisionProcessor:
         budget: PixelBudget,
         want_sound: bool,
         device: torch.device | None = None,
+        check: Callable[[int], None] | None = None,
     ) -> VideoPixels:
         """One video, its patches computed on `device` (None: the CPU).
 
-        `settings` may hold fps, min_frames, max_frames, video_start and video_end (None: default).
+        `settings` may hold fps, min_frames, max_frames, video_start and video_end (None: default). check: is told how
+        many tokens its pictures will be, before any is kept.
         """
         sampling = Sampling(
             fps=_given(settings, "fps", DEFAULT_FPS),
@@ -145,7 +160,11 @@ class VisionProcessor:
         )
 
         def resize(frame: Tensor, frames: int) -> Tensor:
-            return self._resize(frame, *budget.of_frame(frames, self.temporal_patch_size, self.frame_pixels))
+            limits = budget.of_frame(frames, self.temporal_patch_size, self.frame_pixels)
+            if check is not None:
+                height, width = _model_size(frame.shape[1], frame.shape[2], self._factor, *limits)
+                check(-(-frames // self.temporal_patch_size) * (height * width // self._factor**2))
+            return self._resize(frame, *limits)
 
         clip = load_video(value, sampling, resize, settings.get("fps"), want_sound)
         times = list(clip.times_s[:: self.temporal_patch_size])
@@ -187,12 +206,22 @@ class VisionProcessor:
         """One frame uint8 [3, height, width] at the size that the model sees."""
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         height, width = frame.shape[-2:]
-        factor = self.video_processor.patch_size * self.video_processor.merge_size
         assert max(height, width) <= MAX_ASPECT_RATIO * min(height, width)
-        target = list(smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels))
+        target = list(_model_size(height, width, self._factor, min_pixels, max_pixels))
         if target == [height, width]:
             return frame
         return resize(frame.to(torch.uint8), target, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+    @property
+    def _factor(self) -> int:
+        """Side of the square of a frame's pixels that becomes one token."""
+        return int(self.video_processor.patch_size * self.video_processor.merge_size)
+
+
+def _model_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a picture as the model sees it, multiples of `factor`."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    return smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)

@@ -53,6 +53,7 @@ def save_session(session: OmniSession, folder: str | Path) -> None:
         "past": [_put_entry(f"past.{i}", entry, tensors) for i, entry in enumerate(conversation.past)],
         "keep_media": conversation.keep_media,
         "text": "".join(session._text),
+        "control_tokens": session._control_tokens,
         "speaker": session.speaker,
         "streaming": dataclasses.asdict(session.streaming),
         "use_audio_in_video": session.use_audio_in_video,
@@ -108,6 +109,7 @@ def _fill(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> Non
         _take_cache("speech", rows.speech.decoder.cache, tensors)
     rows.text.seen[0, torch.tensor(values["ids"], dtype=torch.int64, device=model.device)] = True
     session._text = [values["text"]] if values["text"] else []
+    session._control_tokens = values.get("control_tokens") is True
     if values["clip"] is not None:
         front_end = _take_front_end("clip", session, values["clip"]["front_end"], tensors)
         session._clip = OpenClip(front_end, values["clip"]["begun"])

@@ -97,6 +97,7 @@ class OmniSession:
         self.use_audio_in_video = use_audio_in_video
         self._lock: Any = threading.RLock()  # a reply that is taken asynchronously may be interrupted from elsewhere
         self._text: list[str] = []
+        self._control_tokens = False  # whether those texts may hold control tokens
         self._clip: OpenClip | None = None
         self._video: OpenVideo | None = None
         self._prompt: PromptEnd | None = None  # of the last reply, until new input comes
@@ -119,12 +120,19 @@ class OmniSession:
 
     # input
 
-    def push_text(self, text: str) -> None:
-        """Add text to the user's turn. Consecutive texts are one text."""
+    def push_text(self, text: str, control_tokens: bool = False) -> None:
+        """Add text to the user's turn. Consecutive texts are one text.
+
+        control_tokens: special tokens and the markup of reasoning and tool calls in it become their ids; by default
+        they are text, and other added tokens become their ids.
+        """
         if not isinstance(text, str):
             raise TypeError(f"push_text takes a string, got {type(text).__name__}")
         self._open_user_turn()
         self._close_media()
+        if control_tokens != self._control_tokens:
+            self._flush_text()
+        self._control_tokens = control_tokens
         self._text.append(text)
 
     def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
@@ -239,7 +247,7 @@ class OmniSession:
 
     def _flush_text(self) -> None:
         text, self._text = "".join(self._text), []
-        self._conversation.write_text(self.processor.encode_text(text))
+        self._conversation.write_text(self.processor.encode_text(text, control_tokens=self._control_tokens))
 
     # replies
 
@@ -313,7 +321,7 @@ class OmniSession:
     def _check_room(self, speaks: bool) -> None:
         """Raise ValueError, before anything is changed, if the reply cannot begin for want of positions."""
         conversation, closing = self._conversation, len(self._closing())
-        user = len(self.processor.encode_text("".join(self._text))) + closing
+        user = len(self.processor.encode_text("".join(self._text), control_tokens=self._control_tokens)) + closing
         user += 0 if conversation.in_user else 2 + closing
         conversation.check_room(user + len(conversation.pending) + 2 + closing)
         layout = conversation.rows.layout

@@ -29,7 +29,6 @@ def without_config(tmp_path: Path) -> OmniProcessor:
 # ---- text ----
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 @pytest.mark.parametrize("character", [" ", "a", "\n", "é", "😀", "<|im_end|>"])
 @pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
 def test_a_huge_text_is_refused_before_it_is_tokenised(character: str, role: str) -> None:
@@ -45,7 +44,6 @@ def test_a_huge_text_is_refused_before_it_is_tokenised(character: str, role: str
     assert peak < 30_000_000 and time.process_time() - began < 5
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 def test_a_long_text_is_taken_up_to_the_last_position() -> None:
     frame = PROCESSOR(chat("")).input_ids.shape[1]
     room = POSITIONS - frame
@@ -58,7 +56,6 @@ def test_a_long_text_is_taken_up_to_the_last_position() -> None:
     assert PROCESSOR(batch).input_ids.shape == (2, POSITIONS)  # each row has the positions for itself
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 def test_without_a_config_there_is_a_stated_limit(without_config: OmniProcessor) -> None:
     from omni.processing.budget import USUAL_POSITIONS
 
@@ -67,7 +64,6 @@ def test_without_a_config_there_is_a_stated_limit(without_config: OmniProcessor)
         without_config(chat("7" * (USUAL_POSITIONS + 1)))
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 def test_a_panic_of_the_tokenizer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
         pass
@@ -91,7 +87,6 @@ def nested(depth: int, kind: type = dict) -> Any:
     return value
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 @pytest.mark.parametrize("depth", [101, 900, 5000, 100_000])
 @pytest.mark.parametrize("kind", [dict, list])
 def test_deep_arguments_and_schemas(depth: int, kind: type) -> None:
@@ -110,7 +105,6 @@ def test_arguments_of_a_sane_depth_are_written() -> None:
 # ---- media ----
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 @pytest.mark.parametrize(
     "item",
     [
@@ -130,7 +124,6 @@ def test_pictures_are_refused_before_they_are_enlarged(item: dict[str, Any]) -> 
         tracemalloc.stop()
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 def test_sounds_and_several_media_count_together() -> None:
     minutes = tone(300.0)
     one = PROCESSOR(chat([{"audio": minutes}])).input_ids.shape[1]
@@ -144,7 +137,6 @@ def test_sounds_and_several_media_count_together() -> None:
 # ---- templates ----
 
 
-@pytest.mark.xfail(strict=True, run=False, reason="loops for ever, or takes all memory")
 @pytest.mark.parametrize(
     "template",
     [
@@ -191,10 +183,10 @@ def test_templates_that_loop_or_grow(template: str, monkeypatch: pytest.MonkeyPa
     "template",
     [
         "{{ range(10**9) | list }}",
-        pytest.param("{{ lipsum(n=99999) }}", marks=pytest.mark.xfail(strict=True, reason="not bounded")),
+        "{{ lipsum(n=99999) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
-        pytest.param("{{ messages[0].content.encode() }}", marks=pytest.mark.xfail(strict=True, reason="not bounded")),
+        "{{ messages[0].content.encode() }}",
         "{{ cycler.__init__.__globals__ }}",
         "{% for",
         "{{ nothing.at.all }}",
@@ -225,7 +217,6 @@ def test_templates_have_what_transformers_gives_them() -> None:
     assert '{"a": 1}' in want
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is counted before it is made")
 def test_a_misspelt_option_names_the_nearest() -> None:
     with pytest.raises(
         TypeError, match=r"OmniProcessor has no argument 'add_generation_promt'.*'add_generation_prompt'"

@@ -16,92 +16,6 @@ from transformers import AutoTokenizer
 
 from omni import OmniModel, OmniProcessor, OmniSession
 
-OPEN = {  # not yet true
-    "test_media_and_text_beside_an_added_token[False-note]",
-    "test_media_and_text_beside_an_added_token[False-text2]",
-    "test_media_and_text_beside_an_added_token[False-hello]",
-    "test_media_and_text_beside_an_added_token[False-audio]",
-    "test_media_and_text_beside_an_added_token[False-user]",
-    "test_media_and_text_beside_an_added_token[False-type]",
-    "test_media_and_text_beside_an_added_token[False-text]",
-    "test_media_and_text_beside_an_added_token[False-name]",
-    "test_media_and_text_beside_an_added_token[False-role]",
-    "test_media_and_text_beside_an_added_token[False-content]",
-    "test_media_and_text_beside_an_added_token[False-a]",
-    "test_media_and_text_beside_an_added_token[False-im]",
-    "test_media_and_text_beside_an_added_token[False-image]",
-    "test_media_and_text_beside_an_added_token[False-think]",
-    "test_media_and_text_beside_an_added_token[False-assistant\\n]",
-    "test_media_and_text_beside_an_added_token[True-note]",
-    "test_media_and_text_beside_an_added_token[True-text2]",
-    "test_media_and_text_beside_an_added_token[True-hello]",
-    "test_media_and_text_beside_an_added_token[True-audio]",
-    "test_media_and_text_beside_an_added_token[True-user]",
-    "test_media_and_text_beside_an_added_token[True-type]",
-    "test_media_and_text_beside_an_added_token[True-text]",
-    "test_media_and_text_beside_an_added_token[True-name]",
-    "test_media_and_text_beside_an_added_token[True-role]",
-    "test_media_and_text_beside_an_added_token[True-content]",
-    "test_media_and_text_beside_an_added_token[True-a]",
-    "test_media_and_text_beside_an_added_token[True-im]",
-    "test_media_and_text_beside_an_added_token[True-image]",
-    "test_media_and_text_beside_an_added_token[True-think]",
-    "test_media_and_text_beside_an_added_token[True-assistant\\n]",
-    "test_ordinary_added_tokens_have_transformers_ids[note]",
-    "test_ordinary_added_tokens_have_transformers_ids[text2]",
-    "test_ordinary_added_tokens_have_transformers_ids[hello]",
-    "test_ordinary_added_tokens_have_transformers_ids[robin]",
-    "test_ordinary_added_tokens_have_transformers_ids[audio]",
-    "test_ordinary_added_tokens_have_transformers_ids[user]",
-    "test_ordinary_added_tokens_have_transformers_ids[type]",
-    "test_ordinary_added_tokens_have_transformers_ids[text]",
-    "test_ordinary_added_tokens_have_transformers_ids[function]",
-    "test_ordinary_added_tokens_have_transformers_ids[name]",
-    "test_ordinary_added_tokens_have_transformers_ids[role]",
-    "test_ordinary_added_tokens_have_transformers_ids[content]",
-    "test_ordinary_added_tokens_have_transformers_ids[a]",
-    "test_ordinary_added_tokens_have_transformers_ids[im]",
-    "test_ordinary_added_tokens_have_transformers_ids[image]",
-    "test_ordinary_added_tokens_have_transformers_ids[ ]",
-    'test_ordinary_added_tokens_have_transformers_ids["]',
-    "test_ordinary_added_tokens_have_transformers_ids[_pad|>]",
-    "test_ordinary_added_tokens_have_transformers_ids[<|]",
-    "test_ordinary_added_tokens_have_transformers_ids[note of]",
-    "test_ordinary_added_tokens_have_transformers_ids[\\xe9]",
-    "test_ordinary_added_tokens_have_transformers_ids[\\U0001f600]",
-    "test_ordinary_added_tokens_have_transformers_ids[think]",
-    "test_special_words_stay_text_and_the_prompt_stays_whole[hello]",
-    "test_special_words_stay_text_and_the_prompt_stays_whole[user]",
-    "test_tokens_that_are_added_later_and_saved_ones",
-    "test_templates_read_and_write_text_in_any_way[in JSON]",
-    "test_templates_read_and_write_text_in_any_way[by a macro]",
-    "test_templates_read_and_write_text_in_any_way[cut]",
-    "test_templates_read_and_write_text_in_any_way[changed]",
-    "test_templates_read_and_write_text_in_any_way[read]",
-    "test_a_reasoning_template_reads_what_users_wrote",
-    'test_flags_of_added_tokens[AddedToken("note", rstrip=False, lstrip=True, single_word=False, normalized=True, special=False)]',  # noqa: E501
-    'test_flags_of_added_tokens[AddedToken("note", rstrip=True, lstrip=False, single_word=False, normalized=True, special=False)]',  # noqa: E501
-    'test_flags_of_added_tokens[AddedToken("note", rstrip=True, lstrip=True, single_word=True, normalized=True, special=False)]',  # noqa: E501
-    'test_flags_of_added_tokens[AddedToken("note", rstrip=False, lstrip=False, single_word=True, normalized=True, special=False)]',  # noqa: E501
-    'test_flags_of_added_tokens[AddedToken("Cafe\\u0301", rstrip=False, lstrip=False, single_word=False, normalized=True, special=False)]',  # noqa: E501
-    'test_flags_of_added_tokens[AddedToken("Caf\\xe9", rstrip=False, lstrip=False, single_word=False, normalized=False, special=False)]',  # noqa: E501
-    "test_control_tokens_only_where_they_are_asked_for",
-    "test_markup_of_the_template_stays_text",
-    "test_text_of_a_session",
-    "test_a_saved_session_keeps_its_control_tokens",
-    "test_text_to_speak",
-    "test_forged_control_words_fail[False]",
-    "test_forged_control_words_fail[True]",
-    "test_json_of_tools_is_transformers",
-}
-
-
-@pytest.fixture(autouse=True)
-def _open(request: pytest.FixtureRequest) -> None:
-    if request.node.name in OPEN:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="added tokens break prompts, or never become ids"))
-
-
 WAVE = tone(0.3)
 PICTURE = np.zeros((32, 32, 3), np.uint8)
 TOOLS = [
@@ -120,9 +34,7 @@ TALK = [
     {
         "role": "assistant",
         "content": "<think>\nrobin\n</think>\n\nhello",
-        "tool_calls": [
-            {"type": "function", "function": {"name": "note_text", "arguments": {"text": 'a "note"', "n": 7}}}
-        ],
+        "tool_calls": [{"type": "function", "function": {"name": "note_text", "arguments": {"t": 'a "note"', "n": 7}}}],
     },
     {"role": "tool", "content": "type: note", "name": "note_text"},
 ]

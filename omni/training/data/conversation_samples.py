@@ -17,6 +17,7 @@ from omni.config.keywords import nearest
 from omni.config.model import OmniConfig
 from omni.config.qwen3_omni import TalkerConfig
 from omni.generation.reply import ANSWER, ReplyReader
+from omni.processing.budget import TooLongError
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
 from omni.talker.layout import HEADER_LENGTH, turn_layout
@@ -89,13 +90,16 @@ class SampleMaker:
         return Pair(chosen, rejected, row.name)
 
     def _sample(self, row: Row, messages: Sequence[Mapping[str, Any]], voices: Sequence[Voice]) -> Sample:
-        inputs = self.processor(
-            [_without_opening_breaks(message) for message in messages],
-            add_generation_prompt=False,
-            tools=row.tools,
-            use_audio_in_video=row.use_audio_in_video,
-            **self.options,
-        )
+        try:
+            inputs = self.processor(
+                [_without_opening_breaks(message) for message in messages],
+                add_generation_prompt=False,
+                tools=row.tools,
+                use_audio_in_video=row.use_audio_in_video,
+                **self.options,
+            )
+        except TooLongError as error:
+            raise SkipRow(f"more than {self.max_tokens} tokens") from error
         ids = inputs.input_ids[0].tolist()
         if len(ids) > self.max_tokens:
             raise SkipRow(f"more than {self.max_tokens} tokens")

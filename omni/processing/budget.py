@@ -1,0 +1,63 @@
+"""What a conversation will cost in tokens, compared with the model's positions before anything large is made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+USUAL_POSITIONS = 131_072  # where no config.json says how many the model has
+_CUT = 8  # tokens more than there would be, at most, where a text is cut in two
+_SHORT = 4  # characters a position: shorter texts are tokenised without being counted first
+
+
+class TooLongError(ValueError):
+    """A conversation has more tokens than the model has positions."""
+
+
+@dataclass
+class TokenBudget:
+    """The tokens of one conversation so far, against a model's positions (None: `USUAL_POSITIONS`).
+
+    allow_long: warn once instead of raising `TooLongError`.
+    """
+
+    positions: int | None
+    allow_long: bool = False
+    used: int = 0
+
+    @property
+    def limit(self) -> int:
+        return USUAL_POSITIONS if self.positions is None else self.positions
+
+    def check(self, tokens: int, name: str = "text") -> None:
+        """Raise or warn if so many tokens more are too many; `name` says of what."""
+        if self.used + tokens <= self.limit:
+            return
+        has = f"the model has positions for {self.limit:,}"
+        if self.positions is None:
+            has = f"the limit where config.json does not name the model's positions is {self.limit:,}"
+        message = (
+            f"the conversation has at least {self.used + tokens:,} tokens ({tokens:,} of {name}), {has}; shorten it, "
+            "or lower fps, max_pixels or max_frames of its media"
+        )
+        if not self.allow_long:
+            raise TooLongError(f"{message} (allow_long=True only warns)")
+        self.positions = 2**62  # once
+        warnings.warn(message, stacklevel=3)
+
+    def spend(self, tokens: int, name: str) -> None:
+        """Count tokens that are there."""
+        self.check(tokens, name)
+        self.used += tokens
+
+    def check_text(self, text: str, encode: Callable[[str], list[int]]) -> None:
+        """Count a long text in pieces, up to the limit and no further; tokenised at once it takes hundreds of times
+        its own memory."""
+        piece = self.limit
+        if self.allow_long or len(text) <= _SHORT * piece:
+            return
+        tokens = 0
+        for first in range(0, len(text), piece):
+            tokens += len(encode(text[first : first + piece])) - _CUT
+            self.check(tokens)
