@@ -30,7 +30,6 @@ def test_the_first_example_is_short() -> None:
     assert len(python_blocks()[0].splitlines()) <= 20
 
 
-@pytest.mark.xfail(strict=True, reason="it loads 70 GB")
 def test_the_first_example_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,7 +37,7 @@ def test_the_first_example_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(python_blocks()[0], "README block 1", "exec"), names)
-    assert capsys.readouterr().out.strip() in ("yellow", "it is yellow", "the star is yellow")
+    assert capsys.readouterr().out.strip() == "purple"
     samples, sample_rate = soundfile.read(tmp_path / "answer.wav")
     assert len(samples) > sample_rate // 4 and RELEASED not in python_blocks()[0] and RELEASED in python_blocks()[1]
 
