@@ -18,6 +18,7 @@ from omni.generation.rows import Rows
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
 from omni.generation.turn import Turn, TurnRequest
 from omni.parts import ModelParts
+from omni.processing.budget import TokenBudget
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
 from omni.talker.layout import PromptEnd, TurnLayout, turn_layout
@@ -244,6 +245,7 @@ def _ids_to_speak(processor: OmniProcessor, text: str, control_tokens: bool) -> 
     """The ids of a text. Raises TypeError or ValueError."""
     if not isinstance(text, str):
         raise TypeError(f"speak takes text, got {type(text).__name__}")
+    TokenBudget(processor.files.positions, allow_long=None).check_text(text, processor.encode_text)
     ids: list[int] = processor.encode_text(text, control_tokens=control_tokens)
     if not ids:
         raise ValueError("the text to speak is empty")

@@ -218,7 +218,7 @@ class OmniProcessor:
         warnings.warn(
             "the conversation does not begin with the system message that this model was taught to speak with, so its "
             "speech may fail (its text does not): begin with {'role': 'system', 'content': processor.speech_system}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:

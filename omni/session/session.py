@@ -29,6 +29,7 @@ from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
 from omni.parts import ModelParts
 from omni.processing.audio_file import read_piece
+from omni.processing.budget import TokenBudget
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
@@ -128,6 +129,8 @@ class OmniSession:
         """
         if not isinstance(text, str):
             raise TypeError(f"push_text takes a string, got {type(text).__name__}")
+        positions = self.model.config.thinker.text_config.max_position_embeddings
+        TokenBudget(positions, allow_long=None).check_text(text, self.processor.encode_text, short=32)  # else: respond
         self._open_user_turn()
         self._close_media()
         if control_tokens != self._control_tokens:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from build import TOY_DATA, chat, tone
 
+from omni import OmniModel, OmniSession
 from omni.processing.processor import OmniProcessor
 from omni.processing.template import ChatTokenizer
 
@@ -50,10 +51,23 @@ def test_a_long_text_is_taken_up_to_the_last_position() -> None:
     assert PROCESSOR(chat("7" * room)).input_ids.shape[1] == POSITIONS
     with pytest.raises(ValueError, match="8,193 tokens"):
         PROCESSOR(chat("7" * (room + 1)))
-    with pytest.warns(UserWarning, match="8,193 tokens"):
+    with pytest.warns(UserWarning, match="8,193 tokens") as warned:
         assert PROCESSOR(chat("7" * (room + 1)), allow_long=True).input_ids.shape[1] == POSITIONS + 1
+    assert warned[0].filename == __file__ and len(warned) == 1
     batch = [chat("7" * room), chat("7" * room)]
     assert PROCESSOR(batch).input_ids.shape == (2, POSITIONS)  # each row has the positions for itself
+
+
+def test_a_huge_text_for_a_session_or_to_speak(model: OmniModel) -> None:
+    session = OmniSession(model)
+    began = time.process_time()
+    for give in (session.push_text, lambda text: model.speak(text, max_frames=2)):
+        for text in (" " * 3_000_000, "abc " * 900_000):
+            with pytest.raises(ValueError, match=r"at least [\d,]+ tokens .*shorten it"):
+                give(text)
+    assert time.process_time() - began < 5
+    session.push_text("hi")
+    assert list(session.respond(max_new_tokens=1, return_audio=False))
 
 
 def test_without_a_config_there_is_a_stated_limit(without_config: OmniProcessor) -> None:
