@@ -42,6 +42,9 @@ class ChatTokenizer:
         self._sandbox = ChatTemplate(template)
         self._known: tuple[Any, Vocabulary] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tokenizer, self.template)  # copies compile the template anew
+
     @property
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's added tokens as they are now."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,13 @@ def test_tokens_that_are_added_later_and_saved_ones(tmp_path: Path) -> None:
     assert ids_of(processor, chat("a note")) == reference(chat("a note"), "note", add_generation_prompt=True) != before
     processor.save_pretrained(tmp_path)
     assert ids_of(OmniProcessor.from_pretrained(tmp_path), chat("a note")) == ids_of(processor, chat("a note"))
+
+
+def test_a_processor_can_be_copied_and_sent_to_other_processes() -> None:
+    processor = added("note")
+    ids = ids_of(processor, chat("a note"))
+    for other in (copy.copy(processor), copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert ids_of(other, chat("a note")) == ids
 
 
 # ---- templates read and write what users wrote, in any way ----
