@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from omni.model import OmniModel
     from omni.processing.inputs import OmniInputs
     from omni.processing.processor import OmniProcessor
-    from omni.session.engine import OmniEngine
+    from omni.session.engine import EngineFullError, OmniEngine
     from omni.session.session import OmniSession
+
+    __version__: str
 
 _HOMES = {
     "AudioChunk": "omni.generation.events",
+    "EngineFullError": "omni.session.engine",
     "OmniConfig": "omni.config.model",
     "OmniEngine": "omni.session.engine",
     "OmniInputs": "omni.processing.inputs",
@@ -35,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "AudioChunk",
+    "EngineFullError",
     "OmniConfig",
     "OmniEngine",
     "OmniInputs",
@@ -50,7 +54,22 @@ __all__ = [
 ]
 
 
+def _version() -> str:
+    """The version of the installed distribution, or that of the source tree around this package."""
+    from importlib import metadata
+    from pathlib import Path
+
+    try:
+        return metadata.version("thinker-talker")
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        lines = project.read_text(encoding="utf-8").splitlines() if project.is_file() else []
+        return next((line.split('"')[1] for line in lines if line.startswith('version = "')), "unknown")
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return globals().setdefault(name, _version())
     if name not in _HOMES:
         raise AttributeError(f"module 'omni' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -176,12 +176,14 @@ class OmniModel(ModelParts):
         audio_sampling: PerRow = None,
         residual_sampling: PerRow = None,
         seed: PerRow = None,
+        control_tokens: bool = False,
     ) -> Any:
         """Speech for a given text: float32 [samples] on the CPU at `code2wav.sample_rate` (a list for a list of texts).
 
         A Talker that hears a reply by its token embeddings alone needs no Thinker's thoughts; the user's part is empty.
         For one that hears hidden states too, the Thinker reads the text as its own reply to an empty user's turn, after
-        the system text that the family's speech needs.
+        the system text that the family's speech needs. control_tokens: special tokens and markup in the text become
+        their ids (by default they are text).
         """
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"speak takes a text or a list of texts, got {type(text).__name__}")
@@ -191,6 +193,7 @@ class OmniModel(ModelParts):
         waves = generation.speak(
             self,
             texts,
+            control_tokens=control_tokens,
             speaker=speaker,
             max_frames=max_frames,
             audio_sampling=audio_sampling,

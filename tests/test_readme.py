@@ -1,4 +1,6 @@
-"""The README's Python blocks run as printed, in order, on the tiny model instead of the released one."""
+"""The README's Python blocks run as printed, in order: the first on omni-nano, the others on the tiny model instead of
+the released one.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,18 @@ def python_blocks() -> list[str]:
 
 def test_the_first_example_is_short() -> None:
     assert len(python_blocks()[0].splitlines()) <= 20
+
+
+def test_the_first_example_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From any folder, without a download: omni-nano hears a question about a picture, and answers."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(python_blocks()[0], "README block 1", "exec"), names)
+    assert capsys.readouterr().out.strip() == "purple"
+    samples, sample_rate = soundfile.read(tmp_path / "answer.wav")
+    assert len(samples) > sample_rate // 4 and RELEASED not in python_blocks()[0] and RELEASED in python_blocks()[1]
 
 
 def test_every_block_runs(

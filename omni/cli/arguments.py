@@ -76,6 +76,17 @@ def check_sound_path(path: Path) -> None:
     check_can_write(path)
 
 
+def check_media(**media: Sequence[str]) -> None:
+    """Fail for a file that is not there before the model is loaded; addresses are left for later. `media`: sources by
+    their kind. Raises FileNotFoundError or ValueError."""
+    from omni.processing.sources import open_source
+
+    for kind, sources in media.items():
+        for source in sources:
+            if not source.lower().startswith(("http://", "https://")):
+                open_source(source, kind)
+
+
 def load_model(args: argparse.Namespace, console: Console, parts: Sequence[str]) -> OmniModel:
     """The model that --model and --device name. All parts: as many as there are."""
     from omni.model import OmniModel

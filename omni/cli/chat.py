@@ -10,6 +10,7 @@ from omni.cli.arguments import (
     MODEL_HELP,
     NANO,
     add_speech_arguments,
+    check_media,
     check_sound_path,
     consoles,
     count_value,
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     speaks, path = not args.no_audio, args.out or Path("out.wav")
     if speaks:
         check_sound_path(path)
+    check_media(audio=args.audio, image=args.image, video=args.video)
     console, progress = consoles()
     or_nano(args, progress)
     model = load_model(args, progress, ("thinker", "talker", "code2wav") if speaks else ("thinker",))

@@ -230,7 +230,7 @@ def open_player(sample_rate: int, progress: Console) -> Player | None:
     try:
         return Player(sample_rate)
     except ModuleNotFoundError:
-        reason = "the package sounddevice is not installed (pip install 'omni[play]')"
+        reason = "the package sounddevice is not installed (pip install 'thinker-talker[play]')"
     except Exception as error:  # PortAudio missing, no device, a device that refuses the rate
         reason = "no sound device answers (" + " ".join(str(error).split()) + ")"
     progress.out(f"nothing is played: {reason}", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from omni.config.reading import Config, check_theta, not_negative, positive, require
 
@@ -23,6 +23,9 @@ class AudioTransformerConfig(Config):
     initializer_range: float = 0.02
     n_window: int = 100
     output_dim: int = 3584
+
+    # written by releases, read by nothing
+    _passive: ClassVar[frozenset[str]] = frozenset(("encoder_layerdrop", "init_std", "num_hidden_layers"))
 
     @property
     def chunk_frames(self) -> int:
@@ -65,6 +68,7 @@ class VisionTransformerConfig(Config):
     temporal_patch_size: int = 2
 
     num_taps = 0  # features of inner layers that the first decoder layers receive
+    _passive: ClassVar[frozenset[str]] = frozenset(("embed_dim", "in_chans", "init_std"))  # as above
 
     @property
     def theta(self) -> float:

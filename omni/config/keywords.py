@@ -63,7 +63,7 @@ def names_keywords(function: F) -> F:
         for key in kwargs:
             if key not in known:
                 hint = nearest(key, known, f"it takes {', '.join(known)}")
-                name = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
+                name = type(args[0]).__name__ if function.__name__ in ("__init__", "__call__") else function.__name__
                 raise TypeError(f"{name} has no argument {key!r}; {hint}")
         return function(*args, **kwargs)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni.config.keywords import is_misspelt
 from omni.config.writing import recover
 
 CONFIG_FILES = ("config.json",)
@@ -51,6 +52,9 @@ def locate(
         raise ValueError(f"{path} is a file; pass the folder that holds config.json and the weights")
     if name in PACKAGED:
         return PACKAGED[name]
+    for packaged in PACKAGED:
+        if is_misspelt(name.replace("_", "-").replace(" ", "-"), packaged):
+            raise FileNotFoundError(f"there is no folder {name!r} and no such checkpoint; did you mean {packaged!r}?")
     if isinstance(folder_or_hub_id, Path) or name.endswith(".json") or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"folder {name!r} does not exist; pass a checkpoint folder or a Hub id such as org/name"

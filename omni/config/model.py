@@ -146,8 +146,9 @@ class OmniConfig(Config):
 
     @property
     def dtype(self) -> str | None:
-        """The checkpoint's dtype as written (`dtype`, or `torch_dtype` in older files), if any."""
-        return self.extra.get("dtype") or self.extra.get("torch_dtype")
+        """The name of the checkpoint's dtype (`dtype`, or `torch_dtype` in older files), if one is written."""
+        written = (self.extra.get(key) for key in ("dtype", "torch_dtype"))
+        return next((str(value).removeprefix("torch.") for value in written if value not in (None, "", "auto")), None)
 
     def describe(self) -> dict[str, str]:
         """What `omni info` says of each part, in a line."""

@@ -42,7 +42,7 @@ class WhisperAudioEncoderConfig(AudioTransformerConfig):
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
-    _passive = frozenset({*_AUDIO_SYNONYMS, "init_std"})
+    _passive = AudioTransformerConfig._passive | _AUDIO_SYNONYMS.keys()
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -74,8 +74,6 @@ class WindowVisionEncoderConfig(VisionTransformerConfig):
     model_type: str = "qwen2_5_omni_vision_encoder"
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
-
-    _passive = frozenset({"embed_dim", "in_chans", "init_std"})  # written by the release, read by nothing
 
     @property
     def window_tokens(self) -> int:
@@ -155,6 +153,7 @@ class DenseThinkerConfig(ThinkerConfig):
     aliases: dict[str, str] = extra_field()
 
     _spellings: ClassVar[Mapping[str, str]] = _MEDIA_KEYS
+    _passive: ClassVar[frozenset[str]] = frozenset(("vision_token_id",))
 
     @property
     def position_rule(self) -> PositionRule:

@@ -37,7 +37,9 @@ PASSIVE_KEYS = frozenset(
     window_size
     """.split()  # noqa: SIM905
 )
-_ALIASES = {"num_local_experts": "num_experts"}  # both spellings exist in the wild; the one read is written back
+# The same of parts that have no such field: other writers give these to every part.
+_OF_OTHER_PARTS = frozenset(("tie_word_embeddings", "use_mrope"))
+_ALIASES = {"num_local_experts": "num_experts"}  # both spellings exist in the wild; those read are written back
 USUAL_STD = 0.02  # of random weights, where a part names no initializer_range
 _warned: set[str] = set()
 
@@ -50,8 +52,8 @@ class Config:
 
     A family whose files spell a field otherwise names it in `_spellings` (field -> key). Fields that its files do not
     have go to `_not_in_files`: they are read if given, and written only where they differ from their default.
-    `_also_read` (key -> field) are further spellings found in released files; the one read is written back. What a
-    value must be is read from the field's annotation.
+    `_also_read` (key -> field) are further spellings found in released files; those read are written back, both where a
+    file has both. What a value must be is read from the field's annotation.
     """
 
     _spellings: ClassVar[Mapping[str, str]] = {}
@@ -69,7 +71,7 @@ class Config:
             raise TypeError(f"{cls.__name__} cannot be read from a file: it needs the fields extra and aliases")
         kinds = kinds_of(cls)  # type: ignore[arg-type]  # a class can be hashed
         kept: dict[str, Any] = {}
-        aliases: dict[str, str] = {}
+        spelled: dict[str, list[str]] = {}
         extra: dict[str, Any] = {}
         names = cls._names()
         for key, value in values.items():
@@ -80,16 +82,17 @@ class Config:
             if name in known:
                 if name in kept and kept[name] != value:
                     raise ValueError(f"{path} = {value!r} contradicts its other spelling {name} = {kept[name]!r}")
-                if key != cls._spellings.get(name, name):
-                    aliases[name] = key
+                spelled.setdefault(name, []).append(key)
                 if value is None and known[name].metadata.get("omit_none"):
                     extra[key] = None  # written back as it was
                     continue
                 kept[name] = _coerce(*kinds[name], value, path)
             else:
-                if key not in PASSIVE_KEYS and key not in cls._passive:
+                if key not in PASSIVE_KEYS | _OF_OTHER_PARTS | cls._passive:
                     _check_unknown(key, path, [cls._spellings.get(name, name) for name in known])
                 extra[key] = value
+        usual = {name: [cls._spellings.get(name, name)] for name in spelled}
+        aliases = {key: name for name, keys in spelled.items() if keys != usual[name] for key in keys}
         config = cls(**kept, extra=extra, aliases=aliases)  # type: ignore[call-arg]
         config.validate(where or cls.__name__)
         return config
@@ -128,8 +131,9 @@ class Config:
                 value = list(value)
             elif isinstance(value, Mapping):
                 value = dict(value)
-            usual = self._spellings.get(f.name, f.name)
-            out[self.aliases.get(f.name, usual)] = value  # type: ignore[attr-defined]
+            read = [key for key, name in self.aliases.items() if name == f.name]  # type: ignore[attr-defined]
+            for key in read or [self._spellings.get(f.name, f.name)]:
+                out[key] = value
         return {**self.extra, **out}  # type: ignore[attr-defined]
 
     def validate(self, where: str) -> None:
@@ -206,7 +210,8 @@ def optional() -> Any:
 
 
 def extra_field() -> Any:
-    """What a file holds beyond the fields: `extra`, unknown keys; `aliases`, the spellings that were read."""
+    """What a file holds beyond the fields: `extra`, unknown keys; `aliases`, the fields by their
+    spellings there, where these are not the usual ones alone."""
     return field(default_factory=dict, repr=False)
 
 

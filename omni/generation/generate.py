@@ -22,6 +22,7 @@ from omni.generation.turn import Turn, TurnRequest
 from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
+from omni.processing.token_budget import TokenBudget
 from omni.talker.layout import PromptEnd, TurnLayout, turn_layout
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ def _sequences(prompt_ids: Tensor, replies: Sequence[Sequence[int]], fill: int) 
 
 
 @torch.no_grad()
-def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Tensor]:
+def speak(model: ModelParts, texts: Sequence[str], *, control_tokens: bool = False, **arguments: Any) -> list[Tensor]:
     """Speech for given texts; see `OmniModel.speak`."""
     model.require("thinker")
     if not model.config.has_talker:
@@ -286,7 +287,7 @@ def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Ten
             "speak needs a tokenizer: load the model from a folder with tokenizer files, or set model.processor"
         )
     args = resolve(model, len(texts), max_new_tokens=1, text_sampling=None, return_audio=True, **arguments)
-    replies = [_ids_to_speak(processor, text) for text in texts]
+    replies = [_ids_to_speak(processor, text, control_tokens) for text in texts]
     rows = Rows(model, len(texts))
     assert rows.layout is not None
     for row, ids in enumerate(replies):
@@ -301,11 +302,12 @@ def speak(model: ModelParts, texts: Sequence[str], **arguments: Any) -> list[Ten
     return run_to_end(rows)
 
 
-def _ids_to_speak(processor: OmniProcessor, text: str) -> list[int]:
+def _ids_to_speak(processor: OmniProcessor, text: str, control_tokens: bool) -> list[int]:
     """The ids of a text. Raises TypeError or ValueError."""
     if not isinstance(text, str):
         raise TypeError(f"speak takes text, got {type(text).__name__}")
-    ids: list[int] = processor.encode_text(text)
+    TokenBudget(processor.files.positions, allow_long=None).check_text(text, processor.encode_text)
+    ids: list[int] = processor.encode_text(text, control_tokens=control_tokens)
     if not ids:
         raise ValueError("the text to speak is empty")
     return ids

@@ -27,7 +27,8 @@ def _library() -> ModuleType:
         import flash_attn
     except ImportError as error:
         raise ValueError(
-            "attention backend 'flash' needs the package flash-attn: pip install 'omni[flash]', or choose 'sdpa'"
+            "attention backend 'flash' needs the package flash-attn: pip install 'thinker-talker[flash]', or choose "
+            "'sdpa'"
         ) from error
     return flash_attn
 

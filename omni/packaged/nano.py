@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NANO = "omni-nano"
 NANO_DATA = PACKAGED[NANO]
+DEMO = NANO_DATA / "demo"  # questions by voice, a picture and a clip
 NOTICE = (
     "omni-nano answers: a small trained model that is part of omni. It repeats sentences, does sums up to twenty and "
     "looks at drawn shapes; anything else it does not know. Others: --model DIR."
@@ -24,7 +25,7 @@ NOTICE = (
 
 @dataclass(frozen=True)
 class Question:
-    """One question of the demo: what it shows, its media in `NANO_DATA / "demo"`, and what is asked in them."""
+    """One question of the demo: what it shows, its media in `DEMO`, and what is asked in them."""
 
     title: str
     items: tuple[tuple[str, str], ...]
@@ -32,8 +33,7 @@ class Question:
 
     def messages(self) -> list[dict[str, Any]]:
         """As the processor takes them; videos are heard too."""
-        folder = NANO_DATA / "demo"
-        items: list[dict[str, Any]] = [{"type": kind, kind: str(folder / name)} for kind, name in self.items]
+        items: list[dict[str, Any]] = [{"type": kind, kind: str(DEMO / name)} for kind, name in self.items]
         for item in items:
             if item["type"] == "video":
                 item["use_audio_in_video"] = True

@@ -71,6 +71,13 @@ class ProcessorFiles:
         own = audio.get("n_window", usual) if isinstance(audio, Mapping) else usual
         return int(self._positive("n_window", self.settings.get("n_window", own)))
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for, if config.json is there and says it."""
+        text = self.model.get("text_config")
+        value = text.get("max_position_embeddings") if isinstance(text, Mapping) else None
+        return value if type(value) is int and value > 0 else None
+
     def _positive(self, name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"{self.folder}: {name} must be a positive number, got {value!r}")
@@ -189,12 +196,16 @@ def choose_templates(found: Any, where: str) -> tuple[str, str | None]:
 
 def build_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer (transformers). Raises ValueError where its files are malformed."""
-    from transformers import AutoTokenizer, logging
+    from transformers import AutoTokenizer, PretrainedConfig, logging
 
     verbosity = logging.get_verbosity()
+    options: dict[str, Any] = {}
     logging.set_verbosity_error()  # it also reads config.json, and remarks on keys that concern other parts
+    if (folder / "config.json").is_file() and read_json(folder / "tokenizer_config.json").get("tokenizer_class"):
+        options["config"] = PretrainedConfig()  # all that it needs of the file is the family
+        options["config"].model_type = str(read_json(folder / "config.json").get("model_type", ""))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
     except Exception as error:  # the library and its Rust backend raise many classes
         raise ValueError(f"the tokenizer files in {folder} cannot be read: {error}") from error
     finally:

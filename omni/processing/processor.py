@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni.config.keywords import nearest
+from omni.config.keywords import names_keywords, nearest
 from omni.config.writing import atomic_folder
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
@@ -25,6 +26,7 @@ from omni.processing.inputs import OmniInputs
 from omni.processing.messages import Medium, located, read_conversation, split_batch
 from omni.processing.sources import describe, is_source
 from omni.processing.template import ChatTokenizer, built_in_template
+from omni.processing.token_budget import TokenBudget
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
@@ -143,6 +145,7 @@ class OmniProcessor:
             self.tokenizer.save_pretrained(str(fresh))
             self.files.save(fresh, self.chat.template, None if self.tool_chat is self.chat else self.tool_chat.template)
 
+    @names_keywords
     def __call__(
         self,
         messages: Any,
@@ -151,6 +154,8 @@ class OmniProcessor:
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         enable_thinking: bool | None = None,
+        control_tokens: bool = False,
+        allow_long: bool = False,
         use_audio_in_video: bool | None = None,
         fps: float | None = None,
         min_pixels: int | None = None,
@@ -167,11 +172,15 @@ class OmniProcessor:
         `{"type": "audio", "audio": path, address, bytes or array}` (also image, video and the OpenAI spellings).
 
         Args:
-            add_generation_prompt: end with the header of the assistant's reply. continue_final_message: end with the
-            text of the last message, which is the assistant's, for the model to go
+            add_generation_prompt: end with the header of the assistant's reply.
+            continue_final_message: end with the text of the last message, which is the assistant's, for the model to go
                 on from there; `OmniInputs.reply_start` tells where the reply begins.
             tools: JSON schemas or documented functions, for the template.
             enable_thinking: passed to the template when set; False asks for a reply without reasoning.
+            control_tokens: special tokens and the markup of reasoning and tool calls become their ids where messages
+                hold them; by default they are text, and other added tokens become their ids.
+            allow_long: warn where a conversation has more tokens than the model has positions, instead of refusing it
+                (without config.json: more than `omni.processing.token_budget.USUAL_POSITIONS`).
             use_audio_in_video: True uses the sound of every video that has one; an item may set it for itself, and True
                 there needs a sound.
             fps: frames taken from each second of a video file (default 2), and the rate of frame lists and arrays.
@@ -202,6 +211,7 @@ class OmniProcessor:
         template_options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             "continue_final": continue_final_message,
+            "control_tokens": control_tokens,
         }
         if enable_thinking is not None:
             template_options["enable_thinking"] = enable_thinking
@@ -214,8 +224,11 @@ class OmniProcessor:
                 first = conversation.messages[0]
                 self.check_speech_system(first["content"] if first["role"] == "system" else None)
                 chat = self.tool_chat if isinstance(tools, Sequence) and tools else self.chat
-                ids = chat.encode_chat(conversation.messages, tools, **template_options)
-                rows.append(self._expand(ids, conversation.media, options, batch))
+                budget = TokenBudget(self.files.positions, allow_long)
+                check = partial(budget.check_text, encode=partial(self.encode_text, control_tokens=True))
+                ids = chat.encode_chat(conversation.messages, tools, check=check, **template_options)
+                budget.spend(len(ids), "text")
+                rows.append(self._expand(ids, conversation.media, options, batch, budget))
         inputs = self._pack(rows, batch)
         if continue_final_message:
             width = inputs.input_ids.shape[1]
@@ -249,7 +262,7 @@ class OmniProcessor:
         warnings.warn(
             "the conversation does not begin with the system message that this model was taught to speak with, so its "
             "speech may fail (its text does not): begin with {'role': 'system', 'content': processor.speech_system}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
@@ -259,9 +272,9 @@ class OmniProcessor:
             raise ValueError(f"decode takes one row of ids, got {len(row)} rows; decode them one by one")
         return self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; control tokens written in it stay text."""
-        return self.chat.encode_text(text)
+    def encode_text(self, text: str, control_tokens: bool = False) -> list[int]:
+        """Ids of a text. Added tokens in it become their ids; those that control the chat only if `control_tokens`."""
+        return self.chat.encode_text(text, control_tokens)
 
     def beginning_ids(self, system: str | None, turn_start_id: int) -> list[int]:
         """What the chat template writes before the first user's turn, which begins with `turn_start_id`.
@@ -288,7 +301,9 @@ class OmniProcessor:
             )
         return self.chat.added_ids[token]
 
-    def _expand(self, ids: list[int], media: list[Medium], options: CallOptions, batch: _Batch) -> list[int]:
+    def _expand(
+        self, ids: list[int], media: list[Medium], options: CallOptions, batch: _Batch, budget: TokenBudget
+    ) -> list[int]:
         """Replace each placeholder of the template by its medium's tokens; features go to `batch`."""
         kinds = {self.tokens.audio: "audio", self.tokens.image: "image", self.tokens.video: "video"}
         queues = {kind: iter([item for item in media if item.kind == kind]) for kind in kinds.values()}
@@ -305,19 +320,21 @@ class OmniProcessor:
             if token in kinds:
                 medium = next(queues[kinds[token]])
                 with located(medium.where):
-                    expanded.extend(self._medium_ids(medium, options, batch))
+                    expanded.extend(self._medium_ids(medium, options, batch, budget))
             else:
                 expanded.append(token)
         return expanded
 
-    def _medium_ids(self, medium: Medium, options: CallOptions, batch: _Batch) -> list[int]:
-        """Process one medium and return the ids that stand for it."""
-        merge = self.vision.merge_size
+    def _medium_ids(self, medium: Medium, options: CallOptions, batch: _Batch, budget: TokenBudget) -> list[int]:
+        """Process one medium and return the ids that stand for it; its tokens are counted before they are made."""
+        merge, name = self.vision.merge_size, f"{medium.kind} {describe(medium.source)}"
+        check = partial(budget.check, name=name)
         segment: Segment
         if medium.kind == "audio":
-            own, budget = medium.options, options.media_budget
+            own = medium.options
             part = own.get("audio_start", 0.0), own.get("audio_end")
-            samples = load_audio(medium.source, own.get("sampling_rate"), options.device, budget, *part)
+            rate = own.get("sampling_rate")
+            samples = load_audio(medium.source, rate, options.device, options.media_budget, *part)
             if self._clip_tokens(samples.numel()) == 0:
                 least = next((n for n in range(1, self.log_mel.sample_rate) if self._clip_tokens(n)), None)
                 if least is None:
@@ -326,16 +343,18 @@ class OmniProcessor:
                     f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
                     f"{least} ({1000 * least / self.log_mel.sample_rate:.3g} ms) are needed"
                 )
+            check(self._clip_tokens(samples.numel()))
             segment = self._add_clip(samples, options, batch)
         elif medium.kind == "image":
             limits = options.budget(medium.options)
-            pixels, grid = self.vision.image(medium.source, limits, options.device, options.media_budget)
+            pixels, grid = self.vision.image(medium.source, limits, options.device, options.media_budget, check)
             batch.image_pixels.append(pixels)
             batch.image_grids.append(grid)
             segment = Image(grid[1] // merge, grid[2] // merge)
         else:
-            segment = self._add_video(medium, options, batch)
+            segment = self._add_video(medium, options, batch, check)
         ids = placeholder_ids(segment, self.tokens, self.position_rule)
+        budget.spend(len(ids), name)
         return [self.tokens.audio_start, *ids, self.audio_end_id] if isinstance(segment, AudioVideo) else ids
 
     def _clip_tokens(self, samples: int) -> int:
@@ -347,7 +366,9 @@ class OmniProcessor:
         batch.mels.append(mel)
         return Audio(self.audio_tokens(mel.shape[1]))
 
-    def _add_video(self, medium: Medium, options: CallOptions, batch: _Batch) -> Video | AudioVideo:
+    def _add_video(
+        self, medium: Medium, options: CallOptions, batch: _Batch, check: Callable[[int], None]
+    ) -> Video | AudioVideo:
         own = medium.options.get("use_audio_in_video")
         if own is not None and not isinstance(own, bool):
             raise TypeError(f"use_audio_in_video of a video item must be True or False, got {own!r}")
@@ -356,7 +377,9 @@ class OmniProcessor:
             raise ValueError("a video item has nframes or fps, not both: each says how many frames are taken")
         settings = {"fps": options.fps, "max_frames": options.max_frames, **medium.options}
         budget = options.budget(medium.options)
-        clip = self.vision.video(medium.source, settings, budget, want_sound, options.device, options.media_budget)
+        clip = self.vision.video(
+            medium.source, settings, budget, want_sound, options.device, options.media_budget, check
+        )
         batch.video_pixels.append(clip.pixels)
         batch.video_grids.append(clip.grid)
         batch.video_times.append(torch.tensor(clip.grid_times_s, dtype=torch.float64))

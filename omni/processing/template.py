@@ -1,25 +1,23 @@
 """From checked messages to token ids, so that text written by a user is always text.
 
-A tokenizer turns `<|im_end|>` into a control token wherever it stands, also inside a user's message. Here the first and
-last characters of every added token ("<" and ">") are replaced by private characters in all that users, tools and
-replies have written, the template is rendered, and the result is cut at the added tokens that are left, which the
-template itself wrote. The pieces between get their characters back and are tokenised by a copy of the tokenizer that
-has no added tokens. Replacing single characters keeps this true where pieces of text meet.
+A tokenizer turns `<|im_end|>` into a control token wherever it stands, also inside a user's message. Here the template
+gets what users, tools and replies have written as `Written` text, which it can read as any other and which keeps its
+own characters up to the finished prompt. There only the template's own control tokens can be found; they are marked,
+the users' characters restored, and all is tokenised at once, so that text merges as it does in transformers.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omni.config.family import RELEASED, find_family
+from omni.processing.sandbox import ChatTemplate
+from omni.processing.vocabulary import Vocabulary
+from omni.processing.written import Alphabet
 
 _END = "\ufdd0\ufdd1"  # where a message that is to be continued ends; a blank follows
-# Private-use characters, from which those are taken that occur nowhere in the conversation.
-_PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
+MAX_DEPTH = 100  # of tool schemas and arguments: dicts and lists inside each other
 
 
 def built_in_template(tokens: Mapping[str, str] | None = None) -> str:
@@ -36,32 +34,49 @@ def built_in_template(tokens: Mapping[str, str] | None = None) -> str:
 class ChatTokenizer:
     """A checkpoint's tokenizer and chat template.
 
-    `tokenizer` is a transformers tokenizer backed by the `tokenizers` library.
+    `tokenizer` is a transformers tokenizer backed by the `tokenizers` library; tokens that are added to it later count.
     """
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        added = tokenizer.added_tokens_decoder
-        self.added_ids: dict[str, int] = {str(token): index for index, token in added.items()}
-        self.special = frozenset(str(token) for token in added.values() if token.special)
-        self._edges = sorted({end for token in self.added_ids for end in (token[0], token[-1])})
-        self._split = _alternatives(self.added_ids)
+        self._sandbox = ChatTemplate(template)
+        self._known: tuple[Any, Vocabulary] | None = None
 
-    @cached_property
-    def plain(self) -> Any:
-        """A `tokenizers.Tokenizer` with the same vocabulary and merges and no added tokens."""
-        from tokenizers import Tokenizer
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tokenizer, self.template)  # copies compile the template anew
 
-        settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        settings["added_tokens"] = []
-        settings["post_processor"] = settings["truncation"] = settings["padding"] = None
-        return Tokenizer.from_str(json.dumps(settings))
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's added tokens as they are now."""
+        added = self.tokenizer.added_tokens_decoder
+        state = [(index, repr(token)) for index, token in added.items()]
+        if self._known is None or self._known[0] != state:
+            self._known = state, Vocabulary(self.tokenizer.backend_tokenizer, added, self.template)
+        return self._known[1]
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; control tokens written in it stay text."""
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """Ids of the added tokens by what is written."""
+        return self.vocabulary.ids
+
+    @property
+    def special(self) -> frozenset[str]:
+        """The added tokens that are no text."""
+        return self.vocabulary.special
+
+    def encode_text(self, text: str, control_tokens: bool = False) -> list[int]:
+        """Ids of a text. Ordinary added tokens in it become their ids; control tokens stay text unless
+        `control_tokens`."""
         _check_unicode(text)
-        return list(self.plain.encode(text, add_special_tokens=False).ids)
+        vocabulary = self.vocabulary
+        mark = vocabulary.mark_for(text)
+        return vocabulary.encode(vocabulary.mark(text, mark) if control_tokens else text, mark)
+
+    def pieces(self, text: str, control_tokens: bool = False) -> list[str | list[int]]:
+        """A text as what may be joined with other text, and with `control_tokens` the ids of those in it between."""
+        _check_unicode(text)
+        return self.vocabulary.pieces(text) if control_tokens else [text]
 
     def encode_chat(
         self,
@@ -69,66 +84,110 @@ class ChatTokenizer:
         tools: Sequence[Any] | None = None,
         *,
         continue_final: bool = False,
+        control_tokens: bool = False,
+        check: Callable[[str], None] | None = None,
         **options: Any,
     ) -> list[int]:
         """Ids of one conversation, each medium as the single placeholder that the template writes.
 
-        continue_final: end where the text of the last message ends, which is the assistant's. `options` go to the
-        template (add_generation_prompt, enable_thinking, …). Raises ValueError where the template refuses the messages.
+        continue_final: end where the text of the last message ends, which is the assistant's. control_tokens: what
+        users wrote may hold control tokens. check: sees every text before the template does, but reasoning, which it
+        may leave out, and the finished prompt before it is tokenised. `options` go to the template
+        (add_generation_prompt, enable_thinking, …). Raises ValueError where the template refuses the messages.
         """
+        vocabulary = self.vocabulary
+        names = self.tokenizer.special_tokens_map
+        alphabet = Alphabet("".join((self.template, *vocabulary.ids, *names.values())))
+        write = _Writing(alphabet, vocabulary, control_tokens, check)
         schemas = _tool_schemas(tools)
         if continue_final:
             messages = [*messages[:-1], _with_end(messages[-1])]
-        try:
-            written = json.dumps([list(messages), schemas], ensure_ascii=False, default=str)
-        except (TypeError, ValueError, RecursionError) as error:
+        values = {
+            **names,
+            "documents": None,
+            **options,
+            "messages": [write.message(message) for message in messages],
+            "tools": None if schemas is None else write.value(schemas),
+        }
+        prompt = self._sandbox.render(alphabet, write.characters, values)
+        text = alphabet.restore(prompt)
+        if continue_final:
+            text = _up_to_end(text)
+            prompt = prompt[: len(text)]  # of the same characters
+        if check is not None:
+            check(text)
+        mark = vocabulary.mark_for(text)
+        return vocabulary.encode(alphabet.restore(vocabulary.mark(prompt, mark)), mark)
+
+
+class _Writing:
+    """Turns what users wrote into what the template sees, and counts its characters."""
+
+    def __init__(
+        self, alphabet: Alphabet, vocabulary: Vocabulary, control_tokens: bool, check: Callable[[str], None] | None
+    ) -> None:
+        self.alphabet, self.markup, self.control_tokens = alphabet, vocabulary.markup_pattern, control_tokens
+        self.check = check
+        self.characters = 0
+
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as `read_conversation` returns it: its role, its keys and the kinds of its items are ours."""
+        role = message["role"]
+        others = {key: value for key, value in message.items() if key not in ("role", "content", "reasoning_content")}
+        written = {key: self.value(value) for key, value in others.items()}
+        if "reasoning_content" in message:  # some templates read it under another name
+            written["reasoning_content"] = written["thinking"] = self._mark(str(message["reasoning_content"]))
+        if "content" in message:
+            content, text = message["content"], self.reply if role == "assistant" else self.text
+            if isinstance(content, str):
+                written["content"] = text(content)
+            else:
+                written["content"] = [{**i, "text": text(i["text"])} if i["type"] == "text" else i for i in content]
+        return {"role": role, **written}
+
+    def text(self, text: str) -> str:
+        """A text whose control tokens are text, unless they are allowed."""
+        if self.check is not None:
+            self.check(str.__str__(text))
+        return self._mark(text)
+
+    def _mark(self, text: str) -> str:
+        _check_unicode(text)
+        self.characters += len(text)
+        return str.__str__(text) if self.control_tokens else self.alphabet.write(text)
+
+    def reply(self, text: str) -> str:
+        """A reply keeps its markup (<think>, <tool_call>), which templates read and write again."""
+        if self.check is not None:
+            self.check(text.rpartition("</think>")[2])
+        pieces = self.markup.split(text)  # text, markup, text, …
+        return self.alphabet.adopt("".join(p if i % 2 else str(self._mark(p)) for i, p in enumerate(pieces)))
+
+    def value(self, value: Any, depth: int = 0) -> Any:
+        """Tool schemas, arguments and names: the same structure, keys too. Raises ValueError for what is no JSON."""
+        if isinstance(value, str):
+            return self.text(value)
+        if value is None or isinstance(value, (bool, int, float)):
+            return _number(value)
+        if depth == MAX_DEPTH:
             raise ValueError(
-                f"the messages or tools hold what JSON cannot express: {error}; write it plainly"
-            ) from error
-        guard = self._private_characters(written)
-        guarded = [self._guard_message(message, guard) for message in messages]
-        prompt = self._render(guarded, None if schemas is None else _map_text(schemas, guard_text(guard)), options)
-        return self._encode_prompt(_up_to_end(prompt) if continue_final else prompt, guard)
-
-    def _private_characters(self, written: str) -> dict[str, str]:
-        """Edge character of added tokens -> a character that does not occur in what was written."""
-        _check_unicode(written)
-        used = set(written)
-        free: Iterator[str] = (chr(code) for code in _PRIVATE if chr(code) not in used)
-        try:
-            return {edge: next(free) for edge in self._edges}
-        except StopIteration:
-            raise ValueError("the messages use every private Unicode character; remove some") from None
-
-    def _guard_message(self, message: Mapping[str, Any], guard: dict[str, str]) -> dict[str, Any]:
-        """A message whose text cannot form control tokens; a reply keeps its markup (<think>, <tool_call>)."""
-        everything = guard_text(guard)
-        reply = everything
-        if message["role"] == "assistant":
-            reply = guard_text(guard, keep=[token for token in self.added_ids if token not in self.special])
-        guarded = {}
-        for key, value in message.items():
-            guarded[key] = value if key == "role" else _map_text(value, reply if key == "content" else everything)
-        return guarded
-
-    def _render(self, messages: list[dict[str, Any]], tools: Any, options: Mapping[str, Any]) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.template, tokenize=False, **options
+                f"the messages or tools hold what JSON cannot express: more than {MAX_DEPTH} lists and dicts inside "
+                "each other; make them flatter"
             )
-        except Exception as error:  # whatever the template's own code runs into
-            raise ValueError(f"the chat template cannot write these messages: {error}") from error
+        if isinstance(value, Mapping):
+            return {self._key(key): self.value(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.value(item, depth + 1) for item in value]
+        return self.text(str(value))  # as a template would write it
 
-    def _encode_prompt(self, prompt: str, guard: dict[str, str]) -> list[int]:
-        """Ids of a rendered prompt: added tokens by name, what lies between as plain text."""
-        restore = str.maketrans({private: edge for edge, private in guard.items()})
-        pieces = self._split.split(prompt)  # plain, added, plain, …
-        encoded = self.plain.encode_batch([piece.translate(restore) for piece in pieces[::2]], add_special_tokens=False)
-        ids = list(encoded[0].ids)
-        for token, plain in zip(pieces[1::2], encoded[1:]):
-            ids.append(self.added_ids[token])
-            ids.extend(plain.ids)
-        return ids
+    def _key(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self.text(key)
+        if key is None or isinstance(key, (bool, int, float)):
+            return _number(key)
+        raise ValueError(
+            f"the messages or tools hold what JSON cannot express: the key {key!r}; write it plainly, as a string"
+        )
 
 
 def _with_end(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,24 +214,11 @@ def _up_to_end(prompt: str) -> str:
     return before if after.startswith(" ") else before.rstrip()
 
 
-def guard_text(guard: Mapping[str, str], keep: Sequence[str] = ()) -> Callable[[str], str]:
-    """A function that replaces the guarded characters of a text, except inside the tokens of `keep`."""
-    table = str.maketrans(dict(guard))
-    if not keep:
-        return lambda text: str.translate(text, table)  # not a subclass's own
-    kept = _alternatives(keep)
-
-    def replace(text: str) -> str:
-        pieces = kept.split(text)
-        return "".join(piece if i % 2 else str.translate(piece, table) for i, piece in enumerate(pieces))
-
-    return replace
-
-
-def _alternatives(tokens: Any) -> re.Pattern[str]:
-    """A pattern with one group that matches the longest of the tokens (nothing if there are none)."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"(?!)") + ")")
+def _number(value: Any) -> Any:
+    """None, a bool or a number of Python's own kind; what is derived from one may print anything."""
+    if value is None or type(value) in (bool, int, float):
+        return value
+    return int(value) if isinstance(value, int) else float(value)
 
 
 def _check_unicode(text: str) -> None:
@@ -182,18 +228,6 @@ def _check_unicode(text: str) -> None:
         raise ValueError(
             f"the text holds half of a surrogate pair ({text[error.start]!r}), which is no character; remove it"
         ) from error
-
-
-def _map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """The same structure with every string changed, keys too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_map_text(key, change): _map_text(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_map_text(item, change) for item in value]
-    # Whatever else there is, the template would write as `str` does.
-    return value if value is None or isinstance(value, (bool, int, float)) else change(str(value))
 
 
 def _tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:

@@ -7,7 +7,7 @@ video [t * h * w, …], [t, h, w].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -154,21 +154,29 @@ class VisionProcessor:
         budget: PixelBudget,
         device: torch.device | None = None,
         media_budget: MediaBudget = DEFAULT_BUDGET,
+        check: Callable[[int], None] | None = None,
     ) -> tuple[Tensor, list[int]]:
-        """One picture: patches and grid, computed on `device` (None: the CPU). `media_budget` is for decoding it."""
+        """One picture: patches and grid, computed on `device` (None: the CPU). `media_budget` is for decoding it.
+
+        check: is told how many tokens there will be, before any is made.
+        """
         picture: Any = load_image(value, media_budget)
         low, high = budget.within(*self._image_limits)
-        size = {"shortest_edge": low, "longest_edge": high}
-        options: dict[str, Any] = {"size": size, "return_tensors": "pt", "device": device}
+        options: dict[str, Any] = {"return_tensors": "pt", "device": device}
         target = budget.size(self.factor)
-        if not self.image_processor.do_resize and target is None:
+        resizes = self.image_processor.do_resize or target is not None
+        if not resizes:
             self._check_sides(picture.height, picture.width, self.image_processor, f"picture {describe(value)}")
-        elif target is not None or picture.width * picture.height > _LARGE_PIXELS:
+        sides = (picture.height, picture.width)
+        height, width = target or (self._target(*sides, low, high) if resizes else sides)
+        if check is not None:
+            check(height * width // self.factor**2)
+        options["size"] = {"shortest_edge": low, "longest_edge": high}
+        if resizes and (target is not None or picture.width * picture.height > _LARGE_PIXELS):
             # as the image processor would, which alone holds a large picture several times
-            target = target or self._target(picture.height, picture.width, low, high)
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
             del picture
-            picture, options["do_resize"] = _scale(pixels.to(device), target), False
+            picture, options["do_resize"] = _scale(pixels.to(device), (height, width)), False
         out = self.image_processor(images=[picture], **options)
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
 
@@ -180,10 +188,12 @@ class VisionProcessor:
         want_sound: bool,
         device: torch.device | None = None,
         media_budget: MediaBudget = DEFAULT_BUDGET,
+        check: Callable[[int], None] | None = None,
     ) -> VideoPixels:
         """One video, its patches computed on `device` (None: the CPU). `media_budget` is for decoding it.
 
-        `settings` may hold fps, nframes, min_frames, max_frames, video_start and video_end (None: default).
+        `settings` may hold fps, nframes, min_frames, max_frames, video_start and video_end (None: default). check: is
+        told how many tokens its pictures will be, before any is kept.
         """
         sampling = Sampling(
             fps=_given(settings, "fps", DEFAULT_FPS),
@@ -201,6 +211,9 @@ class VisionProcessor:
 
         def resize(frame: Tensor, frames: int) -> Tensor:
             limits = budget.of_frame(frames, self.temporal_patch_size, self.frame_pixels)
+            if check is not None:
+                height, width = size or self._target(*frame.shape[1:], *limits)
+                check(-(-frames // self.temporal_patch_size) * (height * width // self.factor**2))
             return self._resize(frame, *limits) if size is None else _scale(frame, size)
 
         clip = load_video(value, sampling, resize, settings.get("fps"), want_sound, media_budget)

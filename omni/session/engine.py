@@ -12,6 +12,7 @@ import queue
 import threading
 from typing import Any
 
+from omni.config.keywords import names_keywords
 from omni.generation.events import Event, TurnEnd
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
@@ -57,12 +58,32 @@ class OmniEngine:
         self._thread = threading.Thread(target=self._work, name="omni-engine", daemon=True)
         self._thread.start()
 
-    def session(self, **options: Any) -> EngineSession:
-        """A new session with the options of `OmniSession`. Raises EngineFullError when all rows are taken."""
+    @names_keywords
+    def session(
+        self,
+        *,
+        speaker: str | None = None,
+        system: str | None = None,
+        streaming: StreamingConfig | None = None,
+        use_audio_in_video: bool = False,
+        keep_media: bool = False,
+    ) -> EngineSession:
+        """A new session with the options of `OmniSession` (streaming: None is the engine's).
+
+        Raises EngineFullError when all rows are taken.
+        """
         with self.changed:
             row = self.free_row()
             try:
-                return EngineSession(self, row, **{"streaming": self.streaming, **options})
+                return EngineSession(
+                    self,
+                    row,
+                    speaker=speaker,
+                    system=system,
+                    streaming=self.streaming if streaming is None else streaming,
+                    use_audio_in_video=use_audio_in_video,
+                    keep_media=keep_media,
+                )
             except BaseException:
                 self.rows.clear(row)
                 self.sessions[row] = None

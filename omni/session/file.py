@@ -64,7 +64,7 @@ def save_session(session: OmniSession, folder: Path) -> None:
         "talker": conversation.talker._asdict(),
         "past": [_put_entry(f"past.{i}", entry, tensors) for i, entry in enumerate(conversation.past)],
         "keep_media": conversation.keep_media,
-        "text": "".join(session._text),
+        "text": session._text,
         "speaker": session.speaker,
         "streaming": dataclasses.asdict(session.streaming),
         "use_audio_in_video": session.use_audio_in_video,
@@ -106,6 +106,7 @@ class SavedSession:
             values = _from_format_1(values)
         if found < FORMAT:
             values = {"queued": [], "keep_media": False, "speaker": None, **values, "model": None}
+            values["text"] = [values["text"]] if values.get("text") else []
         if values.get("video") is not None:
             values["video"] = {"size": None, **values["video"]}
         check(values, SESSION, "session.json")
@@ -128,9 +129,9 @@ class SavedSession:
             check_model(session.model, values["model"], tensors["model.weights"])
         for name in ("ids", "owed"):
             check_ids(values[name], text.vocab_size, name)
-        for piece, by_user in values["queued"]:
-            check_ids([] if isinstance(piece, str) else piece, text.vocab_size, "queued")
-            conversation.queued.append((piece, by_user))
+        for piece, name in [(one, "queued") for one, _ in values["queued"]] + [(one, "text") for one in values["text"]]:
+            check_ids([] if isinstance(piece, str) else piece, text.vocab_size, name)
+        conversation.queued = [(piece, by_user) for piece, by_user in values["queued"]]
         conversation.ids, conversation.pending = values["ids"], values["owed"]
         conversation.thinker, conversation.talker = PromptEnd(**values["thinker"]), PromptEnd(**values["talker"])
         conversation.in_user = values["in_user"]
@@ -147,7 +148,7 @@ class SavedSession:
         if rows.speech is not None:
             _take_cache("speech", rows.speech.decoder.cache, tensors, conversation.talker.tokens, conversation.talker)
         rows.mark_seen(0, values["ids"])
-        session._text = [values["text"]] if values["text"] else []
+        session._text = values["text"]
         if values["clip"] is not None:
             front_end = _take_front_end("clip", session, values["clip"]["front_end"], tensors)
             session._clip = OpenClip(front_end, values["clip"]["begun"])

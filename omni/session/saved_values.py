@@ -59,7 +59,7 @@ SESSION = {
     "talker": _END,
     "past": [([int], float, bool, bool, bool)],
     "keep_media": bool,
-    "text": str,
+    "text": [Either(str, [int])],
     "speaker": Maybe(str),
     "streaming": dict,
     "use_audio_in_video": bool,

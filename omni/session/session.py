@@ -27,11 +27,12 @@ from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
+from omni.processing.token_budget import TokenBudget
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
 from omni.session import options
 from omni.session.begin_reply import begin_reply
-from omni.session.conversation import Conversation
+from omni.session.conversation import Conversation, Piece
 from omni.session.file import SavedSession, save_session
 from omni.session.live_media import AudioFrontEnd, OpenClip, OpenVideo
 from omni.session.reply_events import ReplyEvents, heard_ids
@@ -109,7 +110,7 @@ class OmniSession:
         options.check_window(model, self.streaming)
         self.use_audio_in_video = use_audio_in_video
         self._lock: Any = threading.RLock()  # a reply that is taken asynchronously may be interrupted from elsewhere
-        self._text: list[str] = []
+        self._text: list[Piece] = []
         self._clip: OpenClip | None = None
         self._video: OpenVideo | None = None
         self._prompt: PromptEnd | None = None  # of the last reply, until new input comes
@@ -139,14 +140,20 @@ class OmniSession:
     # input
 
     @whole()
-    def push_text(self, text: str) -> None:
-        """Add text to the user's turn. Consecutive texts are one text."""
+    def push_text(self, text: str, control_tokens: bool = False) -> None:
+        """Add text to the user's turn. Consecutive texts are one text.
+
+        control_tokens: special tokens and the markup of reasoning and tool calls in it become their ids; by default
+        they are text, and other added tokens become their ids.
+        """
         if not isinstance(text, str):
             raise TypeError(f"push_text takes a string, got {type(text).__name__}")
-        self.processor.encode_text(text)  # what is no text is refused here rather than by `respond`
+        positions = self.model.config.thinker.text_config.max_position_embeddings
+        TokenBudget(positions, allow_long=None).check_text(text, self.processor.encode_text, short=32)  # else: respond
+        pieces = self.processor.chat.pieces(text, control_tokens)  # what is no text is refused here
         self._open_user_turn()
         self._close_media()
-        self._text.append(text)
+        self._text += pieces
 
     @whole()
     def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
@@ -241,8 +248,9 @@ class OmniSession:
         video.close(self._conversation, self.processor.tokens, ends)
 
     def _flush_text(self) -> None:
-        text, self._text = "".join(self._text), []
-        self._conversation.write_text(text)
+        pieces, self._text = self._text, []
+        for piece in pieces:
+            self._conversation.write_text(piece)
 
     # replies
 

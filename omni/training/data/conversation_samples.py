@@ -20,6 +20,7 @@ from omni.config.qwen3_omni import TalkerConfig
 from omni.generation.reply import ANSWER, ReplyReader
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
+from omni.processing.token_budget import TooLongError
 from omni.rope.positions import prompt_positions, reply_position
 from omni.talker.layout import HEADER_LENGTH, turn_layout
 from omni.training.data.manifest import Row, Voice
@@ -121,13 +122,16 @@ class SampleMaker:
         learn: Sequence[bool | None],
     ) -> Sample:
         messages = [without_opening_breaks(message) for message in messages]
-        inputs = self.processor(
-            messages,
-            add_generation_prompt=False,
-            tools=row.tools,
-            use_audio_in_video=row.use_audio_in_video,
-            **self.options,
-        )
+        try:
+            inputs = self.processor(
+                messages,
+                add_generation_prompt=False,
+                tools=row.tools,
+                use_audio_in_video=row.use_audio_in_video,
+                **self.options,
+            )
+        except TooLongError as error:
+            raise SkipRow(f"more than {self.max_tokens} tokens") from error
         ids = self._short_enough(inputs.input_ids[0].tolist())
         spans = answer_spans(ids, self.config)
         if len(spans) != len(voices) or any(ids[start - 1] != self._newline for start, _ in spans):

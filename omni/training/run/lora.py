@@ -229,7 +229,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft; install it with: pip install 'omni[peft]'") from error
+        raise ImportError("LoRA needs the package peft; install it with: pip install 'thinker-talker[peft]'") from error
     return peft
 
 

@@ -204,7 +204,7 @@ def test_errors_name_the_remedy(monkeypatch, tmp_path):
             needs()
     assert all(p.requires_grad for p in model.parameters())  # nothing was changed
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"pip install 'omni\[peft\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'thinker-talker\[peft\]'"):
         add_lora(model, "thinker.*")
     monkeypatch.undo()
     add_lora(model, "thinker.*.q_proj")
