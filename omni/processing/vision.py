@@ -212,7 +212,7 @@ class VisionProcessor:
         def resize(frame: Tensor, frames: int) -> Tensor:
             limits = budget.of_frame(frames, self.temporal_patch_size, self.frame_pixels)
             if check is not None:
-                height, width = size or self._target(*frame.shape[1:], *limits)
+                height, width = size or self._target(frame.shape[1], frame.shape[2], *limits)
                 check(-(-frames // self.temporal_patch_size) * (height * width // self.factor**2))
             return self._resize(frame, *limits) if size is None else _scale(frame, size)
 
