@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from omni.encoders.resample import MAX_RATE_HZ, MIN_RATE_HZ, StreamingResampler
-from omni.processing.budget import DEFAULT_BUDGET, MediaBudget, RefusedError
 from omni.processing.containers import (
     Damage,
     Downmix,
@@ -24,6 +23,7 @@ from omni.processing.containers import (
     reason_of,
     tracks,
 )
+from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget, RefusedError
 from omni.processing.sources import (
     Source,
     as_file,

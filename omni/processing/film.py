@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from omni.processing.budget import as_number
 from omni.processing.containers import Damage, decode, open_container, read_packets, tracks
+from omni.processing.media_budget import as_number
 from omni.processing.sources import Source, read_part
 
 DEFAULT_FPS = 2.0  # frames taken from each second, as the models were trained

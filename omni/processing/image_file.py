@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from omni.processing.budget import DEFAULT_BUDGET, MediaBudget, RefusedError
+from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget, RefusedError
 from omni.processing.sources import as_file, describe, enough_memory, first_bytes, is_source, open_source, unpack
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from omni.config.keywords import names_keywords, nearest
 from omni.config.writing import atomic_folder
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
-from omni.processing.budget import DEFAULT_BUDGET, MediaBudget
 from omni.processing.files import ProcessorFiles, build_tokenizer, choose_templates, load_files
 from omni.processing.inputs import OmniInputs
+from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget
 from omni.processing.messages import Medium, located, read_conversation, split_batch
 from omni.processing.sources import describe, is_source
 from omni.processing.template import ChatTokenizer, built_in_template

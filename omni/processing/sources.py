@@ -20,7 +20,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Union
 
-from omni.processing.budget import as_number
+from omni.processing.media_budget import as_number
 
 MAX_DOWNLOAD_BYTES = 512 * 1024 * 1024
 MAX_DOWNLOAD_S = 60.0

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from omni.processing.audio_file import SAMPLE_RATE, decode_sound_track
-from omni.processing.budget import DEFAULT_BUDGET, MediaBudget, RefusedError
 from omni.processing.containers import Damage, open_container, reason_of
 from omni.processing.film import DEFAULT_FPS, Sampling, check_rate, choose, frames_at, read_index, upright
 from omni.processing.image_file import check_size, load_image
+from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget, RefusedError
 from omni.processing.sources import Source, describe, enough_memory, is_source, open_source, unpack
 
 _SOUND_OFFSET_S = 0.04  # smaller differences between the starts of sound and picture are encoder delay, left alone

@@ -17,14 +17,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from omni.processing.budget import DEFAULT_BUDGET, MediaBudget, as_number
 from omni.processing.image_file import MAX_ASPECT_RATIO, load_image
+from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget, as_number
 from omni.processing.sources import describe
 from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
 
 # Pixels of one video frame: 128 .. 768 tokens of 32 x 32 pixels (the default of Qwen3-Omni's processor).
 VIDEO_MIN_PIXELS = 128 * 32 * 32
 VIDEO_MAX_PIXELS = 768 * 32 * 32
+_BICUBIC = 3  # as Pillow counts
 _LARGE_PIXELS = 16_000_000  # a larger picture is shrunk before anything copies it
 LARGEST_MIN_PIXELS = 16384 * 32 * 32  # a picture enlarged to this takes 16384 tokens
 VIDEO_TOKENS = 128000 * 0.9  # of a whole video, where a call says nothing else (Qwen's video recipe)
@@ -163,16 +164,17 @@ class VisionProcessor:
         picture: Any = load_image(value, media_budget)
         low, high = budget.within(*self._image_limits)
         options: dict[str, Any] = {"return_tensors": "pt", "device": device}
-        target = budget.size(self.factor)
-        resizes = self.image_processor.do_resize or target is not None
+        target, own = budget.size(self.factor), self.image_processor
+        resizes = own.do_resize or target is not None
         if not resizes:
-            self._check_sides(picture.height, picture.width, self.image_processor, f"picture {describe(value)}")
+            self._check_sides(picture.height, picture.width, own, f"picture {describe(value)}")
         sides = (picture.height, picture.width)
         height, width = target or (self._target(*sides, low, high) if resizes else sides)
         if check is not None:
             check(height * width // self.factor**2)
         options["size"] = {"shortest_edge": low, "longest_edge": high}
-        if resizes and (target is not None or picture.width * picture.height > _LARGE_PIXELS):
+        large = picture.width * picture.height > _LARGE_PIXELS and own.do_resize and own.resample == _BICUBIC
+        if target is not None or large:
             # as the image processor would, which alone holds a large picture several times
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
             del picture

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 from build import TOY_DATA, chat
 from media_files import encode_sound, grey_film, in_child, sines
 from test_media import picture, read_video, tone
@@ -107,7 +108,7 @@ def test_memory_while_decoding(tmp_path: Path) -> None:
 
 
 def test_a_budget_is_an_argument() -> None:
-    from omni.processing.budget import MediaBudget
+    from omni.processing.media_budget import MediaBudget
 
     processor = OmniProcessor.from_pretrained(TOY_DATA)
     film = grey_film("mp4", "mpeg4", [40 * i for i in range(50)])
@@ -137,7 +138,7 @@ def test_a_budget_is_an_argument() -> None:
 
 def test_a_larger_budget_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     from omni.processing import audio_file, image_file
-    from omni.processing.budget import MediaBudget
+    from omni.processing.media_budget import MediaBudget
 
     monkeypatch.setattr(audio_file, "MAX_CLIP_S", 0.4)
     monkeypatch.setattr(image_file, "MAX_PIXELS", 1000)
@@ -152,10 +153,22 @@ def test_a_larger_budget_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["seconds", "samples", "pixels", "film_pixels", "kept_bytes"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), "many", True])
 def test_a_budget_is_of_positive_numbers(name: str, value: Any) -> None:
-    from omni.processing.budget import MediaBudget
+    from omni.processing.media_budget import MediaBudget
 
     with pytest.raises(ValueError, match=f"{name} must be a positive number"):
         MediaBudget(**{name: value})
+
+
+def test_a_large_picture_gives_what_the_image_processor_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from omni.processing import vision
+
+    processor = OmniProcessor.from_pretrained(TOY_DATA)
+    for size in ((300, 200), (64, 48), (97, 401)):
+        messages = chat([{"image": picture().resize(size), "max_pixels": 128 * 128}])
+        usual = processor(messages).pixel_values
+        with monkeypatch.context() as patched:
+            patched.setattr(vision, "_LARGE_PIXELS", 10)
+            assert torch.equal(processor(messages).pixel_values, usual)
 
 
 def test_a_budget_is_nothing_else() -> None:
@@ -167,7 +180,7 @@ def test_a_budget_is_nothing_else() -> None:
 
 def test_length_is_counted_while_decoding() -> None:
     """Headers that say nothing, or too little, do not help."""
-    from omni.processing.budget import MediaBudget
+    from omni.processing.media_budget import MediaBudget
 
     budget = MediaBudget(seconds=0.5)
     for data in (
@@ -181,7 +194,7 @@ def test_length_is_counted_while_decoding() -> None:
 
 def test_defaults_take_what_people_have() -> None:
     """A photograph of 48 million pixels, an hour of sound, a film of 4K."""
-    from omni.processing.budget import MediaBudget
+    from omni.processing.media_budget import MediaBudget
 
     budget = MediaBudget()
     for limit, amount in (
