@@ -18,9 +18,9 @@ from omni.generation.rows import Rows
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
 from omni.generation.turn import Turn, TurnRequest
 from omni.parts import ModelParts
-from omni.processing.budget import TokenBudget
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
+from omni.processing.token_budget import TokenBudget
 from omni.talker.layout import PromptEnd, TurnLayout, turn_layout
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from torch import Tensor
 from omni.config.keywords import names_keywords, nearest
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
-from omni.processing.budget import TokenBudget
 from omni.processing.files import ProcessorFiles, build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.messages import Medium, read_conversation, split_batch
 from omni.processing.sources import describe
 from omni.processing.template import ChatTokenizer, built_in_template
+from omni.processing.token_budget import TokenBudget
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
@@ -165,7 +165,7 @@ class OmniProcessor:
             control_tokens: special tokens and the markup of reasoning and tool calls become their ids where messages
                 hold them; by default they are text, and other added tokens become their ids.
             allow_long: warn where a conversation has more tokens than the model has positions, instead of refusing it
-                (without config.json: more than `omni.processing.budget.USUAL_POSITIONS`).
+                (without config.json: more than `omni.processing.token_budget.USUAL_POSITIONS`).
             use_audio_in_video: True uses the sound of every video that has one; items may set it for themselves.
             fps: frames taken from each second of a video file (default 2), and the rate of frame lists and arrays.
             min_pixels, max_pixels: size limits for every image and video frame.

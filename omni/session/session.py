@@ -29,8 +29,8 @@ from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
 from omni.parts import ModelParts
 from omni.processing.audio_file import read_piece
-from omni.processing.budget import TokenBudget
 from omni.processing.processor import OmniProcessor
+from omni.processing.token_budget import TokenBudget
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
 from omni.session.conversation import Conversation

@@ -71,7 +71,7 @@ def test_a_huge_text_for_a_session_or_to_speak(model: OmniModel) -> None:
 
 
 def test_without_a_config_there_is_a_stated_limit(without_config: OmniProcessor) -> None:
-    from omni.processing.budget import USUAL_POSITIONS
+    from omni.processing.token_budget import USUAL_POSITIONS
 
     assert without_config(chat("7" * (POSITIONS + 1))).input_ids.shape[1] > POSITIONS
     with pytest.raises(ValueError, match=rf"config.json does not name the model's positions is {USUAL_POSITIONS:,}"):

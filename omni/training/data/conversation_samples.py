@@ -17,9 +17,9 @@ from omni.config.keywords import nearest
 from omni.config.model import OmniConfig
 from omni.config.qwen3_omni import TalkerConfig
 from omni.generation.reply import ANSWER, ReplyReader
-from omni.processing.budget import TooLongError
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
+from omni.processing.token_budget import TooLongError
 from omni.talker.layout import HEADER_LENGTH, turn_layout
 from omni.training.data.manifest import Row, Voice
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn
