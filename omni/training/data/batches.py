@@ -277,7 +277,8 @@ def collate(samples: Sequence[Made], pad_token_id: int = 0) -> TrainingBatch:
     rows = rows or [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     spoken: list[tuple[int, SpokenTurn]] = [(row, turn) for row, sample in enumerate(rows) for turn in sample.speech]
     inputs = _join_inputs([sample.inputs for sample in rows], pad_token_id)
-    return TrainingBatch(inputs, [sample.labels for sample in rows], spoken, [sample.name for sample in rows])
+    labels, names = [sample.labels for sample in rows], [sample.name for sample in rows]
+    return TrainingBatch(inputs, labels, spoken, names, bool(pairs))
 
 
 class Collated:

@@ -73,12 +73,14 @@ class Pair:
 @dataclass
 class TrainingBatch:
     """Conversations side by side: `inputs` a padded batch of B rows (as the processor makes it), labels of each row
-    without padding, the spoken turns as (row, turn)."""
+    without padding, the spoken turns as (row, turn). paired: the first half are chosen answers, the second the rejected
+    ones to the same prompts."""
 
     inputs: OmniInputs
     labels: list[Tensor]
     speech: list[tuple[int, SpokenTurn]]
     names: list[str]
+    paired: bool = False
 
     @property
     def tokens(self) -> int:

@@ -159,7 +159,7 @@ class DPO:
 
     def _check(self, batch: TrainingBatch) -> None:
         rows = len(batch.labels)
-        if rows % 2:
+        if rows % 2 or not batch.paired:
             raise ValueError(f"a batch of {rows} rows is not one of pairs; give rows a chosen and a rejected answer")
         spoken = {row for row, _ in batch.speech}
         for row, (name, labels) in enumerate(zip(batch.names, batch.labels)):

@@ -182,3 +182,11 @@ def test_wrong_settings_are_refused(tiny: OmniModel) -> None:
     with pytest.raises(ValueError, match="above 0"):
         DPO(tiny, beta=0)
     assert DPO(tiny, given={"text_preference": 0.5}).weights == {"text_preference": 0.5}
+
+
+def test_answers_to_unlike_questions_are_no_pair(tiny: OmniModel) -> None:
+    """An even number of plain rows is not half as many pairs."""
+    batch = collate([sample(tiny, question, both[0]) for question, both in ANSWERS.items()])
+    assert len(batch.labels) % 2 == 0
+    with pytest.raises(ValueError, match="is not one of pairs"):
+        DPO(tiny).prepare(tiny, batch)
