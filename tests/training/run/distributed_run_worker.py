@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from omni import OmniModel
+from omni.evaluation.suite import EvalOptions, evaluation_hook
 from omni.layers.moe import Experts
 from omni.packaged.toy import toy_processor
 from omni.training.data.batches import collate
@@ -329,6 +330,11 @@ def resumed(folder: Path) -> None:
     run_noisy(folder / "broken")
 
 
+def short_answers(processor: Any, manifest: Any, metrics: Any, limit: int, codes: Any) -> Any:
+    """The scorer of a run, whose answers are cut short."""
+    return evaluation_hook(processor, manifest, metrics, limit, codes, options=EvalOptions(max_new_tokens=4))
+
+
 def answering(folder: Path) -> None:
     """Runs that score their own answers while FSDP spreads the model, one of them with experts shared in bfloat16."""
     manifest = SourceTable(str(folder / "rows.jsonl"))
@@ -339,7 +345,7 @@ def answering(folder: Path) -> None:
             data=DataTable((manifest,), (manifest,), max_tokens=150, bucket=4),
             log=LogTable(str(folder / name), tensorboard=False, progress=False),
             save=SaveTable(str(folder / name / "checkpoints") if expert == 1 else None),
-            eval=EvalTable(every=1, limit=2, metrics=metrics),
+            eval=EvalTable(1, 2, metrics, "distributed_run_worker:short_answers"),
             parallel=ParallelTable(expert=expert),
         )
         build_run(config).train()
