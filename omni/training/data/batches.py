@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omni.processing.audio_file import join_clips
 from omni.processing.inputs import OmniInputs
-from omni.training.data.conversation_samples import SkipRow
+from omni.training.data.conversation_samples import BEYOND, SkipRow
 from omni.training.data.failures import RunError, reason
 from omni.training.data.manifest import Row
 from omni.training.data.mixture import Draw, Mixture, random_number
@@ -133,6 +133,8 @@ class Batches:
         name, reason = next(iter(self.skipped.items()), ("", ""))
         if name:
             return f"{counts}; the first bad one is {name}: {reason}"
+        if set(self.tally.left_out) == {BEYOND}:
+            return f"{counts}; shorten them, or take fewer or smaller frames of their media"
         return f"{counts}; raise max_tokens (now {self.max_tokens}) or check the rows"
 
     def _next_bucket(self) -> _Bucket:

@@ -32,6 +32,9 @@ LOSS_ON = ("assistant", "last")
 OPTIONS = ("enable_thinking", "fps", "min_pixels", "max_pixels", "total_pixels", "max_frames", "mel_level")
 
 
+BEYOND = "longer than the model's positions"  # why a row is left out, whatever a run sets
+
+
 class SkipRow(Exception):
     """The row is sound but not to be used here; the text says why, and `kind` in words that all such rows share."""
 
@@ -131,7 +134,7 @@ class SampleMaker:
                 **self.options,
             )
         except TooLongError as error:
-            raise SkipRow(f"more than {self.max_tokens} tokens") from error
+            raise self._too_long() from error
         ids = self._short_enough(inputs.input_ids[0].tolist())
         spans = answer_spans(ids, self.config)
         if len(spans) != len(voices) or any(ids[start - 1] != self._newline for start, _ in spans):
@@ -152,16 +155,21 @@ class SampleMaker:
         segments = inputs.segments(self.config.thinker, self.processor.audio_tokens if hears else None)
         reach = reply_position(prompt_positions(segments[0], self.config.thinker.position_rule)[0])
         if reach > self.config.thinker.text_config.max_position_embeddings:
-            beyond = "beyond those of the model"
-            raise SkipRow(f"reaches position {math.ceil(reach)}, {beyond}", f"reaches positions {beyond}")
+            raise SkipRow(f"reaches position {math.ceil(reach)}, beyond those of the model", BEYOND)
         learnt_spans = [(span, voice) for span, voice, own in zip(spans, voices, learnt) if own]
         labels = self._labels(inputs, [span for span, _ in learnt_spans])
         return Sample(inputs, labels, self._spoken(ids, learnt_spans), row.name)
 
     def _short_enough(self, ids: list[int]) -> list[int]:
         if len(ids) > self.max_tokens:
-            raise SkipRow(f"more than {self.max_tokens} tokens")
+            raise self._too_long()
         return ids
+
+    def _too_long(self) -> SkipRow:
+        positions = self.config.thinker.text_config.max_position_embeddings
+        if self.max_tokens < positions:
+            return SkipRow(f"more than {self.max_tokens} tokens")
+        return SkipRow(f"more than {positions} tokens, for which the model has positions", BEYOND)
 
     def _labels(self, inputs: OmniInputs, spans: Sequence[tuple[int, int]]) -> Tensor:
         """int64 [T]: the ids of the answers that are learnt, `IGNORED` elsewhere and at media."""

@@ -48,6 +48,19 @@ COUNTED = {
 }
 
 
+@pytest.mark.parametrize("letters", [200, 400])
+def test_rows_beyond_the_models_positions_are_not_helped_by_a_setting(tmp_path: Path, letters: int) -> None:
+    config = tiny_config()
+    short = config.thinker.text_config.replace(max_position_embeddings=100)
+    config = config.replace(thinker_config=config.thinker.replace(text_config=short))
+    manifest = Manifest(write_rows(tmp_path / "a.jsonl", [{"messages": chat("q", "x" * letters)}] * 3))
+    batches = Batches(Mixture([manifest]), SampleMaker(toy_processor(), config), max_tokens=10_000, bucket_size=2)
+    refused = pytest.raises(ValueError, match=r"longer than the model's positions.*shorten them")
+    with pytest.warns(UserWarning, match="more than 100 tokens, for which the model has positions"), refused as told:
+        next(batches)
+    assert "max_tokens" not in str(told.value)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_reason_is_counted_and_named_once(tmp_path: Path, workers: int) -> None:
     batches = mixed(tmp_path, workers=workers)
