@@ -5,7 +5,7 @@ Shapes: N tokens, D model width, E experts, k experts a token, I expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -120,6 +120,9 @@ class RouterLog:
 
     def append(self, logits: Tensor) -> None:
         self.logits.append(logits)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.logits)
 
 
 class MoE(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 from omni.config.keywords import nearest
 from omni.processing.sources import decode_base64
+from omni.processing.token_budget import TooLongError
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
@@ -82,7 +83,7 @@ def located(where: str) -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         if not where:
             raise
-        kinds = (FileNotFoundError, PermissionError, OSError, TypeError, ValueError)
+        kinds = (FileNotFoundError, PermissionError, OSError, TypeError, TooLongError, ValueError)
         kind = next(kind for kind in kinds if isinstance(error, kind))
         mark = "," if str(error).startswith("message ") else ":"
         raise kind(f"{where}{mark} {error}") from error

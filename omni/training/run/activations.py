@@ -17,6 +17,7 @@ from omni.code2wav.window_transformer import WindowLayer
 from omni.encoders.audio import AudioLayer
 from omni.encoders.vision import VisionBlock
 from omni.layers.decoder_layer import DecoderLayer
+from omni.layers.moe import RouterLog
 
 LAYERS: tuple[type[nn.Module], ...] = (DecoderLayer, AudioLayer, VisionBlock, WindowLayer)
 
@@ -43,28 +44,29 @@ def checkpoint_activations(model: nn.Module, layers: tuple[type[nn.Module], ...]
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward that is run again for its backward. Lists among its arguments (router logits) are filled once,
-    by results of the first run: the second must not append to them."""
+    """A layer's forward that is run again for its backward. Lists among its arguments, those of router logits too, are
+    filled once, by results of the first run: the second must not append to them."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list)]
+        lists = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, RouterLog))]
 
-        def fresh(*args: Any, **kwargs: Any) -> tuple[Any, list[list[Any]]]:
-            new: list[list[Any]] = []
+        def fresh(*args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+            new: list[Any] = []
 
             def own(value: Any) -> Any:
-                if not isinstance(value, list):
+                if not isinstance(value, (list, RouterLog)):
                     return value
-                new.append([])
+                new.append(type(value)())
                 return new[-1]
 
             return forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()}), new
 
         result, filled = checkpoint(fresh, *args, use_reentrant=False, **kwargs)
         for old, new in zip(lists, filled):
-            old.extend(new)
+            for value in new:
+                old.append(value)
         return result
 
     return run

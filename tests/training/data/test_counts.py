@@ -8,13 +8,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 from build import chat, tiny_config, tone, write_rows
 
 from omni.packaged.toy import toy_processor
 from omni.training.data.batches import Batches, pack, size
-from omni.training.data.conversation_samples import SampleMaker
+from omni.training.data.conversation_samples import SampleMaker, SkipRow
 from omni.training.data.manifest import Manifest, Row, Voice
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
@@ -191,3 +192,11 @@ def test_the_published_updates_on_new_rows_replay_old_ones() -> None:
     shares = {Path(source.manifest).stem: source.weight for source in config.data.train}
     assert shares.keys() == {"train", "replay"} and 0.1 < shares["replay"] / sum(shares.values()) < 0.5
     assert "**Replay.**" in (root / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def test_a_row_whose_film_is_too_long_is_left_out_and_not_bad(tmp_path: Path) -> None:
+    film = {"type": "video", "video": [np.zeros((64, 64, 3), np.uint8)] * 40, "fps": 2.0}
+    maker = SampleMaker(toy_processor(), tiny_config(), max_tokens=60)
+    maker.processor.files.model["text_config"] = {"max_position_embeddings": 30}
+    with pytest.raises(SkipRow):
+        maker(Row([{"role": "user", "content": [film]}, {"role": "assistant", "content": "a"}], [Voice()]))
