@@ -105,6 +105,18 @@ def _conversations(row: Columns) -> Columns:
     return {**row, "messages": read_turns(row.pop("conversations"))}
 
 
+def _exchanges(row: Columns) -> Columns:
+    """ms-swift's {"human", "assistant"}, one object a question and its answer; turns with roles as well."""
+    given, turns = row.pop("conversation"), []
+    if not isinstance(given, list) or not all(
+        isinstance(e, Mapping) and e.keys() == {"human", "assistant"} for e in given
+    ):
+        return {**row, "messages": read_turns(given)}
+    for exchange in given:
+        turns += [("user", exchange["human"]), ("assistant", exchange["assistant"])]
+    return {**row, "messages": plain(turns)}
+
+
 def _alpaca(row: Columns) -> Columns:
     parts = plain([("user", row.pop(key)) for key in ("instruction", "input") if row.get(key) not in (None, "")])
     turns = [*_history(row), ("user", "\n".join(part["content"] for part in parts))]
@@ -221,6 +233,7 @@ FORMS = (
     ),
     Form("query", ("query", "response"), (*COMMON, "history", "rejected_response"), _query),
     Form("conversations", ("conversations",), (*COMMON, *MEDIA, "chosen", "rejected"), _conversations),
+    Form("conversation", ("conversation",), COMMON, _exchanges),
     Form("instruction", ("instruction", "output"), (*COMMON, "input", "history"), _alpaca),
     Form("instruction pair", ("instruction", "chosen", "rejected"), (*COMMON, "input", "history"), _alpaca),
     Form("two outputs", ("input", "preferred_output", "non_preferred_output"), COMMON, _two_outputs),
@@ -232,7 +245,7 @@ FORMS = (
 WORSE = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 _OR_TEXT = ("input", "prompt", "completion", "chosen", "rejected")
 _NESTED = (
-    *_OR_TEXT, "messages", "conversations", "history", "rejected_messages", "preferred_output",
+    *_OR_TEXT, "messages", "conversations", "conversation", "history", "rejected_messages", "preferred_output",
     "non_preferred_output", *MEDIA.values(), *MEDIA,
 )  # fmt: skip
 

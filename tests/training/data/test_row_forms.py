@@ -74,6 +74,10 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         },
         [SYSTEM, *chat("q", "a")],
     ),
+    "ms-swift: questions with their answers": (
+        {"system": "Be brief.", "conversation": [{"human": "q", "assistant": "a"}, {"human": "q2", "assistant": "a2"}]},
+        [SYSTEM, *chat("q", "a", "q2", "a2")],
+    ),
     "LLaMA-Factory: video and sound": (
         {
             "conversations": [{"from": "human", "value": "<video><audio>q"}, {"from": "gpt", "value": "a"}],
@@ -323,6 +327,10 @@ def test_an_empty_cell_costs_its_row(empty: dict[str, Any], tmp_path: Path) -> N
     manifest = Manifest(write_rows(tmp_path / "a.jsonl", [{"messages": chat("q", "a")}, empty]))
     with pytest.raises(ValueError, match="also needs") as caught:
         manifest[1]
+    assert not isinstance(caught.value, NotUnderstood)
+    (tmp_path / "a.csv").write_text(f"{','.join(empty)}\n{','.join(str(value or '') for value in empty.values())}\n")
+    with pytest.raises(ValueError, match="also needs") as caught:
+        Manifest(tmp_path / "a.csv")[0]
     assert not isinstance(caught.value, NotUnderstood)
 
 
