@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omni.config.keywords import nearest
-from omni.training.data.row_forms import MEDIA, WORSE, NotUnderstood, as_heard, as_messages
+from omni.training.data.row_forms import MEDIA, WORSE, Incomplete, NotUnderstood, as_heard, as_messages
 from omni.training.data.row_sources import FORMATS, open_rows
 from omni.training.data.row_stores import Checksum, Locate, RowStore, parse_json
 
@@ -139,6 +139,10 @@ class Manifest:
         try:
             return form(self.raw(index), self.ignore, *options)
         except NotUnderstood as error:
+            if (
+                isinstance(error, Incomplete) and None in self.store.read(index).values()
+            ):  # that row alone has no answer
+                raise ValueError(str(error)) from error
             raise NotUnderstood(f"{self.name(index)}: {error}") from error
 
     def __getitem__(self, index: int) -> Row:

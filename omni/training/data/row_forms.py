@@ -33,7 +33,8 @@ REFUSED = {
     "objects": "boxes are not written into texts",
     "chat_template_kwargs": "templates get the run's options, not a row's",
 }
-_PARTS = ("offset", "start", "end", "start_time", "end_time")
+_BEGINS = ("offset", "start", "start_time")
+_PARTS = (*_BEGINS, "end", "end_time")
 REFUSED |= dict.fromkeys(_PARTS, "recordings are read whole")
 _CLOSE = 0.8  # how alike an unknown column and a known one are before it counts as misspelt
 _TEXTS = (
@@ -52,6 +53,10 @@ _HARMLESS = (
 
 class NotUnderstood(RunValueError):
     """What the rows of a set hold is not what the run can learn from; such a row is never passed over as a bad one."""
+
+
+class Incomplete(NotUnderstood):
+    """A row that a form would read whole if it had one more column; where that one is empty, the row alone is bad."""
 
 
 class Form(NamedTuple):
@@ -98,6 +103,18 @@ def _conversations(row: Columns) -> Columns:
         if isinstance(row.get(key), Mapping):
             row[key] = {k: v for k, v in read_turns([row[key]])[0].items() if k != "role"}
     return {**row, "messages": read_turns(row.pop("conversations"))}
+
+
+def _exchanges(row: Columns) -> Columns:
+    """ms-swift's {"human", "assistant"}, one object a question and its answer; turns with roles as well."""
+    given, turns = row.pop("conversation"), []
+    if not isinstance(given, list) or not all(
+        isinstance(e, Mapping) and e.keys() == {"human", "assistant"} for e in given
+    ):
+        return {**row, "messages": read_turns(given)}
+    for exchange in given:
+        turns += [("user", exchange["human"]), ("assistant", exchange["assistant"])]
+    return {**row, "messages": plain(turns)}
 
 
 def _alpaca(row: Columns) -> Columns:
@@ -216,6 +233,7 @@ FORMS = (
     ),
     Form("query", ("query", "response"), (*COMMON, "history", "rejected_response"), _query),
     Form("conversations", ("conversations",), (*COMMON, *MEDIA, "chosen", "rejected"), _conversations),
+    Form("conversation", ("conversation",), COMMON, _exchanges),
     Form("instruction", ("instruction", "output"), (*COMMON, "input", "history"), _alpaca),
     Form("instruction pair", ("instruction", "chosen", "rejected"), (*COMMON, "input", "history"), _alpaca),
     Form("two outputs", ("input", "preferred_output", "non_preferred_output"), COMMON, _two_outputs),
@@ -227,7 +245,7 @@ FORMS = (
 WORSE = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 _OR_TEXT = ("input", "prompt", "completion", "chosen", "rejected")
 _NESTED = (
-    *_OR_TEXT, "messages", "conversations", "history", "rejected_messages", "preferred_output",
+    *_OR_TEXT, "messages", "conversations", "conversation", "history", "rejected_messages", "preferred_output",
     "non_preferred_output", *MEDIA.values(), *MEDIA,
 )  # fmt: skip
 
@@ -259,7 +277,7 @@ def as_heard(raw: Mapping[str, Any], ignore: Collection[str] = ()) -> Columns:
     if "messages" not in row and any(not set(row).isdisjoint(form.needs) for form in FORMS[1:-1]):
         return as_messages(row)[0]
     for key in _PARTS:
-        if row.get(key):
+        if row.get(key) and _is_part(key, row[key]):
             raise NotUnderstood(f"the row has the column {key!r}, but {REFUSED[key]}; cut the recording, or list it in "
                                 "data.ignore_columns")  # fmt: skip
     return row if "messages" in row else named_plainly(row)
@@ -284,6 +302,8 @@ def form_of(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Form:
         return FORMS[-1]
     begun = max(FORMS, key=lambda form: sum(key in row for key in form.needs) / len(form.needs))
     missing = [key for key in begun.needs if key not in row]
+    if len(missing) == len(begun.needs) and not MEDIA.keys().isdisjoint(plainly):
+        begun, missing, row = FORMS[-1], ["text"], plainly
     texts = [key for key, value in row.items() if not _is_harmless(key, value)]
     if not texts:
         raise ValueError(f"the row needs messages, a list of {{'role', 'content'}}, got {str(dict(row))[:80]}")
@@ -291,7 +311,7 @@ def form_of(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Form:
     strange = [key for key in texts if key not in {*every, *begun.takes}]
     near = [f"{key!r}: {hint}" for key in strange if (hint := nearest(key, every, "", 0.6))]
     told = [f"the form {begun.name!r} also needs {' and '.join(missing)}"] if len(missing) < len(begun.needs) else []
-    raise NotUnderstood(
+    raise (Incomplete if told and not strange else NotUnderstood)(
         f"the columns {', '.join(texts)} are of no known form; {', '.join((*told, *near)) or 'rename them'} "
         f"(forms: {'; '.join(', '.join(form.needs) for form in FORMS)})"
     )
@@ -300,15 +320,20 @@ def form_of(row: Mapping[str, Any], ignore: Collection[str] = ()) -> Form:
 def _check_unknown(key: str, value: Any, form: Form) -> None:
     """Pass over a column that changes nothing; NotUnderstood for any other."""
     end = f"; the row is of the form {form.name!r}. List the column in data.ignore_columns if nothing depends on it"
-    if value in ("", [], {}):
+    if value in ("", [], {}) or not _is_part(key, value):
         return
-    if key in REFUSED and not (key in _PARTS and value == 0):
+    if key in REFUSED:
         raise NotUnderstood(f"the row has the column {key!r}, but {REFUSED[key]}{end}")
     hint = _misspelt(key, form.name)
     if _named_harmless(key) or (_is_harmless(key, value) and not (hint and _is_number(value))):
         return
     hint = hint or nearest(key, {known for other in FORMS for known in other.needs}, "no form knows it", 0.6)
     raise NotUnderstood(f"the row has the unknown key {key!r}; {hint}{end}")
+
+
+def _is_part(key: str, value: Any) -> bool:
+    """Whether a column may say something: a part of a recording that begins at 0 says nothing."""
+    return not (key in _BEGINS and _is_number(value) and float(value) == 0)
 
 
 def _is_harmless(key: str, value: Any) -> bool:

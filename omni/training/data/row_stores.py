@@ -32,7 +32,7 @@ _SUFFIXES = {  # of the members of a tar file -> what they are
     "video": frozenset((".mp4", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")),
 }
 # columns of rows that place media by tags, so that a list of them is meant
-_PLACED = ("messages", "conversations", "query", "instruction", "prompt", "input")
+_PLACED = ("messages", "conversations", "conversation", "query", "instruction", "prompt", "input")
 
 
 def kind_of(suffix: str) -> str | None:
@@ -228,7 +228,7 @@ class Csv(RowStore):
             record = next(csv.reader((line.decode("utf-8") for line in file), **self.options))
         if len(record) > len(self.columns):
             raise ValueError(f"the row has {len(record)} cells for {len(self.columns)} columns")
-        return {name: Cell(cell) for name, cell in zip(self.columns, record) if cell}
+        return {name: Cell(cell) if cell else None for name, cell in itertools.zip_longest(self.columns, record)}
 
 
 class Tar(RowStore):

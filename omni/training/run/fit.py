@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from omni.training.data.conversation_samples import SampleMaker, SkipRow, learnt_answers
+from omni.training.data.failures import RunError, reason
 from omni.training.data.manifest import Row, Voice
 from omni.training.data.mixture import Draw, Mixture
+from omni.training.data.recordings import DrawnBatches
 from omni.training.data.row_forms import NotUnderstood
 from omni.training.run.train_config import TrainConfig
 
@@ -26,6 +29,8 @@ _READ_BY = {
     "eval.scorer": _CONVERSATIONS,
 }
 _KNOWN = (*_CONVERSATIONS, "codec", "flow_matching", "transcription")
+# parts of the model that hear and see -> the kinds of media that reach them
+_ENCODERS = {"audio_encoder": ("audio", "video"), "vision_encoder": ("image", "video")}
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -54,11 +59,27 @@ def check_settings(config: TrainConfig) -> None:
         raise ValueError("objective.alphabet has no effect with objective.labels = 'tokens'; leave it out")
 
 
-def look_at_rows(mixture: Mixture, make: SampleMaker, config: TrainConfig) -> None:
+def check_learns(learns: Collection[str], config: TrainConfig) -> None:
+    """Raises ValueError where the objective's losses reach none of the parts of the model that learn."""
+    objective, options = config.train.objective, config.objective
+    reached = {"talker"} if objective in _SPOKEN or (objective == "dpo" and options.get("speech")) else set()
+    if objective != "talker" and not (objective == "dpo" and options.get("text") is False):
+        reached |= {"thinker", *_ENCODERS}
+    if options.get("detach") is False:
+        reached |= {"thinker", *_ENCODERS}
+    if objective in _CONVERSATIONS and not reached & set(learns):
+        raise ValueError(
+            f"objective {objective!r} would teach nothing: it reaches {', '.join(sorted(reached))}, and what learns by "
+            f"train.parameters or lora.patterns is of {', '.join(sorted(learns))}; choose parameters that it reaches"
+        )
+
+
+def look_at_rows(mixture: Mixture, make: SampleMaker, config: TrainConfig, learns: Collection[str] = ()) -> None:
     """Look at a sample of the rows of each manifest, and make what is read of one.
 
-    Raises NotUnderstood where the rows are no pairs for an objective of pairs, or pairs for another one; where a
-    Talker's objective finds no speech, or that of a new voice no answer in it; and ValueError where no row can be used.
+    learns: the parts of the model that learn. Raises NotUnderstood where the rows are no pairs for an objective of
+    pairs, or pairs for another one; where a Talker's objective finds no speech, that of a new voice no answer in it, or
+    an encoder that learns alone nothing to hear or see; and ValueError where no row can be used.
     """
     objective, usable, bad = config.train.objective, False, []
     rows: list[Row] = []
@@ -78,10 +99,17 @@ def look_at_rows(mixture: Mixture, make: SampleMaker, config: TrainConfig) -> No
             bad.append(f"{draw.name}: {error}")
     if bad and not usable:
         raise ValueError(f"none of {len(bad)} rows that were looked at can be used; the first is {bad[0]}")
+    kinds = tuple(kind for part in learns for kind in _ENCODERS.get(part, ()))
+    lone = bool(learns) and _ENCODERS.keys() >= set(learns)
+    if rows and lone and not any(_shows(row, kinds) for row in itertools.chain(rows, _all(mixture))):
+        raise NotUnderstood(
+            f"nothing but {' and '.join(learns)} learns, and no row of {_named(mixture)} holds {' or '.join(kinds)}; "
+            "give it such rows, or let more learn with train.parameters"
+        )
     if not make.speech or not rows:
         return
     wanted = None if config.speaker is None else config.speaker.add.lower()
-    if any(_speaks(row, make, wanted) for row in (*rows, *_all(mixture))):
+    if any(_speaks(row, make, wanted) for row in itertools.chain(rows, _all(mixture))):
         return
     if not any(_speaks(row, make, None) for row in rows):
         raise NotUnderstood(
@@ -92,6 +120,36 @@ def look_at_rows(mixture: Mixture, make: SampleMaker, config: TrainConfig) -> No
         f"speaker.add = {wanted!r} learns from answers of that voice, and no spoken one in {_named(mixture)} has it; "
         f"write 'speaker': '{wanted}' into the rows"
     )
+
+
+def _shows(row: Row, kinds: tuple[str, ...]) -> bool:
+    """Whether a message of a row holds a medium of one of these kinds, in any of the forms of an item."""
+    items = [item for message in row.messages for item in _items(message.get("content")) if isinstance(item, Mapping)]
+    return any(kind in str(name) for item in items for name in (*item, item.get("type")) for kind in kinds)
+
+
+def _items(content: Any) -> Sequence[Any]:
+    return content if isinstance(content, (list, tuple)) else ()
+
+
+def look_at_recordings(batches: DrawnBatches[Any, Any]) -> None:
+    """Make what is read of one row, for objectives that hear recordings and know no conversation.
+
+    Raises ValueError where no row of a sample of each manifest's can be used.
+    """
+    bad = []
+    for number, draw in enumerate(_spread(batches.mixture), 1):
+        try:
+            batches.make(draw, number)
+            return
+        except RunError:
+            raise
+        except SkipRow:
+            return
+        except Exception as error:  # whatever a decoder makes of a damaged file, as where the row is drawn
+            bad.append(f"{draw.name}: {reason(error)}")
+    if bad:
+        raise ValueError(f"none of {len(bad)} rows that were looked at can be used; the first is {bad[0]}")
 
 
 def _speaks(row: Row, make: SampleMaker, speaker: str | None) -> bool:

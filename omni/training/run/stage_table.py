@@ -50,7 +50,7 @@ from omni.training.objectives.transcription_stage import (
     evaluate_transcriber,
 )
 from omni.training.run.contracts import Data, Objective, Stateful
-from omni.training.run.fit import look_at_rows
+from omni.training.run.fit import check_learns, look_at_recordings, look_at_rows
 from omni.training.run.objective_losses import ObjectiveLosses, merged
 from omni.training.run.objective_options import objective_options
 from omni.training.run.recorded_speech import codec_encoder, codes_of, no_codec
@@ -144,6 +144,8 @@ def conversations(setup: Setup, *, speech: bool, pairs: bool | None = None) -> C
     answers each (None: one or two). A sample of the rows is looked at: raises ValueError where the objective would
     learn nothing of them, or the wrong thing."""
     processor, table, mixture = setup.require_processor(), setup.config.data, setup.mixture()
+    learns = sorted({name.split(".")[0] for name, p in setup.model.named_parameters() if p.requires_grad})
+    check_learns(learns, setup.config)
     maker = SampleMaker(
         processor,
         setup.model.config,
@@ -153,7 +155,7 @@ def conversations(setup: Setup, *, speech: bool, pairs: bool | None = None) -> C
         speech=speech,
         pairs=pairs,
     )
-    look_at_rows(mixture, maker, setup.config)
+    look_at_rows(mixture, maker, setup.config, learns)
     batches = Batches(
         mixture,
         maker,
@@ -314,6 +316,7 @@ def _codec(setup: Setup) -> Stage:
 
     module = nn.ModuleDict({"code2wav": code2wav}) if codec is None else codec
     train = crops("train", table.workers)
+    look_at_recordings(train)
     return Stage(module, objective, train, {"codec": objective}, finish, evaluate, keeps_codes=codec is None)
 
 
@@ -336,8 +339,9 @@ def _flow_matching(setup: Setup) -> Stage:
         return flow_batches(mixture, make, batch_size=batch_size, skip_limit=table.skip_limit, workers=workers)
 
     evaluate = _on_fixed_batches(setup, lambda: iter(batches("eval")), evaluate_flow)
-    module = nn.ModuleDict({"dit": code2wav.dit})
-    return Stage(module, objective, batches("train", table.workers), evaluate=evaluate)
+    module, train = nn.ModuleDict({"dit": code2wav.dit}), batches("train", table.workers)
+    look_at_recordings(train)
+    return Stage(module, objective, train, evaluate=evaluate)
 
 
 def _transcription(setup: Setup) -> Stage:
@@ -369,8 +373,9 @@ def _transcription(setup: Setup) -> Stage:
 
     score = partial(evaluate_transcriber, labels=labels, language=language or "en")
     evaluate = _on_fixed_batches(setup, lambda: iter(clips("eval")), score)
-    objective = TranscriptionObjective(transcriber, setup.config.loss)
-    return Stage(transcriber, objective, clips("train", table.workers), evaluate=evaluate)
+    objective, train = TranscriptionObjective(transcriber, setup.config.loss), clips("train", table.workers)
+    look_at_recordings(train)
+    return Stage(transcriber, objective, train, evaluate=evaluate)
 
 
 def _embeddings(setup: Setup, kind: str, blank: str | None) -> dict[str, Any]:

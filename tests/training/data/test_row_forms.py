@@ -15,6 +15,7 @@ from omni.training.data.batches import Batches
 from omni.training.data.conversation_samples import SampleMaker
 from omni.training.data.manifest import Manifest, Row, Voice, read_row
 from omni.training.data.mixture import Mixture
+from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import IGNORED, Pair, Sample
 
 PROCESSOR, CONFIG = toy_processor(), tiny_config()
@@ -72,6 +73,10 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             "id": "7",
         },
         [SYSTEM, *chat("q", "a")],
+    ),
+    "ms-swift: questions with their answers": (
+        {"system": "Be brief.", "conversation": [{"human": "q", "assistant": "a"}, {"human": "q2", "assistant": "a2"}]},
+        [SYSTEM, *chat("q", "a", "q2", "a2")],
     ),
     "LLaMA-Factory: video and sound": (
         {
@@ -305,6 +310,38 @@ def test_it_ends_a_run_instead_of_being_passed_over(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"bad_answer.*data\.ignore_columns"):
             next(batches)
         batches.close()
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"prompt": "q", "completion": None},
+        {"audio": "a.wav", "text": None},
+        {"path": "a.wav", "sentence": None, "up_votes": 2},
+        {"image": "1.png", "caption": None},
+        {"prompt": "q", "chosen": "a", "rejected": None},
+        {"instruction": "q", "input": None, "output": None},
+    ],
+)
+def test_an_empty_cell_costs_its_row(empty: dict[str, Any], tmp_path: Path) -> None:
+    manifest = Manifest(write_rows(tmp_path / "a.jsonl", [{"messages": chat("q", "a")}, empty]))
+    with pytest.raises(ValueError, match="also needs") as caught:
+        manifest[1]
+    assert not isinstance(caught.value, NotUnderstood)
+    (tmp_path / "a.csv").write_text(f"{','.join(empty)}\n{','.join(str(value or '') for value in empty.values())}\n")
+    with pytest.raises(ValueError, match="also needs") as caught:
+        Manifest(tmp_path / "a.csv")[0]
+    assert not isinstance(caught.value, NotUnderstood)
+
+
+@pytest.mark.parametrize("begin", [{"offset": 0.0}, {"start": 0}, {"start_time": 0.0}])
+def test_a_recording_from_its_beginning(begin: dict[str, Any], tmp_path: Path) -> None:
+    row = {"audio_filepath": "a.wav", "text": "hello", "duration": 1.5, **begin}
+    manifest = Manifest(write_rows(tmp_path / "a.jsonl", [row]))
+    with pytest.warns(UserWarning, match="duration"):
+        assert manifest[0].messages[1]["content"] == [{"type": "text", "text": "hello"}]
+    (tmp_path / "a.csv").write_text(f"audio_filepath,text,{next(iter(begin))}\na.wav,hello,0.0\n")
+    assert Manifest(tmp_path / "a.csv").heard(0)["text"] == "hello"
 
 
 def test_columns_to_leave_out(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def make(tiny_checkpoint: Path, tmp_path: Path) -> Make:
 
     def build(named: str, rows: list[dict[str, Any]], **tables: Any) -> Run:
         data = {"train": [{"manifest": str(write_rows(tmp_path / "rows.jsonl", rows))}], "bucket": 4}
+        if tables.get("objective", {}).get("teacher") == "CHECKPOINT":
+            tables["objective"] = {"teacher": str(tiny_checkpoint)}
         train = {"objective": named, "steps": 2, "precision": "fp32", "device": "cpu"}
         return build_run(
             TrainConfig.from_dict(
@@ -74,6 +76,26 @@ MISFITS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
         {},
         r"none of 1 rows.*nowhere\.wav",
     ),
+    "no recording to transcribe": ("transcription", PLAIN, {}, r"none of 2 rows.*rows\.jsonl:1.*recording"),
+    "no recording that is there": ("transcription", [{"audio": "nowhere.wav", "text": "a"}], {}, "nowhere"),
+    "no recording to encode": ("codec", PAIR, {}, r"none of 1 rows.*rows\.jsonl:1.*recording"),
+    "no recording to decode": ("codec", PLAIN, {"objective": {"decoder_only": True}}, r"none of 2 rows"),
+    "a Talker to learn from texts": ("thinker", PLAIN, {"train": {"parameters": ["talker.*"]}}, "teach nothing"),
+    "a Thinker to learn from speech": ("talker", SPOKEN, {"train": {"parameters": ["thinker.*"]}}, "reaches talker"),
+    "low-rank updates of the Talker": ("dpo", PAIR, {"lora": {"patterns": ["talker.*.q_proj"]}}, "teach nothing"),
+    "nothing to hear": ("thinker", PLAIN, {"train": {"parameters": ["audio_encoder.*"]}}, "holds audio or video"),
+    "nothing to see": (
+        "distillation",
+        [{"messages": chat("<audio>", "a"), "audios": ["nowhere.wav"]}, *PLAIN],
+        {"train": {"parameters": ["vision_encoder.*"]}, "objective": {"teacher": "CHECKPOINT"}},
+        "holds image or video",
+    ),
+    "nothing to hear or see": (
+        "thinker",
+        PLAIN,
+        {"train": {"parameters": ["audio_encoder.*", "vision_encoder.*"]}},
+        "nothing but audio_encoder and vision_encoder learns",
+    ),
     "a column that is not understood": ("thinker", [{"messages": chat("q", "a"), "bad": "b"}], {}, "unknown key 'bad'"),
 }  # fmt: skip
 
@@ -87,6 +109,7 @@ def test_rows_that_do_not_fit_the_objective(make: Make, misfit: str) -> None:
 
 LORA = {"patterns": ["thinker.layers.*.self_attn.?_proj"]}
 SOUNDS = [{"audio": "a.wav", "text": "a"}]
+HEARD = [{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}, *chat("q", "a")[1:]]}]
 USELESS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("codec", {"lora": {"patterns": ["code2wav.*"]}}),
     "lora ": ("transcription", {"lora": LORA}),
@@ -126,6 +149,8 @@ def test_what_fits_runs(make: Make, tmp_path: Path) -> None:
         ("joint", SPOKEN, {}),
         ("thinker", [*PLAIN, {"messages": chat("<audio>", "a"), "audios": ["nowhere.wav"]}], {}),
         ("transcription", SOUNDS, {}),
+        ("thinker", [*PLAIN * 40, *HEARD], {"train": {"parameters": ["audio_encoder.*"]}}),
+        ("thinker", HEARD, {"train": {"parameters": ["audio_encoder.*", "vision_encoder.*"]}}),
     ):
         assert make(objective, rows, **tables).trainer.config.train.objective == objective
 
@@ -138,7 +163,10 @@ def test_both_of_two_answers_in_a_row_are_learnt(make: Make) -> None:
     assert run.setup.processor.decode(labels[labels >= 0]) == "onetwo"
 
 
-@pytest.mark.parametrize("misfit", ["one answer to compare", "nothing to say", "a column that is not understood"])
+@pytest.mark.parametrize(
+    "misfit",
+    ["one answer to compare", "nothing to say", "no recording to transcribe", "a column that is not understood"],
+)
 def test_a_dry_run_says_so(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], misfit: str
 ) -> None:
