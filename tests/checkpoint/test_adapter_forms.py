@@ -276,11 +276,19 @@ def test_a_model_with_updates_is_saved_merged_and_stays_as_it_is(dtype, options,
         assert torch.equal(saved[name], tensor), name
 
 
+WHOLE = {"modules_to_save", "trainable_token_indices"}  # PEFT puts these into a whole model only
 INJECTED = {
     "embedding": {"target_modules": ["embed_tokens"]},
     "dora": {"target_modules": ["q_proj"], "use_dora": True},
     "parameters": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     "whole modules": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["k_proj"], "trainable_token_indices": {"thinker.embed_tokens": [3, 104, 5]}},
+    "one token": {"target_modules": ["o_proj"], "trainable_token_indices": [104]},
+    "tokens and modules": {
+        "target_modules": ["v_proj"],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [7, 104],
+    },
 }
 
 
@@ -289,7 +297,7 @@ INJECTED = {
 def test_whatever_peft_puts_into_a_model_is_saved_merged(form, tmp_path: Path) -> None:
     model = tiny_model("thinker")
     config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **INJECTED[form])
-    peft = get_peft_model(model, config) if form == "whole modules" else inject_adapter_in_model(config, model)
+    peft = get_peft_model(model, config) if {*INJECTED[form]} & WHOLE else inject_adapter_in_model(config, model)
     trained(model)
     inputs = model.processor(chat("hi"))
     with torch.no_grad():
