@@ -267,8 +267,9 @@ class OmniModel(ModelParts):
         try:
             with MetaBuild():
                 model = cls(config, parts)
-        except (RuntimeError, OverflowError) as error:  # of sizes whose product no tensor can have
-            raise ValueError(f"no model can be built from config.json in {folder}: {error}") from error
+        except (RuntimeError, OverflowError, TypeError) as error:  # of sizes that no tensor can have
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"no model can be built from config.json in {folder}: {reason}") from error
         model.load_report = load_weights(
             model, folder, table=model.key_table, dtype=dtype, device=device, device_map=device_map, strict=strict,
             adapter=adapter, offload_folder=offload_folder, quantize=quantize,
