@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from omni.code2wav.voices import Voice
 
 PerRow = Any  # a value, or a list with one value a row, or one a prompt
+_MOST_ROWS = 65536  # of one batch; more is a slip, and would fill the memory before anything is drawn
 
 
 @dataclass
@@ -75,6 +76,11 @@ def resolve(
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
     rows = prompts * n
+    if rows > _MOST_ROWS:
+        raise ValueError(
+            f"n {n} makes {rows} answers to {prompts} prompts in one batch, over the limit of {_MOST_ROWS}; ask for "
+            "fewer, with another seed each time"
+        )
     each = partial(per_row, rows=prompts, answers=n)
     options = _options(model, rows, each, stop, logprobs, min_new_tokens, logits_processor, max_new_tokens)
     speakers: list[int] | None = None
