@@ -135,3 +135,18 @@ def test_control_tokens_are_let_through_by_true_alone(model: OmniModel, wrong: A
     ):
         with pytest.raises(TypeError, match="control_tokens must be True or False"):
             call()
+
+
+@pytest.mark.parametrize("flag", ["add_generation_prompt", "continue_final_message", "allow_long"])
+def test_flags_of_the_processor(model: OmniModel, flag: str) -> None:
+    for wrong in ("false", 1, torch.zeros(2)):
+        with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+            model.processor([{"role": "user", "content": "x"}], **{flag: wrong})
+
+
+@pytest.mark.parametrize("flag", ["with_router_logits", "allow_long"])
+def test_flags_of_a_pass(model: OmniModel, flag: str) -> None:
+    inputs = model.processor([{"role": "user", "content": "x"}])
+    for wrong in ("false", None, torch.zeros(2)):
+        with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+            model.forward(inputs, **{flag: wrong})
