@@ -37,6 +37,7 @@ from omni.parts import CHILDREN, PARTS, ModelParts, check_parts
 from omni.processing.files import build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
+from omni.processing.template import check_flags
 from omni.thinker.thinker import ThinkerOutput
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class OmniModel(ModelParts):
         the model's instead of refusing them. Differentiable.
         """
         inputs = _as_inputs(inputs)
+        check_flags(with_router_logits=with_router_logits, allow_long=allow_long)
         prompt = encode_prompt(self, inputs, allow_long=allow_long)
         assert self.thinker is not None
         out = self.thinker(
@@ -267,8 +269,9 @@ class OmniModel(ModelParts):
         try:
             with MetaBuild():
                 model = cls(config, parts)
-        except (RuntimeError, OverflowError) as error:  # of sizes whose product no tensor can have
-            raise ValueError(f"no model can be built from config.json in {folder}: {error}") from error
+        except (RuntimeError, OverflowError, TypeError) as error:  # of sizes that no tensor can have
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"no model can be built from config.json in {folder}: {reason}") from error
         model.load_report = load_weights(
             model, folder, table=model.key_table, dtype=dtype, device=device, device_map=device_map, strict=strict,
             adapter=adapter, offload_folder=offload_folder, quantize=quantize,

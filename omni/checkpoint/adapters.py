@@ -30,11 +30,15 @@ _WRAPPED = re.compile(r"\.base_layer\b|\.modules_to_save\.[^.]+")  # what PEFT p
 _VOCABULARY = ("thinker.embed_tokens.weight", "thinker.lm_head.weight")
 _PATTERN_S = 1.0  # for one pattern to match one name; what takes longer does not end
 _UNSUPPORTED = ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "trainable_token_indices")
+_CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that take the update out of the base
 
 
 @dataclass
 class _Factors:
-    """The two factors of one LoRA update: a [r, I] and b [O, r], or [E * r, I] and [O, r * E] for stacked experts."""
+    """The two factors of one LoRA update: a [r, I] and b [O, r], or [E * r, I] and [O, r * E] for stacked experts.
+
+    Of a convolution, a is [r, I, ...] with the weight's own kernel and b [O, r, 1, ...].
+    """
 
     a: Tensor | None = None
     b: Tensor | None = None
@@ -42,9 +46,12 @@ class _Factors:
 
     def experts_in(self, weight: Tensor) -> int:
         """How many experts the weight stacks (1 for a matrix), 0 if the factors do not fit it."""
-        experts = weight.shape[0] if weight.ndim == 3 else 1
-        if self.a is None or self.b is None or self.a.ndim != 2 or self.b.ndim != 2:
+        if self.a is None or self.b is None or self.a.ndim != self.b.ndim or self.a.ndim < 2:
             return 0
+        if self.a.ndim > 2:
+            whole = (*weight.shape[:1], len(self.a), *(1 for _ in weight.shape[2:]))
+            return int(self.a.shape[1:] == weight.shape[1:] and tuple(self.b.shape) == whole)
+        experts = weight.shape[0] if weight.ndim == 3 else 1
         shape = (self.b.shape[0], self.a.shape[1])
         rank = self.a.shape[0]
         fits = rank == self.b.shape[1] and rank % experts == 0
@@ -56,7 +63,8 @@ class _Factors:
         a, b = self.a.to(device, torch.float32), self.b.to(device, torch.float32)
         if experts > 1:
             return torch.einsum("ore,eri->eoi", b.unflatten(1, (-1, experts)), a.unflatten(0, (experts, -1)))
-        return (b @ a).T if self.embedding else b @ a
+        product = (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:])
+        return product.T if self.embedding else product
 
 
 def check_adapter(folder: str | Path) -> dict[str, Any]:
@@ -75,10 +83,16 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
                 f"convert it to {WEIGHTS}"
             )
         raise FileNotFoundError(f"{folder / WEIGHTS} does not exist; an adapter folder needs it beside {CONFIG}")
+    keys = read_file_header(folder / WEIGHTS)
     for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}.items():
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"{folder / CONFIG}: the alpha of {name} must be a finite number, got {alpha!r}")
-    read_file_header(folder / WEIGHTS)
+    began = str(config.get("init_lora_weights")).lower()
+    if began.startswith(_CHANGE_BASE) and not any(key.endswith(".base_layer.weight") for key in keys):
+        raise ValueError(
+            f"{folder / CONFIG}: init_lora_weights {began!r} changed the base weights too, and they are not in this "
+            "folder; merge the adapter with peft first"
+        )
     return config
 
 

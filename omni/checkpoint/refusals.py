@@ -18,6 +18,10 @@ _MARKS = {
     "compressed-tensors": (".weight_packed",),
     "MXFP4": ("_proj_blocks",),
     "HQQ": (".W_q",),
+    "AQLM": (".codebooks",),
+    "VPTQ": (".centroids.weight",),
+    "quanto": (".weight._data",),
+    "torchao": (".tensor_impl.data", "_weight_qdata", ".weight_qdata"),
     "fp8": (".weight_scale_inv", ".weight_scale", ".input_scale"),
 }
 _FILES = {"hf_quant_config.json": "quantization", "quantize_config.json": "", "quant_config.json": ""}

@@ -129,7 +129,7 @@ def _plain_tensors(model: nn.Module) -> Iterator[Entry]:
 def _updated_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that hold updates beside their weights: PEFT's layers, and experts with factors."""
     for name, child in module.named_children():
-        if _has_factors(child) or any(hasattr(child, wrapped) for wrapped in ("base_layer", "modules_to_save")):
+        if _has_factors(child) or _inside(child) is not None:
             yield prefix + name, child
         else:
             yield from _updated_modules(child, f"{prefix}{name}.")
@@ -155,23 +155,26 @@ def _merged(module: nn.Module) -> dict[str, Tensor]:
     while layer is not None:
         if hasattr(layer, "merge") and not getattr(layer, "disable_adapters", False):
             layer.merge()
-        layer = getattr(layer, "base_layer", None)
+        layer = _inside(layer)
     values = _weights(twin)
     return {name: values[name].to(tensor.dtype) for name, tensor in _weights(module).items()}
 
 
-def _unwrapped(module: Any) -> nn.Module:
-    """The layer inside PEFT's: the trained copy of `modules_to_save`, else the innermost base layer."""
-    while True:
-        copies = getattr(module, "modules_to_save", None)
-        if copies:
-            active = getattr(module, "active_adapters", None) or list(copies)
-            module = copies[active[0]]
-        elif hasattr(module, "base_layer"):
-            module = module.base_layer
-        else:
-            found: nn.Module = module
-            return found
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The layer inside PEFT's."""
+    while (inner := _inside(module)) is not None:
+        module = inner
+    return module
+
+
+def _inside(module: Any) -> nn.Module | None:
+    """What one of PEFT's layers wraps: the trained copy of `modules_to_save`, trained rows, else the base layer."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies:
+        active = getattr(module, "active_adapters", None) or list(copies)
+        inner: nn.Module = copies[active[0]]
+        return inner
+    return next((getattr(module, name) for name in ("token_adapter", "base_layer") if hasattr(module, name)), None)
 
 
 def _pack(entries: list[Entry], limit: int) -> list[list[Entry]]:

@@ -11,20 +11,20 @@ from typing import Any, ParamSpec, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def nearest(word: str, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
+def nearest(word: Any, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
     """The end of an error message: the known word that `word` resembles in any case, else `otherwise` (None: all of
-    them). cutoff: the least likeness that counts, from 0 to 1.
+    them). A word that is no string is taken as it prints. cutoff: the least likeness that counts, from 0 to 1.
     """
     names = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=cutoff)
     if near:
         return f"did you mean {names[near[0]]!r}?"
     return f"it must be one of {', '.join(names.values())}" if otherwise is None else otherwise
 
 
-def is_misspelt(word: str, name: str) -> bool:
+def is_misspelt(word: Any, name: str) -> bool:
     """Whether `word` was surely meant to be `name`: at most two edits away, or nearly all letters shared."""
-    word = word.lower()
+    word = str(word).lower()
     close = _edit_distance(word, name) <= min(2, len(name) // 5)
     return close or difflib.SequenceMatcher(None, word, name).ratio() >= 0.9
 

@@ -14,12 +14,14 @@ from omni.generation.sampling import SamplingConfig
 from omni.generation.text_options import Stop, TextOptions, read_stops
 from omni.layers.splitmix import signed
 from omni.parts import ModelParts
+from omni.processing.template import check_flags
 from omni.talker.layout import turn_layout
 
 if TYPE_CHECKING:
     from omni.code2wav.voices import Voice
 
 PerRow = Any  # a value, or a list with one value a row, or one a prompt
+_MOST_ROWS = 65536  # of one batch; more is a slip, and would fill the memory before anything is drawn
 
 
 @dataclass
@@ -71,10 +73,13 @@ def resolve(
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_frames", max_frames, 0), ("n", n, 1)):
         if not _whole(value) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    for name, flag in (("allow_long", allow_long), ("speak_prefill", speak_prefill)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    check_flags(allow_long=allow_long, speak_prefill=speak_prefill)
     rows = prompts * n
+    if rows > _MOST_ROWS:
+        raise ValueError(
+            f"n {n} makes {rows} answers to {prompts} prompts in one batch, over the limit of {_MOST_ROWS}; ask for "
+            "fewer, with another seed each time"
+        )
     each = partial(per_row, rows=prompts, answers=n)
     options = _options(model, rows, each, stop, logprobs, min_new_tokens, logits_processor, max_new_tokens)
     speakers: list[int] | None = None

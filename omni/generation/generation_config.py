@@ -22,7 +22,8 @@ _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "max_new_tokens"), ()),
     **dict.fromkeys(("thinker_max_new_tokens", "thinker_do_sample", "thinker_eos_token_id"), ()),
     **{f"thinker_{name}": () for name in _SAMPLING},
-    "renormalize_logits": (False,),
+    **dict.fromkeys(("renormalize_logits", "token_healing"), (False,)),
+    "stop_strings": ([], ""),
     "remove_invalid_values": (False,),
     "max_length": (20,),  # the default of transformers' own class
 }

@@ -25,7 +25,7 @@ from omni.processing.inputs import OmniInputs
 from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget
 from omni.processing.messages import Medium, located, read_conversation, split_batch
 from omni.processing.sources import describe, is_source
-from omni.processing.template import ChatTokenizer, built_in_template
+from omni.processing.template import ChatTokenizer, built_in_template, check_flags
 from omni.processing.token_budget import TokenBudget
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
@@ -197,6 +197,11 @@ class OmniProcessor:
         """
         if mel_level not in LEVELS:
             raise ValueError(f"unknown mel_level {mel_level!r}; {nearest(str(mel_level), LEVELS)}")
+        check_flags(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            allow_long=allow_long,
+        )
         options = CallOptions(
             use_audio_in_video,
             fps,

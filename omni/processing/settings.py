@@ -10,6 +10,7 @@ from typing import Any
 SAMPLE_RATE = 16000  # of all sound inside the library
 _LARGEST_PATCH = 256  # pixels; released: 14 and 16
 _LARGEST_FFT = 1 << 16
+_FILTERS = (*range(6), "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # Steps that other processors have and this one has not, with the values by which they do nothing.
 _ABSENT: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "audio": {"dither": (None, 0), "do_normalize": (None, False), "truncation": (None, True, False)},
@@ -57,6 +58,10 @@ def check_pixels(values: Mapping[str, Any], where: str) -> None:
     factor = values.get("rescale_factor")
     if factor is not None and not (_is_number(factor) and factor > 0):
         raise ValueError(f"{where}: rescale_factor must be a positive number, got {factor!r}")
+    filter_ = values.get("resample")
+    if filter_ is not None and (isinstance(filter_, bool) or filter_ not in _FILTERS):
+        names = ", ".join(repr(name) for name in _FILTERS)
+        raise ValueError(f"{where}: resample must be one of Pillow's filters, {names}, got {filter_!r}")
     given = values.get("size")
     size: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     for low, high, source in (("min_pixels", "max_pixels", values), ("shortest_edge", "longest_edge", size)):

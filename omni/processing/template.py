@@ -69,6 +69,7 @@ class ChatTokenizer:
         """Ids of a text. Ordinary added tokens in it become their ids; control tokens stay text unless
         `control_tokens`."""
         _check_unicode(text)
+        check_flags(control_tokens=control_tokens)
         vocabulary = self.vocabulary
         mark = vocabulary.mark_for(text)
         return vocabulary.encode(vocabulary.mark(text, mark) if control_tokens else text, mark)
@@ -76,6 +77,7 @@ class ChatTokenizer:
     def pieces(self, text: str, control_tokens: bool = False) -> list[str | list[int]]:
         """A text as what may be joined with other text, and with `control_tokens` the ids of those in it between."""
         _check_unicode(text)
+        check_flags(control_tokens=control_tokens)
         return self.vocabulary.pieces(text) if control_tokens else [text]
 
     def encode_chat(
@@ -95,6 +97,7 @@ class ChatTokenizer:
         may leave out, and the finished prompt before it is tokenised. `options` go to the template
         (add_generation_prompt, enable_thinking, …). Raises ValueError where the template refuses the messages.
         """
+        check_flags(control_tokens=control_tokens)
         vocabulary = self.vocabulary
         names = self.tokenizer.special_tokens_map
         alphabet = Alphabet("".join((self.template, *vocabulary.ids, *names.values())))
@@ -219,6 +222,13 @@ def _number(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
     return int(value) if isinstance(value, int) else float(value)
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise TypeError for a flag that is neither True nor False: a text such as "false" would be taken as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_unicode(text: str) -> None:

@@ -52,6 +52,8 @@ class PixelBudget:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if value is not None:  # the image processors take Python's own
+                object.__setattr__(self, name, int(value))
         if self.min_pixels is not None and self.min_pixels > LARGEST_MIN_PIXELS:
             raise ValueError(f"min_pixels {self.min_pixels} exceeds the limit of {LARGEST_MIN_PIXELS}; make it smaller")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:

@@ -50,7 +50,11 @@ class OmniEngine:
             raise ValueError(f"max_sessions must be a whole number of at least 1, got {max_sessions!r}")
         check_parts(model, processor, streaming)
         self.model, self.processor, self.streaming = model, processor, streaming
-        self.rows = Rows(model, max_sessions)
+        try:
+            self.rows = Rows(model, max_sessions)
+        except (RuntimeError, OverflowError, MemoryError) as error:  # of the allocator
+            reason = str(error).partition("\n")[0] or "no memory"
+            raise ValueError(f"an engine of max_sessions = {max_sessions} cannot be made: {reason}") from error
         self.sessions: list[EngineSession | None] = [None] * max_sessions
         self.changed = threading.Condition(threading.RLock())
         self.ticks = 0

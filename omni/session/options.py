@@ -47,12 +47,6 @@ def check_text(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a text or None, got {type(value).__name__} {value!r}")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """True or False. Raises TypeError."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
-
-
 def whole_rate(sample_rate: Any) -> int:
     """A sample rate in Hz. Raises ValueError."""
     whole = isinstance(sample_rate, Real) and not isinstance(sample_rate, bool) and sample_rate % 1 == 0

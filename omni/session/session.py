@@ -27,6 +27,7 @@ from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
+from omni.processing.template import check_flags
 from omni.processing.token_budget import TokenBudget
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image
@@ -79,7 +80,7 @@ class OmniSession:
 
     def _open(self, rows: Rows, row: int, keep_media: bool) -> None:
         """Make the conversation, in an empty row."""
-        options.check_flag("keep_media", keep_media)
+        check_flags(keep_media=keep_media)
         encode, pieces = self.processor.encode_text, self.streaming.prefill_tokens
         self._conversation = Conversation(rows, row, encode, pieces, keep_media=keep_media)
 
@@ -101,7 +102,7 @@ class OmniSession:
     ) -> None:
         options.check_parts(model, processor, streaming)
         options.check_speaker(model, speaker)
-        options.check_flag("use_audio_in_video", use_audio_in_video)
+        check_flags(use_audio_in_video=use_audio_in_video)
         found = processor if processor is not None else model.processor
         if found is None:
             raise ValueError("a session needs a processor: OmniSession(model, OmniProcessor.from_pretrained(folder))")

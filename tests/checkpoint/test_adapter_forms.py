@@ -91,6 +91,35 @@ def test_whatever_peft_saves_is_merged(form, family, reference, tmp_path: Path) 
     assert_merged(folder, tmp_path, peft.merge_and_unload())
 
 
+@pytest.mark.parametrize(
+    ("family", "layers"), [("first", ["conv2d1", "conv2d3"]), ("first", ["patch_embed.proj"]), ("second", ["conv1"])]
+)
+def test_updates_of_convolutions_are_merged(family, layers, reference, tmp_path: Path) -> None:
+    model, folder = reference(family)
+    peft = wrapped(folder, model, r=2, lora_alpha=4, target_modules=layers)
+    peft.save_pretrained(tmp_path)
+    assert_merged(folder, tmp_path, peft.merge_and_unload())
+
+
+@pytest.mark.parametrize("began", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_took_its_beginning_from_the_base_is_refused_without_that_base(
+    began, reference, tmp_path: Path
+) -> None:
+    model, folder = reference("first")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=began)
+    peft = get_peft_model(type(model).from_pretrained(folder), config)
+    peft.save_pretrained(tmp_path / "factors")
+    with pytest.raises(ValueError, match=f"'{began}' changed the base weights too, .* merge the adapter with peft"):
+        OmniModel.from_pretrained(folder, device="cpu", adapter=tmp_path / "factors")
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            p.add_(0.1 if "lora_A" in name else 0)
+    peft.save_pretrained(tmp_path / "whole")
+    tensors = {key: value.clone() for key, value in peft.state_dict().items()}
+    save_file(tensors, tmp_path / "whole" / "adapter_model.safetensors")
+    assert_merged(folder, tmp_path / "whole", wrapped_merge(peft))
+
+
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers")
 def test_the_wrapped_models_own_tensors_are_merged(form, reference, tmp_path: Path) -> None:
@@ -247,11 +276,19 @@ def test_a_model_with_updates_is_saved_merged_and_stays_as_it_is(dtype, options,
         assert torch.equal(saved[name], tensor), name
 
 
+WHOLE = {"modules_to_save", "trainable_token_indices"}  # PEFT puts these into a whole model only
 INJECTED = {
     "embedding": {"target_modules": ["embed_tokens"]},
     "dora": {"target_modules": ["q_proj"], "use_dora": True},
     "parameters": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     "whole modules": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["k_proj"], "trainable_token_indices": {"thinker.embed_tokens": [3, 104, 5]}},
+    "one token": {"target_modules": ["o_proj"], "trainable_token_indices": [104]},
+    "tokens and modules": {
+        "target_modules": ["v_proj"],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [7, 104],
+    },
 }
 
 
@@ -260,7 +297,7 @@ INJECTED = {
 def test_whatever_peft_puts_into_a_model_is_saved_merged(form, tmp_path: Path) -> None:
     model = tiny_model("thinker")
     config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **INJECTED[form])
-    peft = get_peft_model(model, config) if form == "whole modules" else inject_adapter_in_model(config, model)
+    peft = get_peft_model(model, config) if {*INJECTED[form]} & WHOLE else inject_adapter_in_model(config, model)
     trained(model)
     inputs = model.processor(chat("hi"))
     with torch.no_grad():

@@ -167,6 +167,10 @@ KINDS: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
         {"weight": torch.zeros(4, 4).to(torch.float8_e4m3fn), "weight_scale_inv": SCALE},
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
     ),
+    "AQLM": ({"codes": ZERO.short(), "codebooks": SCALE, "scales": SCALE}, {"quant_method": "aqlm"}),
+    "VPTQ": ({"indices": ZERO, "centroids.weight": SCALE}, {"quant_method": "vptq"}),
+    "quanto": ({"weight._data": ZERO.byte(), "weight._scale": SCALE}, {"quant_method": "quanto"}),
+    "torchao": ({"_weight_qdata": ZERO.byte(), "_weight_scale": SCALE}, {"quant_method": "torchao"}),
 }
 
 

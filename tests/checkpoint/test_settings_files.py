@@ -43,6 +43,8 @@ IGNORED = [
     {"begin_suppress_tokens": [5], "bad_words_ids": [[7]]},
     {"typical_p": 0.9, "min_p": 0.05, "max_new_tokens": 40},
     {"thinker_temperature": 0.5, "thinker_do_sample": True},
+    {"stop_strings": ["\n\n"]},
+    {"stop_strings": "END", "token_healing": True},
 ]
 
 
@@ -140,6 +142,10 @@ REFUSED = [
     ({"min_pixels": -5}, "min_pixels must be a whole number"),
     ({"min_pixels": 10**6, "max_pixels": 10**5}, "min_pixels 1000000 exceeds max_pixels 100000"),
     ({"rescale_factor": "big"}, "rescale_factor must be a positive number"),
+    ({"resample": 99}, "resample must be one of Pillow's filters, 0, 1, .*'lanczos', got 99"),
+    ({"resample": -1}, "resample must be one of"),
+    ({"resample": "cubic"}, "resample must be one of"),
+    ({"resample": [3]}, "resample must be one of"),
     ({"do_resize": "no"}, "do_resize must be true or false"),
     ({"do_center_crop": True}, "do_center_crop True asks for a step"),
 ]
@@ -235,6 +241,9 @@ def test_one_template_by_name_and_none_that_is_default(processor_folder: Path) -
         ("thinker_config.text_config.vocab_size", 10**10),
         ("thinker_config.text_config.moe_intermediate_size", 10**18),
         ("code2wav_config.decoder_dim", 2**61),
+        ("code2wav_config.decoder_dim", 10**40),
+        ("code2wav_config.upsample_rates", [10**40, 2]),
+        ("thinker_config.vision_config.patch_size", 10**25),
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
@@ -246,8 +255,9 @@ def test_sizes_without_weights_are_refused_before_anything_is_built(path, value,
         values[name] = value
 
     edit(folder / "config.json", change)
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json") as error:
         OmniModel.from_pretrained(folder, device="cpu", strict=strict)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["im_start", "im_end", "system", "user", "assistant"])

@@ -119,6 +119,9 @@ def test_arguments_for_prompts_and_for_answers(model: OmniModel) -> None:
     for wrong in (0, -1, 1.5, True, "2"):
         with pytest.raises(ValueError, match="n must be a whole number of at least 1"):
             model.generate(inputs, n=wrong)
+    for many in (32769, 10**9, 10**30):
+        with pytest.raises(ValueError, match=f"n {many} makes {2 * many} answers to 2 prompts .* limit of 65536"):
+            model.generate(inputs, n=many)
 
 
 def test_several_answers_stream_row_by_row(model: OmniModel) -> None:

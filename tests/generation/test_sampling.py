@@ -36,6 +36,12 @@ def test_a_misspelt_setting_names_the_right_one() -> None:
         SamplingConfig.of(0.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("key", [1, None, ("top_k",), b"top_k"], ids=str)
+def test_a_setting_whose_name_is_no_text_is_refused(key) -> None:
+    with pytest.raises(ValueError, match=r"SamplingConfig has no field .*(it has|did you mean)"):
+        SamplingConfig.of({key: 1})
+
+
 def test_noise_is_a_function_of_seed_stream_step_and_index() -> None:
     noise = gumbel_noise(torch.tensor([7, 7, 8]), TEXT_STREAM, torch.tensor([3, 4, 3]), 1000)
     assert torch.equal(noise[:1], gumbel_noise(torch.tensor([7]), TEXT_STREAM, torch.tensor([3]), 1000))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from build import speckle
@@ -85,6 +86,8 @@ def test_what_is_pushed_and_asked(model: OmniModel, tmp_path: Path) -> None:
     calls: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: session.push_text("half \ud800"), ValueError, "surrogate"),
         (lambda: session.push_text(None), TypeError, "string"),
+        (lambda: session.push_text("x", control_tokens="false"), TypeError, "control_tokens must be True or False"),
+        (lambda: session.push_text("x", control_tokens=torch.zeros(2)), TypeError, "control_tokens must be"),
         (lambda: session.push_audio([0.0], True), ValueError, "sample_rate"),
         (lambda: session.push_audio([0.0], "16000"), ValueError, "sample_rate"),
         (lambda: session.push_video_frame(speckle(32, 32), True), ValueError, "time_s"),
@@ -111,7 +114,39 @@ def test_what_is_pushed_and_asked(model: OmniModel, tmp_path: Path) -> None:
 
 def test_a_picture_within_limits(model: OmniModel) -> None:
     session, tokens = OmniSession(model), model.processor.tokens
-    session.push_image(speckle(256, 256), max_pixels=64 * 64)
+    session.push_image(speckle(256, 256), min_pixels=np.int64(32), max_pixels=np.int32(64 * 64))
     item = {"type": "image", "image": speckle(256, 256), "max_pixels": 64 * 64}
     ids = model.processor([{"role": "user", "content": [item]}], add_generation_prompt=False).input_ids[0].tolist()
     assert session.ids.count(tokens.image) == ids.count(tokens.image)
+
+
+@pytest.mark.parametrize("rows", [10**11, 10**18, 10**30])
+def test_an_engine_that_no_memory_holds(model: OmniModel, rows: int) -> None:
+    with pytest.raises(ValueError, match=f"engine of max_sessions = {rows} cannot be made"):
+        OmniEngine(model, max_sessions=rows)
+
+
+@pytest.mark.parametrize("wrong", ["false", 1, None, torch.zeros(2)], ids=str)
+def test_control_tokens_are_let_through_by_true_alone(model: OmniModel, wrong: Any) -> None:
+    for call in (
+        lambda: model.processor([{"role": "user", "content": "<|im_end|>"}], control_tokens=wrong),
+        lambda: model.processor.encode_text("<|im_end|>", control_tokens=wrong),
+        lambda: model.speak("<|im_end|>", max_frames=1, control_tokens=wrong),
+    ):
+        with pytest.raises(TypeError, match="control_tokens must be True or False"):
+            call()
+
+
+@pytest.mark.parametrize("flag", ["add_generation_prompt", "continue_final_message", "allow_long"])
+def test_flags_of_the_processor(model: OmniModel, flag: str) -> None:
+    for wrong in ("false", 1, torch.zeros(2)):
+        with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+            model.processor([{"role": "user", "content": "x"}], **{flag: wrong})
+
+
+@pytest.mark.parametrize("flag", ["with_router_logits", "allow_long"])
+def test_flags_of_a_pass(model: OmniModel, flag: str) -> None:
+    inputs = model.processor([{"role": "user", "content": "x"}])
+    for wrong in ("false", None, torch.zeros(2)):
+        with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+            model.forward(inputs, **{flag: wrong})
