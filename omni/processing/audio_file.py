@@ -30,6 +30,7 @@ from omni.processing.sources import (
     describe,
     enough_memory,
     first_bytes,
+    from_decoder,
     is_source,
     open_source,
     read_part,
@@ -94,14 +95,6 @@ def _check_length(duration_s: float, name: str, budget: MediaBudget = DEFAULT_BU
             f"audio {name} is longer than the limit of {most / 60:g} minutes; give a part of it, or "
             "MediaBudget(seconds=…)"
         )
-
-
-def from_decoder(value: Any) -> Any:
-    """What a torchcodec AudioDecoder decodes, as an (array, rate) pair; anything else as it is."""
-    if not hasattr(value, "get_all_samples"):
-        return value
-    samples = value.get_all_samples()
-    return samples.data.mean(dim=0), int(samples.sample_rate)
 
 
 def check_samples(samples: Tensor, name: str, part: tuple[float, float] = WHOLE) -> None:

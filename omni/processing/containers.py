@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 FORMATS = (
     *("aac", "ac3", "aiff", "amr", "amrnb", "amrwb", "ape", "au", "caf", "dsf", "dts", "dtshd", "eac3", "flac", "gsm"),
     *("loas", "mp3", "mpc", "mpc8", "oma", "qcp", "sox", "tak", "truehd", "tta", "voc", "w64", "wav", "wv", "xwma"),
+    *("avr", "ircam", "mlp", "nistsphere", "pvf", "sds"),
     *("asf", "avi", "dv", "flv", "ivf", "matroska", "mov", "mpeg", "mpegts", "mxf", "nut", "obu", "ogg", "rm", "webm"),
-    *("h263", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "vvc", "apng", "gif"),
+    *("swf", "wtv", "yuv4mpegpipe"),
+    *("cavsvideo", "dirac", "h261", "h263", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "vc1", "vvc", "apng", "gif"),
     *("bmp_pipe", "gif_pipe", "jpeg_pipe", "png_pipe", "tiff_pipe", "webp_pipe"),
 )
 _PLANES = 8  # PyAV reads past the list of planes where there are this many or more; packed samples are one plane

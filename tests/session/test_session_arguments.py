@@ -11,6 +11,7 @@ import torch
 from build import speckle
 
 from omni import OmniEngine, OmniModel, OmniSession, StreamingConfig
+from omni.processing.media_budget import MediaBudget
 
 PLAIN = {"max_new_tokens": 2, "return_audio": False}
 MADE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -115,3 +116,21 @@ def test_a_picture_within_limits(model: OmniModel) -> None:
     item = {"type": "image", "image": speckle(256, 256), "max_pixels": 64 * 64}
     ids = model.processor([{"role": "user", "content": [item]}], add_generation_prompt=False).input_ids[0].tolist()
     assert session.ids.count(tokens.image) == ids.count(tokens.image)
+
+
+def test_the_media_budget_of_the_processor(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture or frame that a message may not hold may not be pushed either."""
+    session, large = OmniSession(model), speckle(96, 96)
+    monkeypatch.setattr(model.processor, "media_budget", MediaBudget(pixels=64 * 64))
+    calls: list[Callable[[], Any]] = [
+        lambda: model.processor([{"role": "user", "content": [{"type": "image", "image": large}]}]),
+        lambda: session.push_image(large),
+        lambda: session.push_image(large, max_pixels=64 * 64),
+        lambda: session.push_video_frame(large, 0.0),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="more than the limit of 4,096"):
+            call()
+    session.push_image(speckle(64, 64))
+    monkeypatch.setattr(model.processor, "media_budget", MediaBudget(pixels=1 << 40))
+    session.push_image(large)
