@@ -325,6 +325,8 @@ def _decode_plain(source: Source, recording: _Recording) -> tuple[Tensor, int] |
     try:
         for link in ogg_links(source):
             with soundfile.SoundFile(as_file(link)) as file:
+                if file.subtype.startswith("MPEG"):  # soundfile stops at damage there, and prints
+                    return None
                 known, rate = (file.frames if file.frames < _UNKNOWN_FRAMES else 0), int(file.samplerate)
                 recording.promise(known / rate)
                 read, size = 0, max(1, _BLOCK_SAMPLES // file.channels)

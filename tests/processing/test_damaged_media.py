@@ -24,6 +24,7 @@ from omni.training.data.sound import read_speech
 SOUNDS = [
     ("mp3", "libmp3lame"), ("adts", "aac"), ("ipod", "aac"), ("webm", "vorbis"), ("matroska", "aac"),
     ("matroska", "libmp3lame"), ("matroska", "flac"), ("matroska", "ac3"), ("matroska", "eac3"),
+    ("wav", "libmp3lame"), ("w64", "libmp3lame"), ("caf", "libmp3lame"),
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def damage(data: bytes, numbers: list[int], kind: str = "audio", spare: int = 0)
 
 def manner(container: str) -> dict[str, Any]:
     """What makes a packet undecodable; headers that the container needs stay."""
-    return {"spare": {"mp3": 4, "adts": 7}.get(container, 0)}
+    return {"spare": {"mp3": 4, "wav": 4, "w64": 4, "caf": 4, "adts": 7}.get(container, 0)}
 
 
 @pytest.mark.parametrize(("container", "codec"), SOUNDS)
