@@ -16,6 +16,7 @@ from omni.processing.containers import (
     Damage,
     Downmix,
     decode,
+    lost_pages,
     ogg_links,
     open_channels,
     open_container,
@@ -336,6 +337,8 @@ def _decode_plain(source: Source, recording: _Recording) -> tuple[Tensor, int] |
                     read += len(block)
                 if file.format == "FLAC" and read < known and not recording.done:
                     return None  # damaged: soundfile stops there
+        if file.format == "OGG" and (lost := lost_pages(source)):
+            Damage(lost, "pages are missing").warn(f"audio {recording.name}")
         return recording.finish(), recording.rate_hz or rate
     except (RefusedError, MemoryError):
         raise

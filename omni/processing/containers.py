@@ -226,6 +226,19 @@ def ogg_links(source: Source) -> list[Source]:
         return [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)])] if len(starts) > 1 else [source]
 
 
+def lost_pages(source: Source) -> int:
+    """How many numbers of an Ogg file's pages are missing between its first and its last one."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    lost, place, last = 0, 0, dict[bytes, int]()
+    while 0 <= (place := data.find(b"OggS\0", place)) < len(data) - 27:
+        serial, number = data[place + 14 : place + 18], int.from_bytes(data[place + 18 : place + 22], "little")
+        if not data[place + 5] & 2 and serial in last:
+            lost += max(number - last[serial] - 1, 0)
+        last[serial] = number
+        place += 5
+    return lost
+
+
 def _link_starts(data: bytes | mmap.mmap) -> list[int]:
     """Where pages that begin a stream (flag 2) follow pages that do not."""
     starts, place, inside = [0], 0, False
