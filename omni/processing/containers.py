@@ -227,14 +227,14 @@ def ogg_links(source: Source) -> list[Source]:
 
 
 def lost_pages(source: Source) -> int:
-    """How many numbers of an Ogg file's pages are missing between its first and its last one."""
+    """How many numbers are missing among an Ogg file's pages of sound; a recording of a broadcast begins with any."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     lost, place, last = 0, 0, dict[bytes, int]()
     while 0 <= (place := data.find(b"OggS\0", place)) < len(data) - 27:
         serial, number = data[place + 14 : place + 18], int.from_bytes(data[place + 18 : place + 22], "little")
-        if not data[place + 5] & 2 and serial in last:
-            lost += max(number - last[serial] - 1, 0)
-        last[serial] = number
+        if any(data[place + 6 : place + 14]):  # the time in samples, 0 in headers
+            lost += max(number - last.get(serial, number) - 1, 0)
+            last[serial] = number
         place += 5
     return lost
 
