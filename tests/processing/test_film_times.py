@@ -282,10 +282,12 @@ def test_a_long_video_is_capped(monkeypatch: pytest.MonkeyPatch, height: int, wi
         return VideoClip(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), (0.0, 0.5), None)
 
     monkeypatch.setattr(vision, "load_video", load)
-    processor(chat([{"video": b"a film"}]))
+    with pytest.warns(UserWarning, match="positions"):
+        processor(chat([{"video": b"a film"}]), allow_long=True)
     total = int(128000 * 32 * 32 * 0.9)
     for frames, pixels in sizes.items():
         assert pixels <= total * 2 / frames
         assert pixels > 0.8 * min(768 * 32 * 32, total * 2 / frames)
-    processor(chat([{"video": b"a film"}]), total_pixels=10**10)
+    with pytest.warns(UserWarning, match="positions"):
+        processor(chat([{"video": b"a film"}]), total_pixels=10**10, allow_long=True)
     assert sizes[1500] > 0.9 * 768 * 32 * 32
