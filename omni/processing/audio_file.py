@@ -16,6 +16,7 @@ from omni.processing.containers import (
     Damage,
     Downmix,
     decode,
+    lost_pages,
     ogg_links,
     open_channels,
     open_container,
@@ -30,6 +31,7 @@ from omni.processing.sources import (
     describe,
     enough_memory,
     first_bytes,
+    from_decoder,
     is_source,
     open_source,
     read_part,
@@ -94,14 +96,6 @@ def _check_length(duration_s: float, name: str, budget: MediaBudget = DEFAULT_BU
             f"audio {name} is longer than the limit of {most / 60:g} minutes; give a part of it, or "
             "MediaBudget(seconds=…)"
         )
-
-
-def from_decoder(value: Any) -> Any:
-    """What a torchcodec AudioDecoder decodes, as an (array, rate) pair; anything else as it is."""
-    if not hasattr(value, "get_all_samples"):
-        return value
-    samples = value.get_all_samples()
-    return samples.data.mean(dim=0), int(samples.sample_rate)
 
 
 def check_samples(samples: Tensor, name: str, part: tuple[float, float] = WHOLE) -> None:
@@ -332,6 +326,8 @@ def _decode_plain(source: Source, recording: _Recording) -> tuple[Tensor, int] |
     try:
         for link in ogg_links(source):
             with soundfile.SoundFile(as_file(link)) as file:
+                if file.subtype.startswith("MPEG"):  # soundfile stops at damage there, and prints
+                    return None
                 known, rate = (file.frames if file.frames < _UNKNOWN_FRAMES else 0), int(file.samplerate)
                 recording.promise(known / rate)
                 read, size = 0, max(1, _BLOCK_SAMPLES // file.channels)
@@ -341,6 +337,8 @@ def _decode_plain(source: Source, recording: _Recording) -> tuple[Tensor, int] |
                     read += len(block)
                 if file.format == "FLAC" and read < known and not recording.done:
                     return None  # damaged: soundfile stops there
+        if file.format == "OGG" and (lost := lost_pages(source)):
+            Damage(lost, "pages are missing").warn(f"audio {recording.name}")
         return recording.finish(), recording.rate_hz or rate
     except (RefusedError, MemoryError):
         raise

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 FORMATS = (
     *("aac", "ac3", "aiff", "amr", "amrnb", "amrwb", "ape", "au", "caf", "dsf", "dts", "dtshd", "eac3", "flac", "gsm"),
     *("loas", "mp3", "mpc", "mpc8", "oma", "qcp", "sox", "tak", "truehd", "tta", "voc", "w64", "wav", "wv", "xwma"),
+    *("avr", "ircam", "mlp", "nistsphere", "pvf", "sds"),
     *("asf", "avi", "dv", "flv", "ivf", "matroska", "mov", "mpeg", "mpegts", "mxf", "nut", "obu", "ogg", "rm", "webm"),
-    *("h263", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "vvc", "apng", "gif"),
+    *("swf", "wtv", "yuv4mpegpipe"),
+    *("cavsvideo", "dirac", "h261", "h263", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "vc1", "vvc", "apng", "gif"),
     *("bmp_pipe", "gif_pipe", "jpeg_pipe", "png_pipe", "tiff_pipe", "webp_pipe"),
 )
 _PLANES = 8  # PyAV reads past the list of planes where there are this many or more; packed samples are one plane
@@ -222,6 +224,19 @@ def ogg_links(source: Source) -> list[Source]:
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         starts = _link_starts(data)
         return [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)])] if len(starts) > 1 else [source]
+
+
+def lost_pages(source: Source) -> int:
+    """How many numbers are missing among an Ogg file's pages of sound; a recording of a broadcast begins with any."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    lost, place, last = 0, 0, dict[bytes, int]()
+    while 0 <= (place := data.find(b"OggS\0", place)) < len(data) - 27:
+        serial, number = data[place + 14 : place + 18], int.from_bytes(data[place + 18 : place + 22], "little")
+        if any(data[place + 6 : place + 14]):  # the time in samples, 0 in headers
+            lost += max(number - last.get(serial, number) - 1, 0)
+            last[serial] = number
+        place += 5
+    return lost
 
 
 def _link_starts(data: bytes | mmap.mmap) -> list[int]:

@@ -23,6 +23,7 @@ from omni.processing.sources import Source, read_part
 
 DEFAULT_FPS = 2.0  # frames taken from each second, as the models were trained
 _MOST_FPS = 1e9
+_USUAL_RATE = 25  # of a stream that does not tell its own, as FFmpeg assumes
 _SEEK_PACKETS = 24  # what a seek costs, in packets decoded
 _THREADED_PIXELS = 4096 * 2304  # larger frames are decoded one at a time: each thread would hold several
 
@@ -87,6 +88,7 @@ class Index:
     track: the track's number in the file. stamps: when each packet's frame is shown, in ticks of `base_s` seconds;
     decoding: its decoding stamp. keys: positions of the packets from which decoding can begin. shown: the stamps of
     the frames that are to be seen, in order. seekable: whether a stamp names one packet, by the file's own clock.
+    counted: whether the file has no stamps (a bare stream of a camera), and frames are numbered as they are shown.
     """
 
     track: int
@@ -96,6 +98,7 @@ class Index:
     shown: list[int]
     base_s: float
     seekable: bool
+    counted: bool = False
 
     @property
     def span(self) -> float:
@@ -111,11 +114,18 @@ def read_index(container: Any, name: str, damage: Damage) -> Index:
         coded = "; its codec is unknown here" if container.streams.video else "; give a sound file as an audio item"
         raise ValueError(f"{name} has no picture track{coded}")
     packets: dict[int, list[tuple[int, int, bool, bool]]] = {track.index: [] for track in found}
+    unstamped = dict.fromkeys(packets, 0)
     for packet in read_packets(container, found, damage):
         stamp = packet.pts if packet.pts is not None else packet.dts
-        if stamp is not None:
+        if stamp is None:
+            unstamped[packet.stream_index] += 1
+        else:
             decoding = packet.dts if packet.dts is not None else stamp
             packets[packet.stream_index].append((stamp, decoding, packet.is_keyframe, packet.is_discard))
+    if len(found) == 1 and unstamped[found[0].index] and not packets[found[0].index]:
+        frames = list(range(unstamped[found[0].index]))
+        rate = found[0].average_rate or found[0].base_rate or _USUAL_RATE
+        return Index(found[0].index, frames, frames, [0], frames, float(1 / rate), seekable=False, counted=True)
     shown = {number: sorted(row[0] for row in rows if not row[3]) for number, rows in packets.items()}
     filled = [track for track in found if shown[track.index] and track.time_base is not None]
     if not filled:
@@ -218,6 +228,7 @@ class _Player:
     def _play(self, packets: Iterator[Any], place: int, entry: int | None) -> None:
         self.place = place  # of the next packet
         self.entry = entry  # the stamp of the key frame that is skipped to, until it is seen
+        self.shown = 0  # frames so far, where they are counted
         self.frames = decode(self._counted(packets), self.track, self.damage)
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
@@ -229,6 +240,8 @@ class _Player:
         """The next frame in the order of showing; None at the end."""
         for frame in self.frames:
             self.check(frame)
+            if self.index.counted:
+                frame.pts, self.shown = self.shown, self.shown + 1
             if self.entry is None:
                 return frame
             if stamp_of(frame) >= self.entry:

@@ -118,6 +118,27 @@ def enough_memory(what: str) -> Iterator[None]:
         raise OSError(f"{what} needs more memory than is free; make it smaller, or give a part of it") from error
 
 
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """What another library's decoder raises becomes a ValueError that names the medium, or an OSError for memory."""
+    try:
+        with enough_memory(name):
+            yield
+    except (ValueError, TypeError, OSError):
+        raise
+    except Exception as error:  # torchcodec raises RuntimeError, IndexError and others
+        raise ValueError(f"{name} cannot be decoded ({str(error)[:300] or type(error).__name__})") from error
+
+
+def from_decoder(value: Any) -> Any:
+    """What a torchcodec AudioDecoder decodes, as an (array, rate) pair; anything else as it is."""
+    if not hasattr(value, "get_all_samples"):
+        return value
+    with decoding(f"audio {describe(value)}"):
+        samples = value.get_all_samples()
+        return samples.data.mean(dim=0), int(samples.sample_rate)
+
+
 def decode_base64(text: str | bytes, kind: str) -> bytes:
     """Bytes of base64 text, line breaks allowed."""
     if not isinstance(text, (str, bytes)):

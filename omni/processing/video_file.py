@@ -21,7 +21,7 @@ from omni.processing.containers import Damage, open_container, reason_of
 from omni.processing.film import DEFAULT_FPS, Sampling, check_rate, choose, frames_at, read_index, upright
 from omni.processing.image_file import check_size, load_image
 from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget, RefusedError
-from omni.processing.sources import Source, describe, enough_memory, is_source, open_source, unpack
+from omni.processing.sources import Source, decoding, describe, enough_memory, is_source, open_source, unpack
 
 _SOUND_OFFSET_S = 0.04  # smaller differences between the starts of sound and picture are encoder delay, left alone
 _LATEST_SOUND_S = 60.0  # sound that begins later than this after the last picture has a wrong clock
@@ -61,7 +61,8 @@ def load_video(
     value = unpack(value, "video")
     name = f"video {describe(value)}"
     if hasattr(value, "get_frame_played_at"):
-        return _read_decoder(value, sampling, resize, name)
+        with decoding(name):
+            return _read_decoder(value, sampling, resize, name)
     if not is_source(value):
         return _read_frames(value, sampling, resize, DEFAULT_FPS if frame_rate is None else frame_rate, name)
     source = open_source(value, "video")
@@ -104,8 +105,12 @@ def _read_frames(value: Any, sampling: Sampling, resize: Resize, rate: float, na
 
 def _read_decoder(value: Any, sampling: Sampling, resize: Resize, name: str) -> VideoClip:
     """What torchcodec's VideoDecoder shows; it has no sound."""
-    origin_s = float(value.metadata.begin_stream_seconds or 0.0)
-    length_s = float(value.metadata.end_stream_seconds) - origin_s
+    facts = value.metadata
+    origin_s, end = float(facts.begin_stream_seconds or 0.0), facts.end_stream_seconds
+    length = getattr(facts, "duration_seconds", None) if end is None else float(end) - origin_s
+    if length is None:
+        raise ValueError(f"{name} does not say how long it is; open it with seek_mode='exact', or give the file")
+    length_s = float(length)
     start_s, end_s = sampling.part_s
     end_s = min(end_s, length_s)
     if not start_s < end_s:

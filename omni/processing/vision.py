@@ -245,9 +245,9 @@ class VisionProcessor:
             pixels[step] = rearrange(part, "d c (h mh ph) (w mw pw) -> h w mh mw c d ph pw", **sides)
         return pixels.view(steps * h * w, -1), [steps, h, w]
 
-    def frame(self, value: Any) -> Tensor:
+    def frame(self, value: Any, media_budget: MediaBudget = DEFAULT_BUDGET) -> Tensor:
         """One frame of a video that is pushed frame by frame: uint8 [3, height, width], resized as in a video."""
-        pixels = torch.from_numpy(np.array(load_image(value))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(load_image(value, media_budget))).permute(2, 0, 1)
         return self._resize(pixels, *self.frame_pixels)
 
     def grid_step(self, frames: list[Tensor]) -> tuple[Tensor, list[int]]:

@@ -181,7 +181,8 @@ class OmniSession:
         """Add a picture: a path, address, bytes, array or PIL image. Its size is kept within the limits (None: the
         checkpoint's)."""
         self.model.require("vision_encoder")
-        pixels, grid = self.processor.vision.image(image, PixelBudget(min_pixels, max_pixels))
+        limits = PixelBudget(min_pixels, max_pixels)
+        pixels, grid = self.processor.vision.image(image, limits, media_budget=self.processor.media_budget)
         self._open_user_turn()
         self._close_media()
         self._flush_text()
@@ -198,7 +199,7 @@ class OmniSession:
     def push_video_frame(self, frame: Any, time_s: float) -> None:
         """Add a frame of the open video (or begin one): a picture, and its time in seconds, which must grow."""
         self.model.require("vision_encoder")
-        picture = self.processor.vision.frame(frame)
+        picture = self.processor.vision.frame(frame, self.processor.media_budget)
         time_s = options.seconds(time_s)
         self._open_user_turn()
         if self._video is None:

@@ -124,12 +124,23 @@ def test_sound_containers(tmp_path: Path, container: str, codec: str) -> None:
         assert amplitudes(samples, [440])[0] == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.parametrize("form", ["NIST", "IRCAM", "AVR", "PVF", "VOC", "SVX"])
+def test_sound_formats_of_speech_collections(form: str) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, sines(1, rate=16000, hz=440), 16000, format=form, subtype="PCM_16")
+    samples = load_audio(file.getvalue()).numpy()
+    assert abs(len(samples) - 16000) < 200
+    assert amplitudes(samples, [440])[0] == pytest.approx(0.5, abs=0.02)
+
+
 FILMS = [
     ("mp4", "libx264"), ("mp4", "mpeg4"), ("mov", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9"),
     ("webm", "libvpx"), ("avi", "mpeg4"), ("flv", "libx264"), ("mpegts", "libx264"), ("mpeg", "mpeg1video"),
     ("3gp", "libx264"), ("nut", "mpeg4"), ("matroska", "libx265"), ("mp4", "libsvtav1"),
     ("gif", "gif"), ("apng", "apng"),
     ("ogg", "theora"), ("ivf", "libvpx"), ("asf", "msmpeg4"),
+    ("yuv4mpegpipe", "wrapped_avframe"), ("wtv", "mpeg2video"),
+    ("h264", "libx264"), ("hevc", "libx265"), ("m4v", "mpeg4"),
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from omni.training.data.sound import read_speech
 SOUNDS = [
     ("mp3", "libmp3lame"), ("adts", "aac"), ("ipod", "aac"), ("webm", "vorbis"), ("matroska", "aac"),
     ("matroska", "libmp3lame"), ("matroska", "flac"), ("matroska", "ac3"), ("matroska", "eac3"),
+    ("wav", "libmp3lame"), ("w64", "libmp3lame"), ("caf", "libmp3lame"),
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def damage(data: bytes, numbers: list[int], kind: str = "audio", spare: int = 0)
 
 def manner(container: str) -> dict[str, Any]:
     """What makes a packet undecodable; headers that the container needs stay."""
-    return {"spare": {"mp3": 4, "adts": 7}.get(container, 0)}
+    return {"spare": {"mp3": 4, "wav": 4, "w64": 4, "caf": 4, "adts": 7}.get(container, 0)}
 
 
 @pytest.mark.parametrize(("container", "codec"), SOUNDS)
@@ -64,6 +65,23 @@ def test_a_damaged_packet_is_left_out(tmp_path: Path, container: str, codec: str
     assert amplitudes(samples[:14000], [440])[0] == pytest.approx(0.5, abs=0.1)
     with pytest.warns(UserWarning, match=r"a\.bin.*damaged"):
         assert len(read_speech(path, 24000)) > 24000 * 2  # a row of training data is not bad for it
+
+
+@pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
+@pytest.mark.parametrize("manner", ["zeros", "noise", "cut out"])
+def test_lost_pages_of_an_ogg_file(tmp_path: Path, subtype: str, manner: str) -> None:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 16000 * 12).astype(np.float32)
+    soundfile.write(file, noise, 16000, format="OGG", subtype=subtype)
+    data, path = file.getvalue(), tmp_path / "a.ogg"
+    half, piece = len(data) // 2, len(data) // 5
+    filler = {"zeros": bytes(piece), "noise": bytes(range(256)) * (piece // 256), "cut out": b""}[manner]
+    path.write_bytes(data[:half] + filler + data[half + piece :])
+    with pytest.warns(UserWarning, match=r"a\.ogg is damaged: .*pages are missing") as said:
+        assert 4 * 16000 < len(load_audio(path)) <= 12 * 16000
+    assert len(said) == 1
+    path.write_bytes(data + data)  # two joined files count their pages anew
+    assert abs(len(load_audio(path)) - 24 * 16000) <= 2000
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska", "webm"])

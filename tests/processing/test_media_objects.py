@@ -170,6 +170,50 @@ def test_video_decoders() -> None:
     assert PROCESSOR(chat([{"video": steady}])).video_grid_thw[0, 0] == 2
 
 
+class Failing:
+    """Any decoder, whose file turns out to be damaged."""
+
+    metadata = types.SimpleNamespace(begin_stream_seconds=0.0, end_stream_seconds=2.0)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 50
+
+    def get_frame_played_at(self, seconds: float) -> Frame:
+        raise self.error
+
+    def get_all_samples(self) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Could not push packet"), IndexError("no frame"), AssertionError()])
+def test_what_decoders_raise(error: Exception) -> None:
+    failing = Failing(error)
+    for read in (load_audio, read_video, lambda value: read_speech(value, 24000)):
+        with pytest.raises(ValueError, match="<Failing> cannot be decoded"):
+            read(failing)
+    for kind in ("audio", "video"):
+        with pytest.raises(ValueError, match=r"^message 0, item 0: .*cannot be decoded"):
+            PROCESSOR(chat([{kind: failing}]))
+    with pytest.raises(OSError, match="needs more memory"):
+        load_audio(Failing(MemoryError()))
+
+
+def test_video_decoders_that_do_not_know_their_end() -> None:
+    decoder = VideoDecoder([0.04 * i for i in range(50)], 2.0, [20 + 4 * i for i in range(50)])
+    known = read_video(decoder)
+    facts = types.SimpleNamespace(begin_stream_seconds=None, end_stream_seconds=None, duration_seconds=2.0)
+    decoder.get_frame_played_at = lambda seconds: VideoDecoder.get_frame_played_at(steady, seconds)  # type: ignore
+    steady = VideoDecoder(decoder.stamps, 2.0, decoder.levels)
+    decoder.metadata = facts  # type: ignore[assignment]
+    assert torch.equal(read_video(decoder).frames, known.frames)
+    facts.duration_seconds = None
+    with pytest.raises(ValueError, match="how long"):
+        read_video(decoder)
+
+
 # ---- sound in videos ----
 
 

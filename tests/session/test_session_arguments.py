@@ -12,6 +12,7 @@ import torch
 from build import speckle
 
 from omni import OmniEngine, OmniModel, OmniSession, StreamingConfig
+from omni.processing.media_budget import MediaBudget
 
 PLAIN = {"max_new_tokens": 2, "return_audio": False}
 MADE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -150,3 +151,21 @@ def test_flags_of_a_pass(model: OmniModel, flag: str) -> None:
     for wrong in ("false", None, torch.zeros(2)):
         with pytest.raises(TypeError, match=f"{flag} must be True or False"):
             model.forward(inputs, **{flag: wrong})
+
+
+def test_the_media_budget_of_the_processor(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture or frame that a message may not hold may not be pushed either."""
+    session, large = OmniSession(model), speckle(96, 96)
+    monkeypatch.setattr(model.processor, "media_budget", MediaBudget(pixels=64 * 64))
+    calls: list[Callable[[], Any]] = [
+        lambda: model.processor([{"role": "user", "content": [{"type": "image", "image": large}]}]),
+        lambda: session.push_image(large),
+        lambda: session.push_image(large, max_pixels=64 * 64),
+        lambda: session.push_video_frame(large, 0.0),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="more than the limit of 4,096"):
+            call()
+    session.push_image(speckle(64, 64))
+    monkeypatch.setattr(model.processor, "media_budget", MediaBudget(pixels=1 << 40))
+    session.push_image(large)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from omni.encoders.resample import MAX_RATE_HZ, MIN_RATE_HZ, StreamingResampler
-from omni.processing.audio_file import check_samples, decode_audio, from_decoder, read_array
-from omni.processing.sources import describe, enough_memory, is_source, open_source
+from omni.processing.audio_file import check_samples, decode_audio, read_array
+from omni.processing.sources import describe, enough_memory, from_decoder, is_source, open_source
 
 
 def read_speech(source: Any, rate_hz: int) -> Tensor:
