@@ -30,7 +30,6 @@ from omni.processing.token_budget import TokenBudget
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
-from omni.talker.layout import HEADER_LENGTH
 
 
 @dataclass(frozen=True)
@@ -240,21 +239,37 @@ class OmniProcessor:
             inputs.reply_start = torch.tensor([width - len(row) + self._reply_start(row) for row in rows])
         return inputs.to(options.device)
 
-    def begin_reply(self, text: str) -> list[int]:
-        """Ids that open the assistant's turn and begin its reply, which a model is to go on with.
+    def begin_reply(self, text: str = "") -> tuple[list[int], list[int]]:
+        """Ids that open the assistant's turn, and those that begin its reply, which a model is to go on with.
 
-        The first `HEADER_LENGTH` of them are the turn's header.
+        A reply begins with `text`; without one with what the chat template gives every reply, such as `<think>`. Both
+        lists are empty where the template opens no turn for a reply.
         """
-        messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
-        ids = self.chat.encode_chat(messages, add_generation_prompt=False, continue_final=True)
-        return ids[self._reply_start(ids) - HEADER_LENGTH :]
+        messages = [{"role": "user", "content": ""}]
+        if text:
+            messages.append({"role": "assistant", "content": text})
+        ids = self.chat.encode_chat(messages, add_generation_prompt=not text, continue_final=bool(text))
+        opens = self.chat.added_ids.get("<|im_start|>")
+        begin = len(ids) - 1 - ids[::-1].index(opens) if opens in ids else len(ids)  # type: ignore[arg-type]
+        if not text and not self.decode(ids[begin + 1 :], skip_special_tokens=False).startswith("assistant"):
+            return [], []
+        start = self._reply_start(ids)
+        return ids[begin:start], ids[start:]
 
     def _reply_start(self, ids: list[int]) -> int:
-        """Where the reply of the last turn begins, behind its header."""
+        """Where the reply of the last turn begins, behind its header, of which added tokens may have more or fewer
+        than the usual ids."""
         opens = self.chat.added_ids.get("<|im_start|>")
         if opens not in ids:
             raise ValueError("the chat template opens turns without <|im_start|>, so no message can be continued")
-        return len(ids) - 1 - ids[::-1].index(opens) + HEADER_LENGTH
+        first = len(ids) - ids[::-1].index(opens)
+        for end in range(first + 1, len(ids) + 1):
+            header = self.decode(ids[first:end], skip_special_tokens=False)
+            if "\n" in header:
+                return end
+            if not "assistant".startswith(header):  # a token that takes the blanks after it has taken the line break
+                return end - 1
+        return len(ids)
 
     def check_speech_system(self, system: Any) -> None:
         """Warn once where a conversation does not begin with the system text that the family's speech needs.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from datetime import datetime
 from functools import cached_property, partial, wraps
 from types import CodeType
@@ -21,6 +21,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from omni.processing.written import Alphabet, Written
@@ -62,7 +63,7 @@ class ChatTemplate:
 
 
 class _Counting(NodeTransformer):
-    """Counts every round of a loop, and joins texts where their size is watched."""
+    """Counts every round of a loop, and joins texts and makes lists where their size is watched."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -75,6 +76,14 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         parts = nodes.List(node.nodes, lineno=node.lineno)
         return nodes.Filter(parts, "joined", [], [], None, None, lineno=node.lineno)
+
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Expr:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load" or all(isinstance(n, nodes.Const) for n in node.iter_child_nodes()):
+            return node
+        return nodes.Filter(node, "sized", [], [], None, None, lineno=node.lineno)
+
+    visit_Tuple = visit_Dict = visit_List
 
     def _step(self, node: nodes.Node) -> nodes.Expr:
         return nodes.Filter(nodes.Const(True, lineno=node.lineno), "step", [], [], None, None, lineno=node.lineno)
@@ -90,6 +99,13 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Namespace(Namespace):
+    """A template's variables; they may hold each other, so what it prints holds none of them."""
+
+    def __repr__(self) -> str:
+        return "<namespace>"
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox of one prompt."""
 
@@ -103,8 +119,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.concat = self._join  # type: ignore[method-assign, assignment]
         own = {"tojson": self._to_json, "join": self._join_filter, "replace": _replace, "joined": self._join}
         self.filters = {name: self._watched(name, f) for name, f in {**self.filters, **own}.items()}
-        self.filters["step"] = self._step
+        self.filters["step"], self.filters["sized"] = self._step, self._sized
+        self._sizes: dict[int, tuple[int, Any]] = {}
         self.globals.pop("lipsum")
+        self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
@@ -125,10 +143,27 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise TemplateError(f"it writes more than the limit of {self._room:,} characters")
         self._spend(int(size))
 
+    @pass_context
+    def _sized(self, context: Any, value: Any) -> Any:
+        """A list or dict that the template has made of others, refused where it holds too much."""
+        return self._adopt(value)
+
+    def _size(self, value: Any) -> int:
+        """Characters and items in a value, counted as often as they would be printed; known lists are not read again,
+        as no template can change one."""
+        if isinstance(value, (str, range)) or not isinstance(value, Collection):
+            return len(value) if isinstance(value, str) else 1
+        if id(value) not in self._sizes:
+            parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+            self._sizes[id(value)] = 1 + sum(map(self._size, parts)), value  # kept, and so is its id
+        return self._sizes[id(value)][0]
+
     def _adopt(self, value: Any) -> Any:
         """A result, `Written` where a user's characters are in it."""
         if isinstance(value, (str, list, tuple)):
             self._allow(len(value))
+        if not isinstance(value, str) and self._size(value) > self._room:
+            self._allow(self._room + 1)
         return self._alphabet.adopt(value) if type(value) is str else value
 
     def _join(self, parts: Iterable[Any]) -> Any:

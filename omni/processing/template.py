@@ -9,14 +9,17 @@ the users' characters restored, and all is tokenised at once, so that text merge
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from omni.config.family import RELEASED, find_family
+from omni.processing.messages import ROLES
 from omni.processing.sandbox import ChatTemplate
 from omni.processing.vocabulary import Vocabulary
 from omni.processing.written import Alphabet
 
 _END = "\ufdd0\ufdd1"  # where a message that is to be continued ends; a blank follows
+_PROBE = "probe"  # a text that shows whether a template writes it
 MAX_DEPTH = 100  # of tool schemas and arguments: dicts and lists inside each other
 
 
@@ -101,7 +104,7 @@ class ChatTokenizer:
         vocabulary = self.vocabulary
         names = self.tokenizer.special_tokens_map
         alphabet = Alphabet("".join((self.template, *vocabulary.ids, *names.values())))
-        write = _Writing(alphabet, vocabulary, control_tokens, check)
+        write = _Writing(alphabet, vocabulary, control_tokens, check, self._roles_of_lists)
         schemas = _tool_schemas(tools)
         if continue_final:
             messages = [*messages[:-1], _with_end(messages[-1])]
@@ -122,15 +125,35 @@ class ChatTokenizer:
         mark = vocabulary.mark_for(text)
         return vocabulary.encode(alphabet.restore(vocabulary.mark(prompt, mark)), mark)
 
+    @cached_property
+    def _roles_of_lists(self) -> frozenset[str]:
+        """The roles whose texts the template writes where content is a list, and leaves out where it is a string."""
+        lost = (role for role in ROLES if self._written(role, _PROBE) == self._written(role, ""))
+        return frozenset(role for role in lost if _PROBE in self._written(role, [{"type": "text", "text": _PROBE}]))
+
+    def _written(self, role: str, content: Any) -> str:
+        """What the template makes of a message; nothing if it wants other messages."""
+        values = {**self.tokenizer.special_tokens_map, "documents": None, "tools": None, "add_generation_prompt": False}
+        values["messages"] = [{"role": role, "content": content}]
+        try:
+            return self._sandbox.render(Alphabet(), 0, values)
+        except ValueError:
+            return ""
+
 
 class _Writing:
     """Turns what users wrote into what the template sees, and counts its characters."""
 
     def __init__(
-        self, alphabet: Alphabet, vocabulary: Vocabulary, control_tokens: bool, check: Callable[[str], None] | None
+        self,
+        alphabet: Alphabet,
+        vocabulary: Vocabulary,
+        control_tokens: bool,
+        check: Callable[[str], None] | None,
+        roles_of_lists: frozenset[str],
     ) -> None:
         self.alphabet, self.markup, self.control_tokens = alphabet, vocabulary.markup_pattern, control_tokens
-        self.check = check
+        self.check, self.roles_of_lists = check, roles_of_lists
         self.characters = 0
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +166,8 @@ class _Writing:
         if "content" in message:
             content, text = message["content"], self.reply if role == "assistant" else self.text
             if isinstance(content, str):
-                written["content"] = text(content)
+                said = text(content)
+                written["content"] = [{"type": "text", "text": said}] if role in self.roles_of_lists else said
             else:
                 written["content"] = [{**i, "text": text(i["text"])} if i["type"] == "text" else i for i in content]
         return {"role": role, **written}
@@ -231,7 +255,9 @@ def check_flags(**flags: bool) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _check_unicode(text: str) -> None:
+def _check_unicode(text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a string, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -29,8 +29,8 @@ def begin_reply(session: OmniSession, arguments: dict[str, Any]) -> Turn:
         arguments["speaker"] = session.speaker
     args = resolve(model, 1, **arguments)
     header = assistant_header(model, None, processor)
-    opening = processor.begin_reply(prefill) if prefill else header
-    header, given = opening[: len(header)], opening[len(header) :]
+    opened, given = processor.begin_reply(prefill or "")
+    opened = opened or header
     conversation, speaks = session._conversation, args.speakers is not None
     began, spent = time.perf_counter(), dict(conversation.rows.seconds)
     conversation.allow_long = args.allow_long
@@ -39,8 +39,9 @@ def begin_reply(session: OmniSession, arguments: dict[str, Any]) -> Turn:
     session._flush_text()
     conversation.write_text(session._closing())
     conversation.in_user = False
-    conversation.write_text(header)
-    beginning = reply_beginning(model, opening, speaks=False, start=len(header), processor=processor)
+    conversation.write_text(opened)
+    opening = [*opened, *given]
+    beginning = reply_beginning(model, opening, speaks=False, start=len(opened), processor=processor)
     spoken = conversation.begin_reply(given, beginning.given if speaks and args.speak_prefill else 0)
     session._prompt = conversation.thinker
     ids, position = conversation.ids, conversation.thinker.highest + 1

@@ -193,6 +193,36 @@ def test_templates_that_loop_or_grow(template: str, monkeypatch: pytest.MonkeyPa
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("print_it", ["{{ n.x }}", "{{ 'x' ~ n.x }}", "{{ '{}'.format(n.x) }}", "{{ n.x | pprint }}"])
+@pytest.mark.parametrize(
+    "double",
+    [
+        "[n.x, n.x]",
+        "(n.x, n.x)",
+        "{'a': n.x, 'b': n.x}",
+        "[n.x] * 2",
+        "dict(a=n.x, b=n.x)",
+        "[n.x] | batch(2, n.x) | list",
+        "[{'a': n.x, 'b': n.x}.items()]",
+    ],
+)
+def test_lists_that_hold_each_other_are_not_printed_for_ever(double: str, print_it: str) -> None:
+    processor = OmniProcessor.from_pretrained(TOY_DATA)
+    many = "{% set n = namespace(x=1) %}{% for a in range(50) %}{% set n.x = " + double + " %}{% endfor %}"
+    processor.chat = ChatTokenizer(processor.tokenizer, many + print_it)
+    with pytest.raises(ValueError, match="it writes more than the limit"):
+        processor(chat("a"))
+    processor.chat = ChatTokenizer(processor.tokenizer, many.replace("50", "3") + print_it)
+    assert processor(chat("a")).input_ids.numel() > 0
+
+
+def test_variables_that_hold_each_other_are_not_printed_for_ever() -> None:
+    template = "{% set n = namespace(x=1) %}{% for a in range(50) %}{% set n.x = namespace(a=n.x, b=n.x) %}{% endfor %}"
+    processor = OmniProcessor.from_pretrained(TOY_DATA)
+    processor.chat = ChatTokenizer(processor.tokenizer, template + "{{ n.x }}")
+    assert processor.decode(processor(chat("a")).input_ids[0]) == "<namespace>"
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -23,8 +23,10 @@ from build import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from omni import OmniConfig, OmniEngine, OmniModel, OmniProcessor, OmniSession
+from omni import OmniConfig, OmniEngine, OmniModel, OmniProcessor, OmniSession, TextDelta
+from omni.processing.template import ChatTokenizer, built_in_template
 
 pytestmark = pytest.mark.filterwarnings("ignore:the conversation does not begin")
 PIECES = ("\n", " ", "l", "list", "user", "\n\n", "\r\n", "  ", "<|im_end|>", "\u0301", "one two", "system\n", "")
@@ -206,3 +208,52 @@ def test_the_default_system_text_is_warned_about_once_where_speech_needs_another
         for _ in range(2):
             OmniSession(model).push_text("hello")
     assert len(caught) == 1
+
+
+WORDS = {
+    "one letter of the role": AddedToken("a"),
+    "its first letters": AddedToken("ass"),
+    "its end": AddedToken("istant", rstrip=True),
+    "it, with what follows": AddedToken("assistant", rstrip=True),
+    "a line break": AddedToken("\n", single_word=True),
+}
+
+
+@pytest.mark.parametrize("prefill", [None, "A list.", "\nlist"])
+@pytest.mark.parametrize("name", WORDS)
+def test_added_words_that_change_the_header_s_tokens(tmp_path: Path, name: str, prefill: str | None) -> None:
+    model = first_model(tmp_path / "own", LOOSE)
+    processor = model.processor
+    processor.tokenizer.add_tokens([WORDS[name]])
+    messages = [{"role": "user", "content": "one two"}]
+    if prefill is not None:
+        messages.append({"role": "assistant", "content": prefill})
+    inputs = processor(messages, continue_final_message=prefill is not None)
+    session = OmniSession(model)
+    session.push_text("one two")
+    events = session.respond(max_new_tokens=1, return_audio=False, prefill=prefill)
+    assert session.ids == inputs.input_ids[0].tolist()
+    events.close()
+    if prefill is not None:
+        reply = inputs.input_ids[0, int(inputs.reply_start[0]) :]
+        assert processor.decode(reply).strip("\n") == prefill.strip("\n")
+
+
+@pytest.mark.parametrize("given", ["<think>\n", "<think>\n\n</think>\n\n", "Well, "])
+@pytest.mark.parametrize("where", ["alone", "in an engine"])
+def test_a_reply_begins_as_the_template_begins_it(tmp_path: Path, given: str, where: str) -> None:
+    usual = "{{- '<|im_start|>assistant\\n' -}}\n    {%- if enable_thinking"
+    template = built_in_template()
+    assert usual in template
+    model = first_model(tmp_path / "own")
+    new = usual.replace("assistant\\n", "assistant\\n" + given.replace("\n", "\\n"))
+    model.processor.chat = ChatTokenizer(model.processor.tokenizer, template.replace(usual, new))
+    messages = [{"role": "user", "content": "one two"}]
+    inputs = model.processor(messages)
+    with OmniEngine(model, max_sessions=1) as engine:
+        session = engine.session() if where == "in an engine" else OmniSession(model)
+        session.push_text("one two")
+        assert asked(session) == inputs.input_ids[0].tolist()
+        session.push_text("one two")
+        told = [e.reasoning for e in session.respond(max_new_tokens=2, return_audio=False) if isinstance(e, TextDelta)]
+    assert set(told) <= {given == "<think>\n"}
