@@ -236,7 +236,7 @@ class OmniProcessor:
         inputs = self._pack(rows, batch)
         if continue_final_message:
             width = inputs.input_ids.shape[1]
-            inputs.reply_start = torch.tensor([width - len(row) + self._reply_start(row) for row in rows])
+            inputs.reply_start = torch.tensor([width - len(row) + self.chat.reply_start(row) for row in rows])
         return inputs.to(options.device)
 
     def begin_reply(self, text: str = "") -> tuple[list[int], list[int]]:
@@ -253,23 +253,8 @@ class OmniProcessor:
         begin = len(ids) - 1 - ids[::-1].index(opens) if opens in ids else len(ids)  # type: ignore[arg-type]
         if not text and not self.decode(ids[begin + 1 :], skip_special_tokens=False).startswith("assistant"):
             return [], []
-        start = self._reply_start(ids)
+        start = self.chat.reply_start(ids)
         return ids[begin:start], ids[start:]
-
-    def _reply_start(self, ids: list[int]) -> int:
-        """Where the reply of the last turn begins, behind its header, of which added tokens may have more or fewer
-        than the usual ids."""
-        opens = self.chat.added_ids.get("<|im_start|>")
-        if opens not in ids:
-            raise ValueError("the chat template opens turns without <|im_start|>, so no message can be continued")
-        first = len(ids) - ids[::-1].index(opens)
-        for end in range(first + 1, len(ids) + 1):
-            header = self.decode(ids[first:end], skip_special_tokens=False)
-            if "\n" in header:
-                return end
-            if not "assistant".startswith(header):  # a token that takes the blanks after it has taken the line break
-                return end - 1
-        return len(ids)
 
     def check_speech_system(self, system: Any) -> None:
         """Warn once where a conversation does not begin with the system text that the family's speech needs.

@@ -140,6 +140,21 @@ class ChatTokenizer:
         except ValueError:
             return ""
 
+    def reply_start(self, ids: list[int]) -> int:
+        """Where the reply of the last turn begins, behind its header, of which added tokens may have more or fewer
+        than the usual ids."""
+        opens = self.added_ids.get("<|im_start|>")
+        if opens not in ids:
+            raise ValueError("the chat template opens turns without <|im_start|>, so no message can be continued")
+        first = len(ids) - ids[::-1].index(opens)
+        for end in range(first + 1, len(ids) + 1):
+            header = self.tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)
+            if "\n" in header:
+                return end
+            if not "assistant".startswith(header):  # a token that takes the blanks after it has taken the line break
+                return end - 1
+        return len(ids)
+
 
 class _Writing:
     """Turns what users wrote into what the template sees, and counts its characters."""
