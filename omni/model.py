@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from omni.checkpoint.atomic import atomic_folder
 from omni.checkpoint.keys import KeyTable
 from omni.checkpoint.load import LoadReport, load_weights
 from omni.checkpoint.refusals import check_counts
 from omni.checkpoint.save import save_weights
 from omni.checkpoint.shards import tensor_files
 from omni.code2wav.voices import Voice, find_voices, save_voice_files
-from omni.config.keywords import names_keywords
+from omni.config.keywords import check_flags, names_keywords
 from omni.config.locate import locate
 from omni.config.model import OmniConfig
 from omni.config.reading import warn_user
+from omni.config.writing import atomic_folder
 from omni.generation import generate as generation
 from omni.generation.compilation import compile_steps
 from omni.generation.events import Event
@@ -37,7 +37,6 @@ from omni.parts import CHILDREN, PARTS, ModelParts, check_parts
 from omni.processing.files import build_tokenizer, load_files
 from omni.processing.inputs import OmniInputs
 from omni.processing.processor import OmniProcessor
-from omni.processing.template import check_flags
 from omni.thinker.thinker import ThinkerOutput
 
 if TYPE_CHECKING:

@@ -68,3 +68,10 @@ def names_keywords(function: F) -> F:
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise TypeError for a flag that is neither True nor False: a text such as "false" would be taken as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omni.config.keywords import check_flags
 from omni.generation.sampling import SamplingConfig
 from omni.generation.text_options import Stop, TextOptions, read_stops
 from omni.layers.splitmix import signed
 from omni.parts import ModelParts
-from omni.processing.template import check_flags
 from omni.talker.layout import turn_layout
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni.config.keywords import names_keywords, nearest
+from omni.config.keywords import check_flags, names_keywords, nearest
 from omni.config.writing import atomic_folder
 from omni.encoders.mel import LEVELS, LogMel
 from omni.processing.audio_file import join_clips, load_audio
@@ -25,7 +25,7 @@ from omni.processing.inputs import OmniInputs
 from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget
 from omni.processing.messages import Medium, located, read_conversation, split_batch
 from omni.processing.sources import describe, is_source
-from omni.processing.template import ChatTokenizer, built_in_template, check_flags
+from omni.processing.template import ChatTokenizer, built_in_template
 from omni.processing.token_budget import TokenBudget
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from omni.config.family import RELEASED, find_family
+from omni.config.keywords import check_flags
 from omni.processing.messages import ROLES
 from omni.processing.sandbox import ChatTemplate
 from omni.processing.vocabulary import Vocabulary
@@ -261,13 +262,6 @@ def _number(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
     return int(value) if isinstance(value, int) else float(value)
-
-
-def check_flags(**flags: bool) -> None:
-    """Raise TypeError for a flag that is neither True nor False: a text such as "false" would be taken as true."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_unicode(text: Any) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from omni.config.reading import warn_user
 
 USUAL_POSITIONS = 131_072  # where no config.json says how many the model has
 _CUT = 8  # tokens more than there would be, at most, where a text is cut in two
@@ -14,14 +14,6 @@ _SHORT = 4  # characters a position
 
 class TooLongError(ValueError):
     """A conversation has more tokens than the model has positions."""
-
-
-def _frames_of_omni() -> int:
-    """The level of the line outside omni that led to the caller, for a warning there."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "omni":
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 @dataclass
@@ -53,7 +45,7 @@ class TokenBudget:
         if not self.allow_long:
             raise TooLongError(message + (" (allow_long=True only warns)" if self.allow_long is False else ""))
         self.positions = 2**62  # once
-        warnings.warn(message, stacklevel=_frames_of_omni())
+        warn_user(message)
 
     def spend(self, tokens: int, name: str) -> None:
         """Count tokens that are there."""

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from omni.checkpoint.atomic import atomic_folder, recover
 from omni.config.reading import read_json
+from omni.config.writing import atomic_folder, recover
 from omni.encoders.mel import LogMel, LogMelState
 from omni.encoders.resample import StreamingResampler
 from omni.generation.streaming_config import StreamingConfig

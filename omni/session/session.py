@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omni.config.keywords import names_keywords, takes_arguments_of
+from omni.config.keywords import check_flags, names_keywords, takes_arguments_of
 from omni.config.positions import PositionRule
 from omni.generation.events import Event
 from omni.generation.rows import Rows
@@ -27,7 +27,6 @@ from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
-from omni.processing.template import check_flags
 from omni.processing.token_budget import TokenBudget
 from omni.processing.vision import PixelBudget
 from omni.rope.positions import Image

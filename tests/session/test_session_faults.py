@@ -65,11 +65,8 @@ def fault(
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        cut = len(calls) == number
-        if cut and not after:
-            raise error or Broken("the part is broken")
-        result = original(*args, **kwargs)
-        if cut:
+        result = original(*args, **kwargs) if after or len(calls) != number else None
+        if len(calls) == number:
             raise error or Broken("the part is broken")
         return result
 

@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.checkpoint.atomic import atomic_folder
 from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.contract import SAMPLE_RATE_HZ
 from omni.code2wav.conv import (
@@ -43,6 +42,7 @@ from omni.code2wav.conv import (
 from omni.code2wav.window_transformer import WindowState, WindowTransformer
 from omni.config.qwen3_omni import Code2WavConfig
 from omni.config.reading import read_json
+from omni.config.writing import atomic_folder
 from omni.layers.init import initialise
 from omni.layers.state import State
 from omni.training.objectives.losses import Loss

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.checkpoint.atomic import atomic_folder
 from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.contract import SAMPLE_RATE_HZ
 from omni.config.reading import read_json
+from omni.config.writing import atomic_folder
 from omni.encoders.mel import frame_signal, mel_filter_bank, power_spectrum
 from omni.training.codec.codec import k_means, nearest_codes
 

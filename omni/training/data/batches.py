@@ -20,7 +20,7 @@ from omni.training.data.failures import RunError, reason
 from omni.training.data.manifest import Row
 from omni.training.data.mixture import Draw, Mixture, random_number
 from omni.training.data.samples import Pair, Sample, SpokenTurn, TrainingBatch
-from omni.training.data.tally import Tally, describe_counts
+from omni.training.data.tally import Tallied, Tally, describe_counts
 
 Made = Union[Sample, Pair]
 _FRUITLESS = 1000  # unusable rows, beyond all there are, after which the search for a good one ends
@@ -52,7 +52,7 @@ class _Bucket:
     given: int = 0
 
 
-class Batches:
+class Batches(Tallied):
     """An endless iterator of batches, each a list of samples (or pairs) that fit into `max_tokens` together.
 
     `bucket_size` rows are read at a time and cut into batches, which come in a seeded order. Where batches are padded
@@ -96,20 +96,6 @@ class Batches:
         self._pool = ThreadPoolExecutor(workers, "read-ahead") if workers else None
         self._bucket: _Bucket | None = None
         self._ahead: _Bucket | None = None
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """Bad rows, name -> reason."""
-        return self.tally.bad
-
-    @property
-    def left_out(self) -> int:
-        """Draws of rows that are too long, or not to be used for another reason (`tally.left_out`)."""
-        return self.tally.left_out.total()
-
-    def counts(self) -> dict[str, Any]:
-        """What was drawn and not used so far, by reason."""
-        return self.tally.counts(self.mixture.draws, sum(self.mixture.dropped))
 
     def __iter__(self) -> Iterator[list[Made]]:
         return self

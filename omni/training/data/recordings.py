@@ -25,7 +25,7 @@ from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Draw, Mixture, random_number
 from omni.training.data.row_stores import AUDIO_SUFFIXES, Checksum, RowStore
 from omni.training.data.sound import read_speech
-from omni.training.data.tally import Tally, describe_counts
+from omni.training.data.tally import Tallied, Tally, describe_counts
 
 HEARD = ("audio", "audios")  # keys of what a conversation hears; items of its messages belong to them
 SOUNDS = (*HEARD, "speech")
@@ -116,7 +116,7 @@ class _Made(NamedTuple):
     bad: bool = False
 
 
-class DrawnBatches(Generic[Item, Batch]):
+class DrawnBatches(Tallied, Generic[Item, Batch]):
     """Endless batches of `batch_size` items, one made of each draw of a mixture.
 
     Rows that cannot be read are named by a warning, kept in `skipped` (name -> reason) and replaced by further draws;
@@ -152,20 +152,6 @@ class DrawnBatches(Generic[Item, Batch]):
         self._pool = ThreadPoolExecutor(workers, "read-ahead") if workers else None
         self._ahead: list[Future[_Made]] = []
         self._place = mixture.state_dict()  # after the batch that was given last
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """Bad rows, name -> reason."""
-        return self.tally.bad
-
-    @property
-    def left_out(self) -> int:
-        """Draws of rows that are not to be used, whatever the reason (`tally.left_out`)."""
-        return self.tally.left_out.total()
-
-    def counts(self) -> dict[str, Any]:
-        """What was drawn and not used so far, by reason."""
-        return self.tally.counts(self.mixture.draws, sum(self.mixture.dropped))
 
     def __iter__(self) -> Iterator[Batch]:
         return self

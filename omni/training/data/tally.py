@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from omni.training.data.mixture import Mixture
+
 _NAMED = 5  # bad rows that an error lists
 
 
@@ -55,6 +57,27 @@ class Tally:
         found: dict[str, Any] = {"filtered": filtered, "left_out": dict(self.left_out), "cut": dict(self.cut)}
         found = {key: value for key, value in {**found, "bad": len(self.bad)}.items() if value}
         return {"drawn": drawn, **found} if found else {}
+
+
+class Tallied:
+    """Batches drawn from a mixture, and what they tell of the rows that they did not use."""
+
+    mixture: Mixture
+    tally: Tally
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Bad rows, name -> reason."""
+        return self.tally.bad
+
+    @property
+    def left_out(self) -> int:
+        """Draws of rows that are too long, or not to be used for another reason (`tally.left_out`)."""
+        return self.tally.left_out.total()
+
+    def counts(self) -> dict[str, Any]:
+        """What was drawn and not used so far, by reason."""
+        return self.tally.counts(self.mixture.draws, sum(self.mixture.dropped))
 
 
 def add_counts(parts: list[dict[str, Any]]) -> dict[str, Any]:

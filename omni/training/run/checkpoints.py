@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from omni.checkpoint.atomic import atomic_folder
+from omni.config.writing import atomic_folder
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 SEVERAL = ".metadata"  # only a checkpoint by several processes has it

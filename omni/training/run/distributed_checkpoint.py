@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from omni.checkpoint.atomic import atomic_folder
+from omni.config.writing import atomic_folder
 from omni.layers.init import MetaBuild
 from omni.model import OmniModel
 from omni.training.parallel.processes import is_main, process_count

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from omni.checkpoint.atomic import atomic_folder
+from omni.config.writing import atomic_folder
 from omni.model import OmniModel
 from omni.training.parallel.parallelise import ParallelConfig, clip_grad_norm, make_mesh, parallelise, sum_gradients
 from omni.training.parallel.processes import batch_share, init_from_env, is_main, process_count, sum_over_ranks

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.checkpoint.adapters import WEIGHTS
-from omni.checkpoint.atomic import atomic_folder
 from omni.checkpoint.keys import KeyTable
+from omni.config.writing import atomic_folder
 from omni.layers.experts_backends import EXPERTS, GROUPED_DTYPES, grouped_product, invert, sort_pairs, spans_of
 from omni.layers.moe import Experts
 from omni.layers.quantized import packed_kind
