@@ -144,7 +144,9 @@ def _open(value: Any, name: str) -> Image:
         raise
     except Exception as error:  # each format's reader raises its own classes
         reason = "no known format" if isinstance(error, pil.UnidentifiedImageError) else error
-        raise ValueError(f"image {name} cannot be read; it must be a picture, such as png, jpeg or webp ({reason})") from error
+        raise ValueError(
+            f"image {name} cannot be read; it must be a picture, such as png, jpeg or webp ({reason})"
+        ) from error
 
 
 def _register_heif(name: str) -> None:
