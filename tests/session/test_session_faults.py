@@ -227,6 +227,7 @@ def test_turns_are_dropped_whole_or_not_at_all(model: OmniModel) -> None:
             reply(one)
     for number in (1, 2, 4):
         for error in (Broken("no memory"), KeyboardInterrupt()):
+            session = twin.fork()
             with fault(Rows, "prefill_thinker", number, error=error), pytest.raises(type(error)):
                 session.drop_oldest_turns()
             assert_alike(session, twin)
@@ -299,11 +300,17 @@ def test_an_encoder_of_one_s_own_forgets_what_was_undone(model: OmniModel) -> No
 def test_a_session_that_cannot_be_put_back_is_closed_and_says_why(model: OmniModel) -> None:
     session = OmniSession(model, streaming=QUICK)
     session.push_text("one")
-    session.respond(**{**PLAIN, "return_audio": False})
-    lost = fault(RowReader, "set_lengths", error=Broken("the device is lost"))
-    with lost, fault(RowNote, "apply"), pytest.raises(Broken):
-        session.interrupt()
-    assert session.closed
+    events = session.respond(**{**PLAIN, "return_audio": False})
+
+    def lost(*_: Any) -> None:
+        raise Broken("the device is lost")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((RowReader, "set_lengths"), (RowNote, "apply")):
+            patch.setattr(owner, name, lost)
+        with pytest.raises(Broken):
+            session.interrupt()
+    assert session.closed and next(events, None) is None
     for call in (
         lambda: session.push_text("x"),
         lambda: session.push_audio(noise(10)),
