@@ -80,7 +80,7 @@ class Places:
         ahead: it reads what a later job would read anyway, and is dropped (None) when no row can be had at once, or
         only by moving a session that was used lately: many that are spoken to at once would only move each other.
         """
-        if place.row is None:
+        if not place.removed and place.row is None:
             if ahead and (self._queue or not self._can_have_row(after=_PATIENCE * len(self.in_row))):
                 return None
             yield from self._find_row(place)

@@ -122,9 +122,12 @@ def record(session: OmniSession, reply: Reply, kept: Sequence[int] | None = None
         if kept is not None:
             reader.rows.put(reader.row, turn)
         raise
-    times = reply_times(turn, session.model.code2wav)
-    status = COMPLETED if kept is None and turn.reason == "stop" else INCOMPLETE
-    message = reply.message
+    _hold(session, reply, ids, COMPLETED if kept is None and turn.reason == "stop" else INCOMPLETE)
+
+
+def _hold(session: OmniSession, reply: Reply, ids: Sequence[int], status: str) -> None:
+    """Let the message of a reply hold these ids."""
+    message, times = reply.message, reply_times(reply.turn, session.model.code2wav)
     whole = fill(session, message, ids, times, status)
     message.entries, message.parts, message.times = whole.entries, whole.parts, whole.times
     message.status, reply.recorded = status, True
@@ -144,18 +147,28 @@ def _texts(text: str) -> tuple[dict[str, Any], ...]:
     return ({"type": "text", "text": text},) if text else ()
 
 
-
 def end_early(session: OmniSession, reply: Reply, played_ms: float | None) -> Generator[None, None, list[int] | None]:
     """End a reply that is being given and keep what was heard of it; None if it has ended in the meantime. Row-side."""
     if reply.recorded:
         return None
     turn, reader = reply.turn, session._reader
     kept = heard_ids(turn, session.model.code2wav, played_ms)
-    turn.interruption = reader.rows.end(reader.row, turn, "interrupted")
+    turn.interruption = dataclasses.replace(reader.rows.end(reader.row, turn, "interrupted"), row=0)
     turn.delivered_end = True
-    record(session, reply, kept)
+    try:
+        record(session, reply, kept)
+    except BaseException:
+        turn.interruption, turn.delivered_end, turn.over = None, False, False
+        raise
     return kept
     yield  # it is one piece
+
+
+def end_unbegun(session: OmniSession, reply: Reply) -> None:
+    """End a reply whose turn has not begun: nothing of it was heard. It touches no row."""
+    interruption = reply.turn.end(0, "interrupted")
+    _hold(session, reply, [], INCOMPLETE)
+    reply.turn.interruption, reply.turn.delivered_end = interruption, True
 
 
 def cut_undelivered(session: OmniSession, reply: Reply, played_ms: float | None) -> list[int]:
@@ -172,17 +185,16 @@ def settle_reply(session: OmniSession) -> None:
     reply = session._reply
     if reply is None or session._undo is not None or session.closed:
         return
-    if reply.recorded:
-        if reply.left and not reply.turn.delivered_end:
-            reply.turn.delivered_end = True
-            cut_to_delivered(session, reply)
-        return
-    if reply.left and not reply.ticking and reply.failed is None:
+    if not reply.recorded and reply.left and not reply.ticking and reply.failed is None:
         try:
             session._end_early(reply, None)
         except Exception as error:  # the reply is lost
             reply.failed = error
-    if reply.ticking or reply.failed is not None:
+    if reply.recorded:
+        if reply.left and not reply.turn.delivered_end:
+            reply.turn.delivered_end = True
+            cut_to_delivered(session, reply)
+    elif reply.ticking or reply.failed is not None:
         _forget(session, reply)
 
 

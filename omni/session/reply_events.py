@@ -76,8 +76,16 @@ class ReplyEvents(Iterator[Event]):
             self._done = True
             self._session._leave(self._reply)
 
-    def __del__(self) -> None:
-        # It may run at any moment, in any thread: the session's next call interrupts the reply.
+    @property
+    def done(self) -> bool:
+        """Whether no event will follow."""
+        return self._done
+
+    def drop(self) -> None:
+        """As `close`, without waiting: the reply is interrupted a little later."""
         if not self._done:
             self._done = True
             self._session._drop(self._reply)
+
+    def __del__(self) -> None:
+        self.drop()  # it may run at any moment, in any thread

@@ -37,14 +37,21 @@ class Cancelled(Exception):
     """The job was cancelled before its end."""
 
 
+class Closed(ValueError):
+    """The thread was stopped before the job's end."""
+
+
 class Task(Generic[T]):
     """A job on its way: `done` once it is over, with a result or an error.
 
-    owner: jobs of one owner run in order, one at a time; None is nobody. submitted, ended: ticks done by then.
+    owner: jobs of one owner run in order, one at a time; None is nobody. told: called once at its end with its error,
+    None if it has none, by the thread that ends it; it must not block. submitted, ended: ticks done by then.
     """
 
-    def __init__(self, owner: object, job: Job[T]) -> None:
-        self.owner, self.job = owner, job
+    def __init__(
+        self, owner: object, job: Job[T], told: Callable[[BaseException | None], None] | None = None
+    ) -> None:
+        self.owner, self.job, self.told = owner, job, told
         self.steps: Steps[T] | None = None  # once it has begun
         self.cancelled = self.done = False
         self.result: T | None = None
@@ -57,6 +64,10 @@ class Task(Generic[T]):
         """End it and wake whoever waits. Never blocks."""
         if self.done:
             return
+        told, self.told = self.told, None
+        if told is not None:
+            with contextlib.suppress(BaseException):
+                told(error)
         self.result, self.error, self.ended, self.done = result, error, ticks, True
         self._latch.release()
 
@@ -204,6 +215,11 @@ class Scheduler:
         """Whether an owner has a job that runs or waits."""
         return id(owner) in self._lines
 
+    def drop_all(self, owner: object) -> None:
+        """End all jobs of an owner between two of their pieces; for a job of another owner."""
+        for task in list(self._lines.get(id(owner), ())):
+            self._drop_now(task)
+
     def _wait(self, task: Task[Any]) -> None:
         if not task.wait(lambda: self.alive):
             cause = self.cause or RuntimeError("its thread has ended")
@@ -308,15 +324,19 @@ class Scheduler:
         task.finish(result, error, self.ticks)
 
     def _drop(self, task: Task[Any]) -> Steps[None]:
-        """The job that ends another one, wherever it stands."""
+        """The job that ends another one."""
+        self._drop_now(task)
+        return
+        yield
+
+    def _drop_now(self, task: Task[Any]) -> None:
+        """End a task wherever it stands."""
         key = id(task if task.owner is None else task.owner)
         if not task.done and task in self._lines.get(key, ()):
             for where in (self._fresh, self._wanting, self._stalled):
                 with contextlib.suppress(ValueError):
                     where.remove(task)
             self._close(task)
-        return
-        yield
 
     def _end(self, cause: BaseException | None) -> None:
         """Tell everyone who waits why there is no more to wait for."""
@@ -333,7 +353,7 @@ class Scheduler:
 
     def _refusal(self) -> Exception:
         if self.cause is None:
-            return ValueError("the engine was closed before this was done")
+            return Closed("the engine was closed before this was done")
         error = RuntimeError(f"the engine has died: {_named(self.cause)}")
         error.__cause__ = self.cause
         return error

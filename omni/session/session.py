@@ -28,6 +28,7 @@ from omni.processing.token_budget import TokenBudget
 from omni.processing.vision import PixelBudget
 from omni.session import options
 from omni.session.conversation import Conversation
+from omni.session.entries import Entry
 from omni.session.file import SavedSession, save_session
 from omni.session.heard import ReplyTimes, heard_ids
 from omni.session.history import History
@@ -42,6 +43,7 @@ from omni.talker.layout import PromptEnd
 
 Sampling = SamplingConfig | Mapping[str, Any] | None
 T = TypeVar("T")
+S = TypeVar("S", bound="OmniSession")
 
 
 class OmniSession(History):
@@ -72,8 +74,12 @@ class OmniSession(History):
     ) -> None:
         kept = (keep_media, media_bytes, make_room)
         self._set_up(model, processor, speaker, tools, streaming, use_audio_in_video, *kept)
-        self._open(Rows(model, 1), 0)
+        self._open(*self._new_row())
         self._write_beginning(system)
+
+    def _new_row(self) -> tuple[Rows, int]:
+        """Rows of its own."""
+        return Rows(self.model, 1), 0
 
     def _set_up(
         self,
@@ -140,10 +146,15 @@ class OmniSession(History):
         """Whether a reply is being given."""
         return self._reply is not None and not self._reply.over
 
+    _turn_is_own = True  # its turn moves in its own calls alone
+
     @property
     def _turn(self) -> Turn | None:
         """Of the last reply."""
         return None if self._reply is None else self._reply.turn
+
+    def _check_usable(self) -> None:
+        """Raise if no call can be made any more, whatever the session holds; takes no lock."""
 
     # input
 
@@ -329,9 +340,13 @@ class OmniSession(History):
     def _forget(self, reply: Reply, error: BaseException) -> None:
         """Forget a reply that failed or was cut: the session is as before `respond`, but for input since."""
         with self._lock:
-            if reply is self._reply and not reply.recorded:
+            if reply is not self._reply:
+                return
+            if reply.recorded:  # it is whole, but was not delivered to its end
+                reply.left = not reply.turn.delivered_end
+            else:
                 reply.failed = reply.failed or error
-                self._settle_reply()
+            self._settle_reply()
 
     def _settle_reply(self) -> None:
         """Finish what a reply has left undone."""
@@ -402,6 +417,10 @@ class OmniSession(History):
         limit = self.media_bytes if self.keep_media else 0
         self._conversation.forget_media(self._reader.read_entries(entries), limit)
 
+    def _media_lost(self, entries: Sequence[Entry]) -> bool:
+        """Whether media among these would have to be read again and were not kept."""
+        return self._reader.lost(entries)
+
     def _settle_row(self) -> None:
         """Let the row be sound after a call that failed or was cut."""
 
@@ -429,9 +448,20 @@ class OmniSession(History):
         return self._fork()
 
     def _fork(self) -> OmniSession:
-        return self._copy(Rows(self.model, 1), 0)
+        other, rows = self._twin(*self._new_row()), self._reader.rows
 
-    def _copy(self, rows: Rows, row: int) -> OmniSession:
+        def copy_row() -> Any:
+            rows.copy_row(self._reader.row, other._reader.rows, other._reader.row)
+            other._reader.done = list(self._reader.done)
+            other._reader.set_lengths()
+            return
+            yield
+
+        self._run(copy_row)
+        return other
+
+    def _twin(self: S, rows: Rows, row: int) -> S:
+        """A copy of this session, whose row is empty."""
         other = copy.copy(self)
         other._lock, other._reply, other._undo = threading.RLock(), None, None
         other._conversation = self._conversation.fork()
@@ -444,16 +474,6 @@ class OmniSession(History):
             message = reply.message
             cut = fill(self, message, kept, ReplyTimes(tuple(kept), None), INCOMPLETE)
             other._conversation.messages = other._conversation.replaced(message.id, cut)
-
-        def copy_row() -> Any:
-            reader = self._reader
-            reader.rows.copy_row(reader.row, rows, row)
-            other._reader.done = list(reader.done)
-            other._reader.set_lengths()
-            return
-            yield
-
-        self._run(copy_row)
         return other
 
     @whole
@@ -471,12 +491,16 @@ class OmniSession(History):
         folder = options.session_folder(path)
         options.check_parts(model, processor, None)
         session = OmniSession.__new__(OmniSession)
+        session._load(folder, model, processor)
+        return session
+
+    def _load(self, folder: Path, model: ModelParts, processor: OmniProcessor | None) -> None:
+        """Fill a session that has not been set up; it has a row of its own then."""
         with naming(folder):
             saved = SavedSession(folder)
-            session._set_up(model, processor, **saved.options)
-            session._open(Rows(model, 1), 0)
-            saved.fill(session)
-        return session
+            self._set_up(model, processor, **saved.options)
+            self._open(Rows(model, 1), 0)
+            saved.fill(self)
 
     # tokens
 

@@ -34,8 +34,8 @@ class Undo:
         conversation = session._conversation
         self.conversation = {f.name: getattr(conversation, f.name) for f in dataclasses.fields(conversation)}
         self.open = None if conversation.open is None else conversation.open.note()
-        reply = session._reply
-        self.turn = {} if reply is None else {name: getattr(reply.turn, name) for name in _OF_TURN}
+        turn = session._turn if session._turn_is_own else None
+        self.turn = {} if turn is None else {name: getattr(turn, name) for name in _OF_TURN}
 
     def apply(self) -> None:
         """Put the session back. It may be called again, if it was cut itself."""
@@ -45,8 +45,9 @@ class Undo:
         for name, value in self.conversation.items():
             setattr(session._conversation, name, value)
         session._conversation.open = None if self.open is None else self.open.note()  # the note may be taken again
-        for name, value in self.turn.items():
-            setattr(session._reply.turn, name, value)  # type: ignore[union-attr]
+        reply = session._reply
+        for name, value in self.turn.items() if reply is not None and not reply.recorded else ():
+            setattr(reply.turn, name, value)  # type: ignore[union-attr]
 
 
 def whole(method: F) -> F:
@@ -54,6 +55,7 @@ def whole(method: F) -> F:
 
     @wraps(method)
     def run(session: OmniSession, *args: Any, **kwargs: Any) -> Any:
+        session._check_usable()
         with session._lock, torch.no_grad():
             settle(session)
             session._undo = Undo(session, method.__name__)
