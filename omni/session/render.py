@@ -74,9 +74,7 @@ def _add_medium(session: OmniSession, turn: OpenTurn, medium: Medium) -> None:
         session.model.require("vision_encoder")
         limits = PixelBudget(own.get("min_pixels"), own.get("max_pixels"))
         want_sound = own.get("use_audio_in_video", session.use_audio_in_video)
-        film = processor.vision.video(
-            medium.source, own, limits, bool(want_sound), media_budget=processor.media_budget
-        )
+        film = processor.vision.video(medium.source, own, limits, bool(want_sound), media_budget=processor.media_budget)
         turn.add_film(film)
 
 

@@ -29,7 +29,7 @@ class ReplyEvents(Iterator[Event]):
         samples_a_frame: int,
         missing: int,
     ) -> None:
-        self._session, self._reply, self._produce = session, reply, produce
+        self.session, self._reply, self._produce = session, reply, produce
         self._samples_a_frame, self._missing = samples_a_frame, missing
         self._waiting: deque[Event] = deque()
         self._done = False
@@ -44,7 +44,7 @@ class ReplyEvents(Iterator[Event]):
             return self._next()
         except BaseException as error:
             self._done = True
-            self._session._forget(self._reply, error)
+            self.session._forget(self._reply, error)
             raise
 
     def _next(self) -> Event:
@@ -68,13 +68,13 @@ class ReplyEvents(Iterator[Event]):
             turn.delivered_frames = samples // max(self._samples_a_frame, 1)
         elif isinstance(event, TurnEnd):
             self._done = turn.delivered_end = True
-            self._session._delivered(self._reply)
+            self.session._delivered(self._reply)
 
     def close(self) -> None:
         """Stop reading events; a turn whose end was not delivered is interrupted."""
         if not self._done:
             self._done = True
-            self._session._leave(self._reply)
+            self.session._leave(self._reply)
 
     @property
     def done(self) -> bool:
@@ -85,7 +85,7 @@ class ReplyEvents(Iterator[Event]):
         """As `close`, without waiting: the reply is interrupted a little later."""
         if not self._done:
             self._done = True
-            self._session._drop(self._reply)
+            self.session._drop(self._reply)
 
     def __del__(self) -> None:
         self.drop()  # it may run at any moment, in any thread

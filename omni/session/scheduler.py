@@ -48,10 +48,9 @@ class Task(Generic[T]):
     None if it has none, by the thread that ends it; it must not block. submitted, ended: ticks done by then.
     """
 
-    def __init__(
-        self, owner: object, job: Job[T], told: Callable[[BaseException | None], None] | None = None
-    ) -> None:
-        self.owner, self.job, self.told = owner, job, told
+    def __init__(self, owner: object, job: Job[T], told: Callable[[BaseException | None], None] | None = None) -> None:
+        self.owner, self.told = owner, told
+        self.job: Job[T] | None = job  # until its end
         self.steps: Steps[T] | None = None  # once it has begun
         self.cancelled = self.done = False
         self.result: T | None = None
@@ -64,7 +63,7 @@ class Task(Generic[T]):
         """End it and wake whoever waits. Never blocks."""
         if self.done:
             return
-        told, self.told = self.told, None
+        told, self.told, self.job = self.told, None, None
         if told is not None:
             with contextlib.suppress(BaseException):
                 told(error)
@@ -137,6 +136,11 @@ class Scheduler:
         return threading.get_ident() == self._thread.ident
 
     @property
+    def stopped(self) -> bool:
+        """Whether the thread has ended, or is about to."""
+        return self._stopping or self._ended
+
+    @property
     def alive(self) -> bool:
         """Whether the thread is there, in this process."""
         return os.getpid() == self._pid and self._thread.is_alive()
@@ -191,13 +195,21 @@ class Scheduler:
     def let_go(self, task: Task[Any]) -> None:
         """Cancel a task, whether it was submitted or not, and wait until the thread has nothing to do with it."""
         task.cancelled = True
-        if task.done or self.here or not self.alive:
+        if not task.done:
+            self.flush(Task(None, lambda: self._drop(task)))  # the queue is in order: it comes after the task
+
+    def flush(self, task: Task[Any] | None = None) -> None:
+        """Wait until a cheap task is over (None: one that does nothing), and so all cheap work handed over before.
+
+        It is done even after `stop`, unless the thread ends first. Raises nothing.
+        """
+        task = task if task is not None else Task(None, _nothing)
+        if self.here or not self.alive:
             return
-        drop = Task[None](None, lambda: self._drop(task))  # the queue is in order: it comes after the task
-        self._inbox.put(drop)
+        self._inbox.put(task)
         if self._ended:
             self._refuse_rest()
-        drop.wait(lambda: self.alive)
+        task.wait(lambda: self.alive)
 
     def stop(self) -> None:
         """Let the thread end: what it has not done is refused. Never blocks, never raises."""
@@ -284,6 +296,7 @@ class Scheduler:
             return
         try:
             if task.steps is None:
+                assert task.job is not None
                 task.steps = task.job()
             wish = next(task.steps)
         except StopIteration as end:
@@ -346,12 +359,13 @@ class Scheduler:
                 if task.steps is not None:
                     with contextlib.suppress(BaseException):
                         task.steps.close()
-                task.finish(None, self._refusal(), self.ticks)
+                task.finish(None, self.refusal(), self.ticks)
         self._lines.clear()
         self._refuse_rest()
         self._over(cause)
 
-    def _refusal(self) -> Exception:
+    def refusal(self) -> Exception:
+        """What those get who wait for a thread that has ended."""
         if self.cause is None:
             return Closed("the engine was closed before this was done")
         error = RuntimeError(f"the engine has died: {_named(self.cause)}")
@@ -364,7 +378,7 @@ class Scheduler:
             while True:
                 task = self._inbox.get_nowait()
                 if task is not None:
-                    task.finish(None, self._refusal(), self.ticks)
+                    task.finish(None, self.refusal(), self.ticks)
 
 
 def _named(error: BaseException) -> str:

@@ -404,12 +404,17 @@ class OmniSession(History):
         reader, entries = self._reader, self._conversation.entries
         if self.responding:
             return
+        if self._worth_reading(entries):
+            self._run(lambda: reader.read(entries))
+        self._forget_media()
+
+    def _worth_reading(self, entries: Sequence[Entry]) -> bool:
+        """Whether so much is decided that the row should hold it."""
+        reader = self._reader
         read = reader.read_entries(entries)
         rest = entries[read:]
         texts = sum(len(entry.ids) for entry in rest)
-        if len(reader.done) > read or any(e.media for e in rest) or texts >= reader.prefill_tokens:
-            self._run(lambda: reader.read(entries))
-        self._forget_media()
+        return len(reader.done) > read or any(e.media for e in rest) or texts >= reader.prefill_tokens
 
     def _forget_media(self) -> None:
         """Keep no more embeddings than `keep_media` allows."""
@@ -466,15 +471,19 @@ class OmniSession(History):
         other._lock, other._reply, other._undo = threading.RLock(), None, None
         other._conversation = self._conversation.fork()
         other._reader = RowReader(rows, row, self._reader.prefill_tokens)
-        other._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
-        if other._conversation.open is not None:
-            other._conversation.open.move(other._encoders)
+        other._encoders_to(rows)
         if (reply := self._reply) is not None and self.responding:
             kept = heard_ids(reply.turn, self.model.code2wav, None)
             message = reply.message
             cut = fill(self, message, kept, ReplyTimes(tuple(kept), None), INCOMPLETE)
             other._conversation.messages = other._conversation.replaced(message.id, cut)
         return other
+
+    def _encoders_to(self, rows: Rows) -> None:
+        """Let the encoders note their times where these rows do."""
+        self._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
+        if self._conversation.open is not None:
+            self._conversation.open.move(self._encoders)
 
     @whole
     def save(self, path: str | Path) -> None:

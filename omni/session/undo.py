@@ -29,7 +29,7 @@ class Undo:
     """Where a session stands before a call."""
 
     def __init__(self, session: OmniSession, call: str) -> None:
-        self.session, self.call = session, call
+        self.call = call
         self.own = {name: getattr(session, name) for name in _OF_SESSION}
         conversation = session._conversation
         self.conversation = {f.name: getattr(conversation, f.name) for f in dataclasses.fields(conversation)}
@@ -37,9 +37,8 @@ class Undo:
         turn = session._turn if session._turn_is_own else None
         self.turn = {} if turn is None else {name: getattr(turn, name) for name in _OF_TURN}
 
-    def apply(self) -> None:
+    def apply(self, session: OmniSession) -> None:
         """Put the session back. It may be called again, if it was cut itself."""
-        session = self.session
         for name, value in self.own.items():
             setattr(session, name, value)
         for name, value in self.conversation.items():
@@ -85,7 +84,7 @@ def put_back(session: OmniSession, error: BaseException | None) -> None:
     if undo is None or session.closed:
         return
     try:
-        undo.apply()
+        undo.apply(session)
         session._settle_row()
     except Exception as second:
         reason = "was cut" if error is None else f"failed ({type(error).__name__}: {error})"
