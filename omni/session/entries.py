@@ -158,7 +158,8 @@ class Writing:
         """Pieces as entries; texts in a row become tokens together."""
         out = []
         for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
-            decided: Iterable[Any] = [self.encode("".join(map(str, run)))] if is_text else run
+            group: list[Any] = list(run)
+            decided = [self.encode("".join(group))] if is_text else group
             out += [Entry(tuple(ids), self.by_user) for ids in decided if ids]
         return out
 
