@@ -18,7 +18,8 @@ from omni.generation.prompt import Prompt, encode_prompt, warn_beyond
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
-from omni.generation.turn import Turn, TurnRequest
+from omni.generation.turn import Turn
+from omni.generation.turn_request import TurnRequest
 from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
@@ -74,6 +75,8 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
     """Read each prompt once and begin a turn for each of its answers."""
     if model.processor is None and any(options.stop for options in args.options):
         raise ValueError("stop needs text: load the model with its tokenizer files, or set model.processor")
+    if model.processor is None and args.tools:
+        raise ValueError("tools need text: load the model with its tokenizer files, or set model.processor")
     began, prompts, speaks = time.perf_counter(), len(inputs.input_ids), args.speakers is not None
     rows = Rows(model, prompts)
     with rows.stage("encoders"):
@@ -206,6 +209,7 @@ def make_request(
         header=tuple(header),
         prompt_end=prompt_end,
         voice=args.voices[row],
+        tools=args.tools,
     )
 
 
