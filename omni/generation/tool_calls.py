@@ -98,12 +98,12 @@ class CallReader:
         return self.body is not None
 
     @property
-    def decided(self) -> tuple[int, str]:
-        """How many ids are decided whole, and what is decided of the text of the next one."""
+    def undecided(self) -> tuple[int, str] | None:
+        """The first id that is undecided or belongs to an open call, and what of its text is decided; None: none is."""
         if self.inside:
             return self.began
-        held = [*self.parts, *([] if self.unfinished is None else [self.unfinished])]
-        return (held[0].index, held[0].before) if held else (self.ids, "")
+        first = self.parts[0] if self.parts else self.unfinished
+        return None if first is None else (first.index, first.before)
 
     def push(self, index: int, token: int, text: str, *, whole: bool) -> list[Found]:
         """The reply's id at `index` and the text that it completes; whole: no character is unfinished."""
@@ -233,7 +233,7 @@ class _Body:
         """
         self.text += text
         begins = self.text.lstrip()
-        if not begins.startswith("{") and not CLOSE.startswith(begins):
+        if not begins.startswith(("{", CLOSE)) and not CLOSE.startswith(begins):
             raise _malformed("a JSON object must follow <tool_call>", self.text)
         while match := (_IN_STRING if self.in_string else _OUTSIDE).search(self.text, self.at):
             self.at = match.end()

@@ -68,7 +68,7 @@ class TextProgress:
     def kept(self) -> list[int]:
         """The ids that count: of what a stop string has not cut off, and cannot any more, without an open call."""
         if self.call_reader is not None and self.stream is not None:
-            first, before = self.call_reader.decided
+            first, before = self.call_reader.undecided or (len(self.ids), "")
             if self.waiting:
                 first, before = self.waiting[0].index, self.waiting[0].before
             return [*self.ids[:first], *(self.rest if self.cut else self.stream.processor.encode_text(before))]
@@ -89,7 +89,7 @@ class TextProgress:
         if not speech.codes:  # nothing spoken yet: no further than the first word
             return not speech.spoken and drawn == 0
         ahead = self.request.streaming.text_ahead
-        if self.call_reader is not None and self.call_reader.inside and drawn >= max(ahead, CALL_TOKENS):
+        if drawn >= max(ahead, CALL_TOKENS) and self.call_reader is not None and self.call_reader.undecided:
             return False
         return len(speech.spoken) - len(speech.codes) < ahead
 
