@@ -68,12 +68,13 @@ class ToolTurns:
                 raise TypeError(f"output {number} must be a string, got {type(output).__name__}; write it as JSON text")
         calls = [{"name": _PROBE, "arguments": {}}] * len(outputs)
         asked = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}]
-        start, turns = self._opening_id, self._encode(asked)
+        start = self._opening_id
+        before = self._encode(asked).count(start)
         ids = self._encode([*asked, *({"role": "tool", "content": output} for output in outputs)])
         starts = [i for i, token in enumerate(ids) if token == start]
-        if len(starts) <= turns.count(start):
+        if len(starts) <= before:
             raise ValueError("the chat template opens no turn for the results of tools")
-        return ids[starts[turns.count(start)] :]
+        return ids[starts[before] :]
 
     def assistant(self, content: str, tool_calls: Sequence[Any]) -> list[int]:
         """See `OmniProcessor.assistant_ids`."""
@@ -83,14 +84,14 @@ class ToolTurns:
             raise TypeError(f"tool_calls must be a list of calls, got {type(tool_calls).__name__}")
         calls = [call if self._keeps_text else _with_parsed(call) for call in tool_calls]
         ids = self._encode([_QUESTION, {"role": "assistant", "content": content, "tool_calls": calls}])
-        start, end = self._opening_id, self.chat.added_ids.get("<|im_end|>")
-        if start not in ids or end not in ids:
+        end = self.chat.added_ids.get("<|im_end|>")
+        if self._opening_id not in ids or end not in ids:
             raise ValueError("the chat template writes an assistant's turn without <|im_start|> and <|im_end|>")
         return ids[self.chat.reply_start(ids) : len(ids) - 1 - ids[::-1].index(end)]
 
     @property
-    def _opening_id(self) -> int | None:
-        return self.chat.added_ids.get("<|im_start|>")
+    def _opening_id(self) -> int:
+        return self.chat.added_ids.get("<|im_start|>", -1)
 
     def _encode(self, messages: Sequence[Any]) -> list[int]:
         return self.chat.encode_chat(read_conversation(messages).messages, add_generation_prompt=False)
@@ -118,7 +119,7 @@ def _writes_tools(chat: ChatTokenizer) -> bool:
     """Whether a template writes tools, their calls and their results."""
     schema = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
     call = {"type": "function", "function": {"name": f"{_PROBE}_call", "arguments": {}}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         _QUESTION,
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": f"{_PROBE}_result"},

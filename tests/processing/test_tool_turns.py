@@ -46,7 +46,6 @@ HERMES = (
     "{%- elif message.role == 'tool' %}{{ '<|im_start|>tool\\n' + message.content + '<|im_end|>\\n' }}"
     "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-NO_TOOLS = CHAT_TEMPLATE.replace("\\\\n", "\\n")
 KINDS = ["toy", "built-in", "second family", "values", "tool template"]
 
 
@@ -61,7 +60,7 @@ def made(kind: str, folder: Path) -> OmniProcessor:
     processor = OmniProcessor.from_pretrained(TOY_DATA)
     if kind == "toy":
         return processor
-    usual = {"built-in": built_in_template(), "values": HERMES, "tool template": NO_TOOLS}[kind]
+    usual = {"built-in": built_in_template(), "values": HERMES, "tool template": CHAT_TEMPLATE}[kind]
     processor.chat = processor.tool_chat = ChatTokenizer(processor.tokenizer, usual)
     if kind == "tool template":
         processor.tool_chat = ChatTokenizer(processor.tokenizer, HERMES)
