@@ -105,6 +105,11 @@ class CallReader:
         first = self.parts[0] if self.parts else self.unfinished
         return None if first is None else (first.index, first.before)
 
+    def go_on_from(self, text: str) -> None:
+        """The prompt holds the beginning of the answer, which may open a call."""
+        self.push(0, 0, text, whole=True)
+        self.parts, self.spans, self.ids, self.began = [], [], 0, (0, "")
+
     def push(self, index: int, token: int, text: str, *, whole: bool) -> list[Found]:
         """The reply's id at `index` and the text that it completes; whole: no character is unfinished."""
         if not text and (name := self.stream.names.get(token)) in (OPEN, CLOSE):  # a tokenizer calls them special

@@ -83,11 +83,16 @@ class ToolTurns:
         if isinstance(tool_calls, (str, Mapping)) or not isinstance(tool_calls, Sequence):
             raise TypeError(f"tool_calls must be a list of calls, got {type(tool_calls).__name__}")
         calls = [call if self._keeps_text else _with_parsed(call) for call in tool_calls]
-        ids = self._encode([_QUESTION, {"role": "assistant", "content": content, "tool_calls": calls}])
+        message = {"role": "assistant", "content": content, "tool_calls": calls}
+        # Some templates write a conversation's last message otherwise than those before it.
+        following = [{"role": "tool", "content": ""}] * len(calls) if calls else [_QUESTION]
+        ids, start = self._encode([_QUESTION, message, *following]), self._opening_id
+        starts, before = [i for i, token in enumerate(ids) if token == start], self._encode([_QUESTION]).count(start)
+        turn = ids[: starts[before + 1]] if len(starts) > before + 1 else []
         end = self.chat.added_ids.get("<|im_end|>")
-        if self._opening_id not in ids or end not in ids:
+        if end not in turn:
             raise ValueError("the chat template writes an assistant's turn without <|im_start|> and <|im_end|>")
-        return ids[self.chat.reply_start(ids) : len(ids) - 1 - ids[::-1].index(end)]
+        return turn[self.chat.reply_start(turn) : len(turn) - 1 - turn[::-1].index(end)]
 
     @property
     def _opening_id(self) -> int:

@@ -516,6 +516,23 @@ def test_an_open_call_is_not_kept(either: OmniModel) -> None:
     assert kept == texts
 
 
+@pytest.mark.parametrize("given", ["<tool_call>", '<tool_call>\n{"name":', f"Ok.{TIME}\n<tool_call>\n"])
+def test_a_call_that_the_prompt_has_begun(either: OmniModel, given: str) -> None:
+    said = "".join(f"<tool_call>{TIME[11:]}".removeprefix(given.rpartition("</tool_call>\n")[2]))
+    inputs = either.processor([*chat("hi", given)], continue_final_message=True)
+    with writing(either, encode(either, f"{said}{WEATHER} Yes")):
+        events = list(generation.stream(either, inputs, tools=True, **ARGUMENTS))
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == events[-1].text == " Yes"
+    assert [e.name for e in events if isinstance(e, ToolCall)] == ["time", "weather"]
+
+
+def test_a_reply_that_its_limit_ends_where_a_call_may_begin(either: OmniModel) -> None:
+    script = spelled(either, "Hi<tool")
+    got, plain = (reply(either, script, tools=tools, max_new_tokens=len(script)) for tools in (True, False))
+    assert got.shown == plain.shown == "Hi<tool" and got.end.reason == plain.end.reason
+    same_texts(got.turn.speech.spoken, plain.turn.speech.spoken)
+
+
 def test_a_model_without_words_cannot_look_for_calls(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = model.processor(chat("x"))
     monkeypatch.setattr(model, "processor", None)

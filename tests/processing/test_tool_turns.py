@@ -46,7 +46,11 @@ HERMES = (
     "{%- elif message.role == 'tool' %}{{ '<|im_start|>tool\\n' + message.content + '<|im_end|>\\n' }}"
     "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-KINDS = ["toy", "built-in", "second family", "values", "tool template"]
+# As the thinking releases: the last reply has its reasoning written, though it be empty.
+THINKING = built_in_template().replace(
+    "{{- answer -}}", "{%- if loop.last -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}{{- answer -}}"
+)
+KINDS = ["toy", "built-in", "second family", "values", "tool template", "thinking"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -60,7 +64,9 @@ def made(kind: str, folder: Path) -> OmniProcessor:
     processor = OmniProcessor.from_pretrained(TOY_DATA)
     if kind == "toy":
         return processor
-    usual = {"built-in": built_in_template(), "values": HERMES, "tool template": CHAT_TEMPLATE}[kind]
+    usual = {"built-in": built_in_template(), "values": HERMES, "tool template": CHAT_TEMPLATE, "thinking": THINKING}[
+        kind
+    ]
     processor.chat = processor.tool_chat = ChatTokenizer(processor.tokenizer, usual)
     if kind == "tool template":
         processor.tool_chat = ChatTokenizer(processor.tokenizer, HERMES)
@@ -162,7 +168,9 @@ def test_results_are_text(processor: OmniProcessor, outputs: list[str]) -> None:
     assert [i for i in ids if i in control] == [i for i in plain if i in control]
     asked = [*chat("?"), {"role": "assistant", "content": "", "tool_calls": [call("f", {})] * len(outputs)}]
     expected = whole(processor, [*asked, *({"role": "tool", "content": output} for output in outputs)])
-    assert [*whole(processor, asked), *ids] == expected
+    said = processor.assistant_ids("", [call("f", {})] * len(outputs))
+    turn = [START, *processor.encode_text("assistant\n"), *said, END, *processor.encode_text("\n")]
+    assert [*whole(processor, chat("?")), *turn, *ids] == expected
     text = processor.decode(ids, skip_special_tokens=False)
     assert text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n") and all(o in text for o in outputs)
 
@@ -173,8 +181,10 @@ def test_calls_are_what_whole_conversations_hold(processor: OmniProcessor, conte
     calls = [call(name, {"x": value, value: [1]}), call("f", {})]
     ids = processor.assistant_ids(content, calls)
     opened = [START, *processor.encode_text("assistant\n")]
-    expected = whole(processor, [*chat("?"), {"role": "assistant", "content": content, "tool_calls": calls}])
-    assert [*whole(processor, chat("?")), *opened, *ids, END, *processor.encode_text("\n")] == expected
+    said = [*chat("?"), {"role": "assistant", "content": content, "tool_calls": calls}]
+    expected = whole(processor, [*said, *[{"role": "tool", "content": "x"}] * 2])
+    results = processor.tool_results_ids(["x", "x"])
+    assert [*whole(processor, chat("?")), *opened, *ids, END, *processor.encode_text("\n"), *results] == expected
     assert START not in ids and END not in ids
 
 
