@@ -480,6 +480,14 @@ def test_stop_strings_in_a_token_that_a_call_shares(either: OmniModel) -> None:
     assert model.processor.decode(got.turn.text.kept) == "Hello"
 
 
+def test_a_stop_string_inside_an_id_of_a_torn_token(model: OmniModel) -> None:
+    torn = with_tokens(model, "x speech<tool_call>")
+    script = [torn.processor.tokenizer.convert_tokens_to_ids("x speech<tool_call>"), *spelled(model, TIME[11:])]
+    got = reply(torn, script, stop="ech")
+    assert got.shown == "x spe" and not got.calls
+    assert torn.processor.decode(got.turn.speech.spoken) == torn.processor.decode(got.turn.text.kept) == "x spe"
+
+
 def test_reasoning_stays_reasoning(model: OmniModel) -> None:
     start, end = model.processor.think_token_ids
     thought = spelled(model, f"I could call {WEATHER}")
