@@ -139,7 +139,9 @@ def test_a_long_input_holds_nobody_up_by_more_than_a_piece(model: OmniModel, mon
             events = short.respond(**SILENT)
             next(events)
             task = short._outlet.task  # type: ignore[union-attr]
-            assert task is not None and task.ended - task.submitted <= 4, "its turn comes after one piece of the long one"
+            assert task is not None and task.ended - task.submitted <= 4, (
+                "its turn comes after one piece of the long one"
+            )
             list(events)
             next(long.respond(**SILENT))
             assert engine._shared.scheduler.pieces - pieces > 20
