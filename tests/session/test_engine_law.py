@@ -21,9 +21,11 @@ from typing import Any
 import build
 import pytest
 import torch
+from build import noise
 
-from omni import OmniEngine, OmniModel, OmniSession, StreamingConfig, TextDelta, TurnEnd
+from omni import Item, OmniEngine, OmniModel, OmniSession, StreamingConfig, TextDelta, TurnEnd
 from omni.generation.rows import Rows
+from omni.session import scheduler
 from omni.session.engine import EngineSession
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +168,14 @@ def test_close_of_the_engine_from_its_own_thread(model: OmniModel) -> None:
         engine.session()
 
 
+def test_calls_of_one_session_from_several_threads_come_one_after_the_other(engine: OmniEngine) -> None:
+    session = engine.session()
+    results = in_threads(*(lambda i=i: session.push_text(f"<{i}>") for i in range(8)))
+    assert results == [None] * 8
+    (item,) = session.items
+    assert sorted(item.text[i : i + 3] for i in range(0, 24, 3)) == [f"<{i}>" for i in range(8)]
+
+
 # dropped
 
 
@@ -277,6 +287,77 @@ def test_a_cancelled_task_leaves_the_session_usable(engine: OmniEngine, model: O
     for after in (0, 1, 5):
         asyncio.run(cancelled(after))
     assert_sound(engine, model)
+
+
+CALLS: dict[str, Callable[[EngineSession], Any]] = {
+    "push_text": lambda s: s.push_text("more"),
+    "push_audio": lambda s: s.push_audio(noise(3000)),
+    "respond": lambda s: s.respond(**PLAIN),
+    "next": lambda s: next(s.stream),  # type: ignore[attr-defined]
+    "interrupt": lambda s: s.interrupt(),
+    "close the events": lambda s: s.stream.close(),  # type: ignore[attr-defined]
+    "insert": lambda s: s.insert(Item(role="user", parts="in between"), after="root"),
+    "fork": lambda s: s.fork(),
+    "close": lambda s: s.close(),
+}
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_a_call_may_be_cut_at_any_bytecode(name: str, model: OmniModel) -> None:
+    """Afterwards the session stands before the call or after it, or is closed and says so; its place is not lost."""
+    alone = OmniSession(model, streaming=ENDLESS)
+    alone.push_text("hello")
+    with OmniEngine(model, max_sessions=2, streaming=ENDLESS) as engine:
+        point, step = 1, 1
+        while True:
+            session = asked(engine)
+            if name in ("next", "interrupt", "close the events"):
+                session.stream = session.respond(**LONG)  # type: ignore[attr-defined]
+                next(session.stream)  # type: ignore[attr-defined]
+            before = session.ids
+            cut = cut_at(point, lambda s=session: CALLS[name](s))
+            gc.collect() if name == "fork" else None
+            if not session.closed:
+                if name in ("push_text", "push_audio", "insert", "fork"):
+                    after = session.ids
+                    assert after == before or (not cut or len(after) > len(before)), point
+                if name in ("interrupt", "close the events") and session.responding:
+                    session.interrupt()
+                elif name == "next" and cut:
+                    wait_until(lambda s=session: not s.responding)
+                session.push_text("and now?")
+                assert ids_of(session.respond(**{**PLAIN, "max_new_tokens": 1, "return_audio": False})), point
+            session.close()
+            if not cut:
+                break
+            point, step = point + step, min(step + 1, 40)
+        assert point > 50
+        assert_sound(engine, model)
+
+
+def cut_at(point: int, call: Callable[[], Any]) -> bool:
+    """Make a call that is cut at the `point`th bytecode of the sessions' code; False if it ended before."""
+    left, folder = [point], str(Path(scheduler.__file__).parent)
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left[0] <= 0
 
 
 def test_a_session_that_is_closed_while_its_call_waits(model: OmniModel) -> None:
