@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ class ReplyEvents(Iterator[Event]):
     raises, or cuts it, leaves the iterator, and the session forgets the reply. `samples_a_frame` and `missing`, the
     samples that all sound lacks of that, tell how many frames a chunk holds.
     """
+
+    _done = True  # until it is made
 
     def __init__(
         self,
@@ -84,8 +87,13 @@ class ReplyEvents(Iterator[Event]):
     def drop(self) -> None:
         """As `close`, without waiting: the reply is interrupted a little later."""
         if not self._done:
-            self._done = True
             self.session._drop(self._reply)
+            self._done = True
 
     def __del__(self) -> None:
-        self.drop()  # it may run at any moment, in any thread
+        # It may run at any moment, in any thread, and be cut as anything else; nobody would hear what it raises.
+        try:
+            self.drop()
+        except BaseException:
+            with contextlib.suppress(BaseException):
+                self.drop()

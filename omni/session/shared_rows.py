@@ -132,9 +132,10 @@ def _wake(future: asyncio.Future[None]) -> None:
 class Seat:
     """A session's hold on its place among the rows; whatever becomes of the session, the place is given up with it."""
 
+    place: Place | None = None
+
     def __init__(self, shared: SharedRows) -> None:
         self.shared = shared
-        self.place: Place | None = None
 
     def take(self, saved: Any = None) -> Steps[None]:
         """Take a place, for a session whose row was saved like this. A job; raises EngineFullError."""
@@ -144,9 +145,12 @@ class Seat:
         yield
 
     def __del__(self) -> None:
-        shared, place = self.shared, self.place
-        if place is not None:
-            shared.scheduler.post(None, lambda: shared.leave(place))
+        for _ in range(2):  # it may be cut as anything else, and giving a place up twice is as good as once
+            with contextlib.suppress(BaseException):
+                shared, place = self.shared, self.place
+                if place is not None:
+                    shared.scheduler.post(None, lambda shared=shared, place=place: shared.leave(place))
+                break
 
 
 class SharedRows:

@@ -316,15 +316,12 @@ def test_a_call_may_be_cut_at_any_bytecode(name: str, model: OmniModel) -> None:
                 next(session.stream)  # type: ignore[attr-defined]
             before = session.ids
             cut = cut_at(point, lambda s=session: CALLS[name](s))
-            gc.collect() if name == "fork" else None
             if not session.closed:
                 if name in ("push_text", "push_audio", "insert", "fork"):
                     after = session.ids
                     assert after == before or (not cut or len(after) > len(before)), point
-                if name in ("interrupt", "close the events") and session.responding:
+                if session.responding:  # as before the call
                     session.interrupt()
-                elif name == "next" and cut:
-                    wait_until(lambda s=session: not s.responding)
                 session.push_text("and now?")
                 assert ids_of(session.respond(**{**PLAIN, "max_new_tokens": 1, "return_audio": False})), point
             session.close()
