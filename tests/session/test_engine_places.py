@@ -12,6 +12,7 @@ import pytest
 import torch
 from build import noise, speckle
 from test_session_template import second_model
+
 from omni import AudioChunk, OmniEngine, OmniModel, OmniSession, StreamingConfig, TextDelta, TurnEnd
 from omni.session.engine import EngineFullError, EngineSession
 
@@ -74,19 +75,19 @@ def test_sixteen_sessions_on_eight_rows_all_finish(model: OmniModel) -> None:
 def test_a_session_that_moved_off_its_row_goes_on_bit_for_bit(family: str, model: OmniModel, tmp_path: Path) -> None:
     made = model if family == "first" else second_model(tmp_path / "files")
     streaming = replace(ENDLESS, audio_window_s=1.0 if family == "first" else None)  # the other hears in blocks
-    with OmniEngine(made, max_sessions=1, max_parked=2, streaming=streaming) as engine:
-        with OmniEngine(made, max_sessions=3, streaming=streaming) as roomy:
-            moved, stayed = ([e.session() for _ in range(3)] for e in (engine, roomy))
-            for turn in range(3):
-                for number in range(3):
-                    for sessions in (moved, stayed):
-                        ask(sessions[number], number, turn)
-                    got, expected = (told(sessions[number].respond(**PLAIN)) for sessions in (moved, stayed))
-                    assert got[0] == expected[0] and got[2] == expected[2]
-                    assert torch.equal(got[1], expected[1])
-                    assert moved[number].ids == stayed[number].ids
-            assert len([s for s in moved if s._place.row is not None]) == 1
-            assert len([s for s in moved if s._place.saved is not None]) == 2
+    few = OmniEngine(made, max_sessions=1, max_parked=2, streaming=streaming)
+    with few as engine, OmniEngine(made, max_sessions=3, streaming=streaming) as roomy:
+        moved, stayed = ([e.session() for _ in range(3)] for e in (engine, roomy))
+        for turn in range(3):
+            for number in range(3):
+                for sessions in (moved, stayed):
+                    ask(sessions[number], number, turn)
+                got, expected = (told(sessions[number].respond(**PLAIN)) for sessions in (moved, stayed))
+                assert got[0] == expected[0] and got[2] == expected[2]
+                assert torch.equal(got[1], expected[1])
+                assert moved[number].ids == stayed[number].ids
+        assert len([s for s in moved if s._place.row is not None]) == 1
+        assert len([s for s in moved if s._place.saved is not None]) == 2
 
 
 def test_replies_that_wait_for_a_row_come_in_order(model: OmniModel) -> None:
