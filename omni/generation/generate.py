@@ -74,6 +74,11 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
     """Read each prompt once and begin a turn for each of its answers."""
     if model.processor is None and any(options.stop for options in args.options):
         raise ValueError("stop needs text: load the model with its tokenizer files, or set model.processor")
+    with model.reading_threads(inputs.input_ids.numel()):
+        return _start(model, inputs, args, streaming)
+
+
+def _start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming: StreamingConfig) -> Rows:
     began, prompts, speaks = time.perf_counter(), len(inputs.input_ids), args.speakers is not None
     rows = Rows(model, prompts)
     with rows.stage("encoders"):
