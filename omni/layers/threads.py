@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,10 +29,8 @@ def numbers_of_torch() -> frozenset[int]:
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     numbers = {len(cpus), min(len(cpus), torch.get_num_interop_threads())}  # the latter: cores as torch counts them
     topology = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus]
-    try:
+    with suppress(OSError):  # not Linux, or hidden
         numbers.add(len({path.read_text(encoding="ascii") for path in topology}))
-    except OSError:  # not Linux, or hidden
-        pass
     if sys.platform == "darwin":  # torch takes the fast cores of an Apple chip
         count, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
         name = b"hw.perflevel0.physicalcpu"
