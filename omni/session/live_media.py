@@ -62,6 +62,7 @@ class AudioFrontEnd:
             samples = self.resampler.step(samples, self.resampler_state)
         return self._encode_samples(torch.cat((done, samples)))
 
+    @torch.no_grad()
     def finish(self) -> Tensor:
         """The end of the clip: the embeddings that are left (none for a clip shorter than one mel frame)."""
         rest = self._encode_samples(self._finish_rate())
@@ -69,7 +70,7 @@ class AudioFrontEnd:
             return rest
         mel = self.log_mel.finish(self.mel_state)
         last = self._encode_mel(mel)
-        with self.stage("encoders"):
+        with self.stage("encoders"), self.model.reading_threads(1):  # what is left of a window
             end = self.encoder.finish(self.encoder_state)
         return torch.cat([*(embeds for embeds in (rest, last) if len(embeds)), end])
 
@@ -84,7 +85,7 @@ class AudioFrontEnd:
 
     @torch.no_grad()
     def _encode_mel(self, mel: Tensor) -> Tensor:
-        with self.stage("encoders"):
+        with self.stage("encoders"), self.model.reading_threads(mel.shape[-1] // 8):  # 8 frames a token
             return self.encoder.step(
                 mel.to(self.model.device, self.model.input_dtype("audio_encoder")), self.encoder_state
             )
