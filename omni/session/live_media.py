@@ -51,8 +51,13 @@ class AudioFrontEnd:
         self.resampler_state: Any = None
         self.samples = 0
 
+    @torch.no_grad()
     def push(self, samples: Tensor, rate_hz: int) -> Tensor:
         """The next samples [n] -> embeddings [m, D] that have become complete."""
+        with self.model.reading_threads(13 * samples.numel() // rate_hz):  # tokens a second in the releases
+            return self._push(samples, rate_hz)
+
+    def _push(self, samples: Tensor, rate_hz: int) -> Tensor:
         done = self._finish_rate() if rate_hz != self.rate_hz else samples[:0]
         if rate_hz != self.rate_hz:
             self.rate_hz = rate_hz
@@ -65,12 +70,16 @@ class AudioFrontEnd:
     @torch.no_grad()
     def finish(self) -> Tensor:
         """The end of the clip: the embeddings that are left (none for a clip shorter than one mel frame)."""
+        with self.model.reading_threads(1):  # part of a window
+            return self._finish()
+
+    def _finish(self) -> Tensor:
         rest = self._encode_samples(self._finish_rate())
         if self.samples < self.log_mel.hop_length:
             return rest
         mel = self.log_mel.finish(self.mel_state)
         last = self._encode_mel(mel)
-        with self.stage("encoders"), self.model.reading_threads(1):  # what is left of a window
+        with self.stage("encoders"):
             end = self.encoder.finish(self.encoder_state)
         return torch.cat([*(embeds for embeds in (rest, last) if len(embeds)), end])
 
@@ -85,7 +94,7 @@ class AudioFrontEnd:
 
     @torch.no_grad()
     def _encode_mel(self, mel: Tensor) -> Tensor:
-        with self.stage("encoders"), self.model.reading_threads(mel.shape[-1] // 8):  # 8 frames a token
+        with self.stage("encoders"):
             return self.encoder.step(
                 mel.to(self.model.device, self.model.input_dtype("audio_encoder")), self.encoder_state
             )
