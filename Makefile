@@ -14,8 +14,8 @@ export OMNI_TEST_THREADS ?= 1
 TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(OMNI_TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile
 UV = $$(command -v uv || echo .venv-uv/bin/uv)
 
-# The demo is many small operations: more threads than this only wait for each other. So are the tests.
-export OMP_NUM_THREADS ?= 2
+# The training of omni-nano is many small operations: more threads than this only wait for each other.
+nano nano-smoke: export OMP_NUM_THREADS ?= 2
 # Without compiled bytecode every process that the tests start would compile its imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 # Wheels of several hundred megabytes on a slow line take longer than uv's usual 30 seconds.

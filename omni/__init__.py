@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omni.config.model import OmniConfig
-    from omni.generation.events import AudioChunk, TextDelta, TokenLogprob, TurnEnd
+    from omni.generation.events import AudioChunk, TextDelta, TokenLogprob, ToolCall, TurnEnd
     from omni.generation.output import OmniOutput
     from omni.generation.sampling import SamplingConfig
     from omni.generation.streaming_config import StreamingConfig
@@ -35,6 +35,7 @@ _HOMES = {
     "StreamingConfig": "omni.generation.streaming_config",
     "TextDelta": "omni.generation.events",
     "TokenLogprob": "omni.generation.events",
+    "ToolCall": "omni.generation.events",
     "TurnEnd": "omni.generation.events",
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "StreamingConfig",
     "TextDelta",
     "TokenLogprob",
+    "ToolCall",
     "TurnEnd",
 ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, Literal, Protocol, overload
 
@@ -23,6 +24,7 @@ from omni.config.reading import USUAL_STD
 from omni.encoders.contract import AudioEncoderContract, EncoderOutput, VisionEncoderContract, check_output
 from omni.layers.decoder_state import DecoderState
 from omni.layers.init import initialise
+from omni.layers.threads import threads_for, using_threads
 from omni.processing.processor import OmniProcessor
 from omni.talker.contract import TalkerContract
 from omni.thinker.contract import ThinkerContract
@@ -75,7 +77,8 @@ class ModelParts(nn.Module):
     """The parts of a model, each None where the variant or `parts` leaves it out.
 
     Attributes beside the parts: `config`; `processor`; `generation_config`, the values of generation_config.json;
-    `voices`, the recordings by name that some codec decoders need; `steps` and `graphs`, how decoding is run.
+    `voices`, the recordings by name that some codec decoders need; `steps` and `graphs`, how decoding is run;
+    `decode_threads`, how many CPU threads it takes (None: one for a small model, else as many as torch has).
 
     A part may be replaced at any time; it is checked, and one that does not derive from its contract is given the
     contract's defaults. The processor counts the tokens of a sound as the audio encoder does, if need be in a copy.
@@ -88,6 +91,7 @@ class ModelParts(nn.Module):
     code2wav: CodecDecoder | None
     steps: StepRunner
     graphs: RunnerPool | None = None  # captured steps, if any
+    decode_threads: int | None = None
 
     @names_keywords
     def __init__(
@@ -161,15 +165,32 @@ class ModelParts(nn.Module):
         """The floating type in which a part computes: that of its first parameter, without one the model's."""
         return next((p.dtype for p in self.require(part).parameters() if p.is_floating_point()), self.dtype)
 
+    def decoding_threads(self) -> AbstractContextManager[None]:
+        """Inside, this OS thread has as many CPU threads as decoding takes; see `omni.layers.threads`."""
+        if self.device.type != "cpu":
+            return using_threads(None)
+        width = self.config.thinker.text_config.hidden_size
+        return using_threads(threads_for(width) if self.decode_threads is None else self.decode_threads)
+
+    def reading_threads(self, tokens: int) -> AbstractContextManager[None]:
+        """Likewise for reading so many tokens of prompts at once: a small model reads a short piece in one thread.
+
+        Training, seen as gradients that are kept, and a model with `decode_threads` read with as many as torch has.
+        """
+        if self.device.type != "cpu" or self.decode_threads is not None or torch.is_grad_enabled():
+            return using_threads(None)
+        return using_threads(threads_for(self.config.thinker.text_config.hidden_size, tokens))
+
     def encode_audio(self, features: Tensor, lengths: Tensor) -> EncoderOutput:
         """Log-mel features [C, M, F] of clips of `lengths` frames -> embeddings as wide as the Thinker's.
 
         Raises ValueError or TypeError if the encoder gives something else, or is not there.
         """
         encoder = self.require("audio_encoder")
-        out = encoder(features.to(self.device, self.input_dtype("audio_encoder")), lengths)
-        out = check_output(encoder, out, self.config.thinker.text_config)
         frames = lengths.tolist()
+        with self.reading_threads(sum(encoder.num_tokens(n) for n in frames)):
+            out = encoder(features.to(self.device, self.input_dtype("audio_encoder")), lengths)
+        out = check_output(encoder, out, self.config.thinker.text_config)
         if (counted := [encoder.num_tokens(n) for n in frames]) != out.lengths:
             raise ValueError(
                 f"{type(encoder).__name__} gives {out.lengths} tokens for clips of {frames} mel frames; its num_tokens "
@@ -180,7 +201,8 @@ class ModelParts(nn.Module):
     def encode_vision(self, pixels: Tensor, grids: Tensor) -> EncoderOutput:
         """Patches [N, values] of pictures and videos on grids int64 [items, 3] -> embeddings and taps, likewise."""
         encoder = self.require("vision_encoder")
-        out = encoder(pixels.to(self.device, self.input_dtype("vision_encoder")), grids)
+        with self.reading_threads(len(pixels) // 4):  # 2 x 2 patches a token in every release
+            out = encoder(pixels.to(self.device, self.input_dtype("vision_encoder")), grids)
         out = check_output(encoder, out, self.config.thinker.text_config)
         config = self.config.thinker.vision_config
         wanted = out.lengths if config is None else (grids.prod(1) // config.spatial_merge_size**2).tolist()
@@ -192,6 +214,8 @@ class ModelParts(nn.Module):
         if name in CONTRACTS and value is not None:
             check_part(value, name)
             _give_defaults(value, CONTRACTS[name])
+        if name == "decode_threads" and value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"decode_threads must be a whole number of at least 1 or None, got {value!r}")
         super().__setattr__(name, value)
         if name in ("audio_encoder", "processor"):
             self._count_audio_tokens()

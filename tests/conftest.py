@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,7 @@ import torch
 from build import SEED, tiny_model
 
 from omni import OmniModel
+from omni.layers import threads
 from omni.packaged.toy import toy_model
 
 THREADS = int(os.environ.get("OMNI_TEST_THREADS") or 1)
@@ -65,3 +67,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model() -> OmniModel:
     """The tiny random model, far enough from uniform that greedy choices differ between prompts, with its processor."""
     return tiny_model()
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if torch had chosen three threads by itself, and the user none."""
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "TORCH_NUMBERS", frozenset({3}))
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)

@@ -42,7 +42,7 @@ def warm_up(model: ModelParts, batch_sizes: Sequence[int]) -> None:
     """Run every step of a turn for each number of rows: greedy, and as a turn samples by default."""
     kinds = [(GREEDY,) * 3, (default_text(model), default_codes(model), default_residual(model))]
     work = [(rows, kind) for rows in batch_sizes for kind in kinds]
-    with warnings.catch_warnings():
+    with model.decoding_threads(), warnings.catch_warnings():  # compiled code is for one number of threads
         warnings.filterwarnings("ignore", message=".*lru_cache")  # a table is cached when run as written; that is all
         for rows, kind in tqdm(work, desc="compiling", unit="variant", delay=2, leave=False):
             _run_once(model, rows, kind)

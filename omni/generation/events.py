@@ -67,8 +67,9 @@ class TurnEnd:
 
     reason: `stop`, `max_new_tokens`, `max_frames` (its speech was cut) or `interrupted`; `silence` or `code_loop` where
     runaway speech was ended; `error` where a row was ended by a malformed tool call or by the caller's function of the
-    logits (`Turn.error` says more). What a part raises leaves the iterator. text: the whole answer. usage:
-    prompt_tokens, reply_tokens, frames. timing: seconds, see `docs/streaming.md`.
+    logits. What a part raises leaves the iterator. text: the whole answer. usage:
+    prompt_tokens, reply_tokens, frames. timing: seconds, see `docs/streaming.md`. error: what was
+    wrong, for the reason `error`.
     """
 
     row: int
@@ -76,6 +77,7 @@ class TurnEnd:
     text: str
     usage: dict[str, int] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
 
 
 Event = Union[TextDelta, AudioChunk, ToolCall, TurnEnd]

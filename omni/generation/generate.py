@@ -77,6 +77,11 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
         raise ValueError("stop needs text: load the model with its tokenizer files, or set model.processor")
     if model.processor is None and args.tools:
         raise ValueError("tools need text: load the model with its tokenizer files, or set model.processor")
+    with model.reading_threads(inputs.input_ids.numel()):
+        return _start(model, inputs, args, streaming)
+
+
+def _start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming: StreamingConfig) -> Rows:
     began, prompts, speaks = time.perf_counter(), len(inputs.input_ids), args.speakers is not None
     rows = Rows(model, prompts)
     with rows.stage("encoders"):

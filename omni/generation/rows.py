@@ -94,6 +94,10 @@ class Rows:
     @torch.no_grad()
     def tick(self) -> list[Event]:
         """One step of every running row; what happened, row by row in order of time."""
+        with self.model.decoding_threads():
+            return self._step()
+
+    def _step(self) -> list[Event]:
         events: list[Event] = []
         self._decode_text(events)
         if self.speech is not None:
@@ -315,9 +319,9 @@ class Rows:
         state, thinker = self.text, self.model.require("thinker")
         state.decoder.cache.reserve(len(ids))
         view = state.decoder.rows(row, row + 1)
-        out = thinker(
-            embeds[None], positions[:, None], view, taps=None if taps is None else taps[:, None], logits="last"
-        )
+        taps = None if taps is None else taps[:, None]
+        with self.model.reading_threads(len(ids)):
+            out = thinker(embeds[None], positions[:, None], view, taps=taps, logits="last")
         state.decoder.cache.adopt(row, view.cache)
         state.logits[row] = out.logits[0, 0]
         state.seen[row, torch.tensor(list(ids), device=state.seen.device)] = True
@@ -331,7 +335,8 @@ class Rows:
         state = self.speech
         state.decoder.cache.reserve(len(embeds))
         view = state.decoder.rows(row, row + 1)
-        out = self.model.require("talker")(embeds[None], positions[:, None], view)
+        with self.model.reading_threads(len(embeds)):
+            out = self.model.require("talker")(embeds[None], positions[:, None], view)
         state.decoder.cache.adopt(row, view.cache)
         state.logits[row], state.hidden[row] = out.logits[0, -1], out.hidden[0, -1]
 

@@ -415,7 +415,8 @@ class Turn:
         counts = {"prompt_tokens": self.request.prompt_tokens, "reply_tokens": len(self.text.ids)}
         usage = {**counts, "frames": len(self.speech.codes)}
         timing = {**self.timing, "total": time.perf_counter() - self.started}
-        return TurnEnd(row, reason or self.reason, self.text.answer, usage, timing)
+        error = None if self.error is None else str(self.error)
+        return TurnEnd(row, reason or self.reason, self.text.answer, usage, timing, error)
 
 
 def repeats(codes: list[int], frames: int | None, longest_period: int = 8) -> bool:

@@ -217,5 +217,5 @@ class Attached:
     def _beginning(self, system: str | None) -> tuple[Entry, ...]:
         """What the chat template writes before the first turn."""
         start, tools = self.model.config.im_start_token_id, self.tools
-        ids = self.processor.beginning_ids(system, start, **({"tools": tools} if tools else {}))
+        ids = self.processor.beginning_ids(system, start, tools)
         return (Entry(tuple(ids)),) if ids else ()

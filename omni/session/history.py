@@ -144,7 +144,7 @@ class History(Attached):
         message = self._message(Item(role="tool", parts=part))
         assert message is not None
         messages = self._conversation.messages
-        called = max((i for i, m in enumerate(messages) if call_id in m.calls), default=-1)
+        called = max((i for i, m in enumerate(messages) if call_id in m.calls), default=len(messages))
         place = next((i for i in range(called + 1, len(messages)) if messages[i].role != "tool"), len(messages))
         self._become([*messages[:place], message, *messages[place:]])
         return message.id
@@ -247,7 +247,7 @@ class History(Attached):
             assert message.times is not None, "every reply has times"
             kept = message.times.heard(played_ms)
         if message.times is not None and len(kept) < len(message.times.token_ids):
-            cut = fill(self, message, kept, message.times, INCOMPLETE)
+            cut = fill(self, message, kept, message.times, INCOMPLETE, message.call_parts)
             self._put_messages(self._conversation.replaced(message.id, cut), self._conversation.end)
         return Kept(kept, self.processor.decode(kept))
 

@@ -115,7 +115,12 @@ class Message:
     @property
     def calls(self) -> list[str]:
         """Ids of the tools that it calls."""
-        return [part["id"] for part in self.parts if part["type"] == "tool_call"]
+        return [part["id"] for part in self.call_parts]
+
+    @property
+    def call_parts(self) -> list[dict[str, Any]]:
+        """Its parts that call tools."""
+        return [part for part in self.parts if part["type"] == "tool_call"]
 
     @property
     def item(self) -> Item:

@@ -51,8 +51,13 @@ class AudioFrontEnd:
         self.resampler_state: Any = None
         self.samples = 0
 
+    @torch.no_grad()
     def push(self, samples: Tensor, rate_hz: int) -> Tensor:
         """The next samples [n] -> embeddings [m, D] that have become complete."""
+        with self.model.reading_threads(13 * samples.numel() // rate_hz):  # tokens a second in the releases
+            return self._push(samples, rate_hz)
+
+    def _push(self, samples: Tensor, rate_hz: int) -> Tensor:
         done = self._finish_rate() if rate_hz != self.rate_hz else samples[:0]
         if rate_hz != self.rate_hz:
             self.rate_hz = rate_hz
@@ -62,8 +67,13 @@ class AudioFrontEnd:
             samples = self.resampler.step(samples, self.resampler_state)
         return self._encode_samples(torch.cat((done, samples)))
 
+    @torch.no_grad()
     def finish(self) -> Tensor:
         """The end of the clip: the embeddings that are left (none for a clip shorter than one mel frame)."""
+        with self.model.reading_threads(1):  # part of a window
+            return self._finish()
+
+    def _finish(self) -> Tensor:
         rest = self._encode_samples(self._finish_rate())
         if self.samples < self.log_mel.hop_length:
             return rest

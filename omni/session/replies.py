@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omni.generation.arguments import resolve
+from omni.generation.events import Event, ToolCall
 from omni.generation.generate import assistant_header, make_request, make_turn, reply_beginning
 from omni.generation.streaming_config import StreamingConfig
+from omni.generation.tool_calls import CLOSE, OPEN, MalformedCallError
 from omni.generation.turn import Turn
 from omni.session.entries import Entry, end_of
 from omni.session.heard import ReplyTimes, heard_ids, reply_times
@@ -20,6 +23,10 @@ from omni.session.undo import Undo, put_back
 
 if TYPE_CHECKING:
     from omni.session.attached import Attached
+
+
+THINK_END = "</think>"
+_CALL = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
 
 
 class Kept(NamedTuple):
@@ -34,14 +41,15 @@ class Reply:
     """A reply that is being given, or was given last.
 
     message: its place in the list, which it fills when it ends. before: the session before `respond`; listed: the list
-    of messages right after. recorded: the message holds it. failed: why it did not come to its end.
-    left: nobody reads its events any more. ticking: a step is being made.
+    of messages right after. calls: parts of the tools that it has called. recorded: the message holds it. failed: why
+    it did not come to its end. left: nobody reads its events any more. ticking: a step is being made.
     """
 
     turn: Turn
     message: Message
     before: Undo
     listed: tuple[Message, ...]
+    calls: list[dict[str, Any]] = field(default_factory=list)
     recorded: bool = False
     failed: BaseException | None = None
     left: bool = False
@@ -70,7 +78,7 @@ def begin_reply(session: Attached, arguments: dict[str, Any]) -> tuple[Reply, Jo
         raise ValueError("the session is responding already; take all its events, or interrupt it")
     if arguments["speaker"] is None:
         arguments["speaker"] = session.speaker
-    args = resolve(model, 1, **arguments)
+    args = resolve(model, 1, tools=session.tools is not None, **arguments)
     header = assistant_header(model, None, processor)
     opened, given = processor.begin_reply(prefill or "")
     opened = opened or header
@@ -91,7 +99,8 @@ def begin_reply(session: Attached, arguments: dict[str, Any]) -> tuple[Reply, Jo
     thinker, talker = conversation.end, end_of(e for e in prompt if reader.in_talker_prompt(e.by_user))
     position = thinker.highest + 1
     request = make_request(model, args, 0, streaming, conversation.ids, position, header, talker)
-    turn = make_turn(request, beginning.reader, processor, given[len(given) - given_aloud :])
+    answered = given[len(given) - beginning.given :]
+    turn = make_turn(request, beginning.reader, processor, given[len(given) - given_aloud :], answered)
     undo = session._undo
     assert undo is not None, "a reply begins inside a call"
     reply = Reply(turn, message, undo, conversation.messages)
@@ -131,19 +140,48 @@ def record(session: Attached, reply: Reply, kept: Sequence[int] | None = None) -
 def _hold(session: Attached, reply: Reply, ids: Sequence[int], status: str) -> None:
     """Let the message of a reply hold these ids."""
     message, times = reply.message, reply_times(reply.turn, session.model.code2wav)
-    whole = fill(session, message, ids, times, status)
+    whole = fill(session, message, ids, times, status, reply.calls)
     message.entries, message.parts, message.times = whole.entries, whole.parts, whole.times
     message.status, reply.recorded = status, True
 
 
-def fill(session: Attached, message: Message, ids: Sequence[int], times: ReplyTimes, status: str) -> Message:
-    """A reply's message with these ids, closed."""
-    closing = session._closing()
+def note_events(reply: Reply, events: Sequence[Event]) -> None:
+    """Note what has happened in a reply, before its events are handed out."""
+    calls = [event for event in events if isinstance(event, ToolCall)]
+    reply.calls += [{"type": "tool_call", "id": c.id, "name": c.name, "arguments": c.arguments} for c in calls]
+    if isinstance(reply.turn.error, MalformedCallError):  # told as an event; the session forgets the reply
+        reply.failed = reply.turn.error
+
+
+def fill(
+    session: Attached,
+    message: Message,
+    ids: Sequence[int],
+    times: ReplyTimes,
+    status: str,
+    calls: Sequence[dict[str, Any]] = (),
+) -> Message:
+    """A reply's message with these ids, closed.
+
+    calls: parts of the tools that it called; those stay that the ids hold whole, and no part of another.
+    """
+    closing, decode = session._closing(), session.processor.decode
+    ids, given = list(ids), list(message.given)
+    text = decode([*given, *ids])
+    while calls and text.count(OPEN) > text.count(CLOSE):
+        text = decode([*given, *(ids := ids[:-1])])
     closed = bool(ids) and ids[-1] in session._stop_ids
-    entries = (message.entries[0], *_entries([*message.given, *ids], closing[1 if closed else 0 :]))
-    parts, count = _texts(session.processor.decode([*message.given, *ids])), len(ids) - closed
+    entries = (message.entries[0], *_entries([*given, *ids], closing[1 if closed else 0 :]))
+    parts = (*_texts(_answer(text, calls)), *(calls[: text.count(CLOSE)]))
+    count = len(ids) - closed
     times = ReplyTimes(times.token_ids[:count], None if times.ends_ms is None else times.ends_ms[:count])
     return dataclasses.replace(message, entries=entries, parts=parts, times=times, status=status)
+
+
+def _answer(text: str, calls: Sequence[Any]) -> str:
+    """What of a reply is the answer: reasoning and calls left out."""
+    answer = text.partition(THINK_END)[2].lstrip() if THINK_END in text else text
+    return _CALL.sub("", answer).strip() if calls else answer
 
 
 def _texts(text: str) -> tuple[dict[str, Any], ...]:
@@ -219,5 +257,5 @@ def cut_to_delivered(session: Attached, reply: Reply) -> None:
     message, times = reply.message, reply.message.times
     kept = heard_ids(reply.turn, session.model.code2wav, None)
     if times is not None and len(kept) < len(times.token_ids):
-        cut = fill(session, message, kept, times, INCOMPLETE)
+        cut = fill(session, message, kept, times, INCOMPLETE, message.call_parts)
         session._conversation.messages = session._conversation.replaced(message.id, cut)

@@ -202,15 +202,19 @@ class RowReader:
     def _read_text(self, parts: list[Entry]) -> None:
         """One pass over texts."""
         ids = ids_of(parts)
+        with self.model.reading_threads(len(ids)):
+            self._prefill_text(ids, [part.by_user for part in parts for _ in part.ids])
+        self._note_read(parts)
+
+    def _prefill_text(self, ids: list[int], users: list[bool]) -> None:
+        """Both models read ids; `users` tells which are the user's."""
         embeds = self.model.require("thinker").embed_tokens(torch.tensor(ids, device=self.model.device))
         offsets = one_each(len(ids))
         hidden = self._prefill_thinker(ids, offsets, embeds, None)
-        users = [part.by_user for part in parts for _ in part.ids]
         if own := [i for i, by_user in enumerate(users) if self.in_talker_prompt(by_user)]:
             at = torch.tensor(own, device=embeds.device)
             vectors = self.model.require("talker").text_vectors(embeds[at], hidden[at])
             self._prefill_talker(offsets[:, : len(own)], vectors)
-        self._note_read(parts)
 
     def _read_media(self, entry: Entry) -> Steps:
         """A piece of a media segment; what was read of it counts once it is whole."""

@@ -27,7 +27,7 @@ from omni.session.heard import ReplyTimes, heard_ids
 from omni.session.history import History
 from omni.session.input import Input
 from omni.session.items import INCOMPLETE, Item
-from omni.session.replies import Reply, begin_reply, fill, record
+from omni.session.replies import Reply, begin_reply, fill, note_events, record
 from omni.session.reply_events import ReplyEvents
 from omni.session.row_reader import Job, RowReader
 from omni.session.saved_values import naming
@@ -153,9 +153,11 @@ class OmniSession(Input, History):
                 raise ValueError("the reply was undone when it failed or was cut; call respond again")
             reply.ticking = True
             events = self._reader.rows.tick()
-            self._reader.rows.raise_errors()
-            if reply.turn.over:
-                record(self, reply)
+            note_events(reply, events)
+            if reply.failed is None:
+                self._reader.rows.raise_errors()
+                if reply.turn.over:
+                    record(self, reply)
             reply.ticking = False
             return events
 
@@ -234,7 +236,7 @@ class OmniSession(Input, History):
         if (reply := self._reply) is not None and self.responding:
             kept = heard_ids(reply.turn, self.model.code2wav, None)
             message = reply.message
-            cut = fill(self, message, kept, ReplyTimes(tuple(kept), None), INCOMPLETE)
+            cut = fill(self, message, kept, ReplyTimes(tuple(kept), None), INCOMPLETE, reply.calls)
             other._conversation.messages = other._conversation.replaced(message.id, cut)
         return other
 

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import queue
 import weakref
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omni.generation.events import Event, TurnEnd
@@ -17,7 +19,7 @@ from omni.generation.rows import Rows
 from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.session.places import Place, Places
-from omni.session.replies import Reply, end_early, end_unbegun, record
+from omni.session.replies import Reply, end_early, end_unbegun, note_events, record
 from omni.session.scheduler import Cancelled, Closed, Scheduler, Steps, Task
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ class Seat:
             with contextlib.suppress(BaseException):
                 shared, place = self.shared, self.place
                 if place is not None:
-                    shared.scheduler.post(None, lambda shared=shared, place=place: shared.leave(place))
+                    shared.scheduler.post(None, partial(shared.leave, place))
                 break
 
 
@@ -222,24 +224,29 @@ class SharedRows:
                 if turn.runs:
                     self._fail(row, _reply_failed(error))
             return
+        for row, outlet in list(self.outlets.items()):
+            self._hand_out(row, outlet, [event for event in events if event.row == row])
+
+    def _hand_out(self, row: int, outlet: Outlet, events: Sequence[Event]) -> None:
+        """Give the events of a row to their reader; a reply that has ended is recorded before its end is told."""
+        note_events(outlet.reply, events)
         for event in events:
-            outlet = self.outlets.get(event.row)
-            if outlet is None:
-                continue
-            if isinstance(event, TurnEnd) and (wrong := self._ended(event.row, outlet)) is not None:
-                self._fail(event.row, wrong)
+            if isinstance(event, TurnEnd) and (wrong := self._ended(row, outlet)) is not None:
+                self._fail(row, wrong)
             else:
                 outlet.deliver(event)
 
     def _ended(self, row: int, outlet: Outlet) -> Exception | None:
-        """Record a reply that has ended -> what went wrong."""
-        if outlet.turn.error is not None:
-            return outlet.turn.error
+        """Take a reply that has ended out of its row -> what went wrong, unless the events tell of it."""
+        session, reply, error = outlet.session, outlet.reply, outlet.turn.error
+        if error is not None and reply.failed is None:
+            return error
         try:
-            if (session := outlet.session) is not None:
-                record(session, outlet.reply)
-        except Exception as error:
-            return _reply_failed(error)
+            if error is None and session is not None:
+                record(session, reply)
+        except Exception as failed:
+            return _reply_failed(failed)
+        self.rows.put(row, None)
         del self.outlets[row]
         return None
 
