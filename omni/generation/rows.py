@@ -58,6 +58,8 @@ class Rows:
         """
         assert self.turns[row] is None, "a turn is running in this row"
         self.turns[row] = turn
+        if self.model.code2wav is None:
+            turn.times = None
         self.runner.steps.begin_turn()
         self._samplings = None
         self.text.steps[row] = 0
@@ -133,7 +135,8 @@ class Rows:
                         if (own := log_probs.get(row)) is not None:
                             likely = (token_logprob(own, token, turn.request.options.logprobs or 0),)
                             turn.text.logprobs += likely
-                        events.append(TextDelta(row, text, (token,), kinds[row] == REASONING, likely))
+                        begin, reasoning = turn.time_text(text, kinds[row]), kinds[row] == REASONING
+                        events.append(TextDelta(row, text, (token,), reasoning, likely, begin))
                         if turn.text.rest and turn.request.text_by_hidden and turn.speech.expected:
                             self._read_rest(row, turn)
                 if any(unread):

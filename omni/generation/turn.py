@@ -15,8 +15,9 @@ from torch import Tensor
 from omni.generation.events import TokenLogprob, TurnEnd
 from omni.generation.reply import ANSWER, REASONING, ReplyReader
 from omni.generation.sampling import SamplingConfig
+from omni.generation.speech_times import SpeechTimes
 from omni.generation.stop_strings import Decided, StopStrings
-from omni.generation.streaming_config import StreamingConfig
+from omni.generation.streaming_config import OFFLINE, StreamingConfig
 from omni.generation.text_options import TextOptions
 from omni.processing.text_stream import TextStream
 from omni.talker.layout import PromptEnd, TurnLayout
@@ -30,11 +31,10 @@ SPEECH_OFF, SPEECH_WAITS, SPEECH_RUNS, SPEECH_OVER = "off", "waits", "runs", "ov
 class TurnRequest:
     """What was asked for.
 
-    prompt_tokens: ids that the Thinker has read; stop_ids end the reply; text_limit: reply ids at most, frame_limit:
-    frames at most. options: of its text; prompt_ids: those ids, for options that look at them. layout: the family's
-    (None without a Talker); speaker: None for a silent turn; header: the ids of `<|im_start|>assistant\\n` as the
-    prefix needs them; prompt_end: where the Talker's prompt ends; voice: what the codec needs of the speaker, if
-    anything.
+    prompt_tokens: how many ids the Thinker has read; stop_ids end the reply; text_limit: reply ids at most,
+    frame_limit: frames at most. options: of its text; prompt_ids: what the Thinker has read. layout: the family's (None
+    without a Talker); speaker: None for a silent turn; header: the ids of `<|im_start|>assistant\\n` as the prefix
+    needs them; prompt_end: where the Talker's prompt ends; voice: what the codec needs of the speaker, if anything.
     """
 
     prompt_tokens: int
@@ -68,7 +68,8 @@ class TextProgress:
     many of them the Thinker has read; vectors [Di]: of those, where text enters the Talker by hidden states too;
     reason: why the reply ended, "" while it goes on. stops: the search for stop strings, None without any; decided:
     tokens of the answer that are certain to stay and have not been given to the Talker; cut: whether a stop string was
-    found, rest: the ids of what stays of the token in which it begins; logprobs: of all ids, if asked for.
+    found, rest: the ids of what stays of the token in which it begins; logprobs: of all ids, if asked for; kinds: of
+    all ids, as `append` tells.
     """
 
     request: TurnRequest
@@ -85,6 +86,7 @@ class TextProgress:
     cut: bool = False
     rest: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.request.options.stop and self.stream is not None:
@@ -121,6 +123,7 @@ class TextProgress:
             kind = self.reader.feed(token)
             if len(self.ids) >= self.request.text_limit:
                 self.reason = "max_new_tokens"
+        self.kinds.append(kind)
         text = self.stream.push(token) if self.stream is not None and kind in (ANSWER, REASONING) else ""
         if kind == REASONING:
             self.reasoning += text
@@ -267,7 +270,8 @@ class Turn:
 
     spoken: the part of the reply that the prompt already holds and that is to be spoken, `given` texts; held: texts of
     the answer that are not decided. paused: its events are not read fast enough; over: no step is left to do; error:
-    what the caller's function of the logits raised. interruption: the last event of a turn that was interrupted.
+    what the caller's function of the logits raised. times: of its words, None where none are spoken or nobody reads
+    its events. interruption: the last event of a turn that was interrupted.
     delivered_ids, delivered_frames and delivered_end: what of the reply has reached the reader of its events. timing:
     seconds by name.
     """
@@ -280,6 +284,7 @@ class Turn:
         self.speech = SpeechProgress(request, list(spoken))
         self.sound = SoundProgress(request)
         self.given = len(spoken)
+        self.times = _times(request, stream, len(spoken))
         self.held: list[Any] = []
         self.error: Exception | None = None
         self.paused = False
@@ -338,6 +343,15 @@ class Turn:
         self.text.decided -= len(free)
         del self.held[: len(free)]
 
+    def time_text(self, text: str, kind: str) -> float | None:
+        """Where in the sound the text of a new delta is expected to begin; None where nothing of it is spoken."""
+        if self.times is None or kind == REASONING:
+            return None
+        begin = self.times.push_text(text) if text else None
+        if self.text.reason:
+            self.times.end_text()
+        return begin
+
     def next_text(self) -> Any:
         """The text that the Talker is to read now with the pending frame; None if it cannot or has none to read."""
         return self.speech.next_text(bool(self.text.reason)) if self.runs and self.speech.pending else None
@@ -373,6 +387,13 @@ class Turn:
         usage = {**counts, "frames": len(self.speech.codes)}
         timing = {**self.timing, "total": time.perf_counter() - self.started}
         return TurnEnd(row, reason or self.reason, self.text.answer, usage, timing)
+
+
+def _times(request: TurnRequest, stream: TextStream | None, given: int) -> SpeechTimes | None:
+    """The times of a turn's words, of which the first `given` ids are the last ones of the prompt."""
+    if stream is None or request.speaker is None or request.streaming is OFFLINE:
+        return None
+    return SpeechTimes(stream.processor.decode(list(request.prompt_ids[-given:])) if given else "")
 
 
 def repeats(codes: list[int], frames: int | None, longest_period: int = 8) -> bool:

@@ -1,15 +1,12 @@
-"""The events of a session's reply as an iterator that may be left at any point, and what of it was heard."""
+"""The events of a session's reply as an iterator that may be left at any point."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from numbers import Real
 
-from omni.code2wav.contract import CodecDecoder
 from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
-from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
+from omni.generation.turn import Turn
 
 
 class ReplyEvents(Iterator[Event]):
@@ -80,19 +77,3 @@ class ReplyEvents(Iterator[Event]):
 
     def __del__(self) -> None:
         self.close()
-
-
-def heard_ids(turn: Turn, codec: CodecDecoder | None, played_ms: float | None) -> list[int]:
-    """The ids of a reply that count as heard, as `OmniSession.interrupt` says. Raises ValueError."""
-    number = isinstance(played_ms, Real) and not isinstance(played_ms, bool)
-    if played_ms is not None and not (number and 0 <= played_ms < math.inf):
-        raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")
-    text, speech, stop_ids = turn.text, turn.speech, turn.request.stop_ids
-    if speech.state == SPEECH_OFF or codec is None or (speech.state == SPEECH_OVER and not speech.codes):  # silent
-        return [token for token in text.kept[: turn.delivered_ids] if token not in stop_ids]
-    frames = turn.delivered_frames
-    if played_ms is not None:  # a multiple of a frame's length is that many frames, whatever the rounding
-        frames = min(frames, math.floor(float(played_ms) * codec.frame_rate / 1000 + 1e-6))
-    spoken = [token for token in text.kept if token not in stop_ids]
-    heard = (turn.given + len(spoken)) * frames // max(len(speech.codes), 1)
-    return spoken[: max(0, heard - turn.given)]

@@ -34,8 +34,9 @@ from omni.session import options
 from omni.session.begin_reply import begin_reply
 from omni.session.conversation import Conversation, Piece
 from omni.session.file import SavedSession, save_session
+from omni.session.heard import heard_ids
 from omni.session.live_media import AudioFrontEnd, OpenClip, OpenVideo
-from omni.session.reply_events import ReplyEvents, heard_ids
+from omni.session.reply_events import ReplyEvents
 from omni.session.saved_values import naming
 from omni.session.undo import Undo, put_back, settle, whole
 from omni.talker.layout import PromptEnd
