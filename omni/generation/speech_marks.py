@@ -14,7 +14,7 @@ _QUIETEST_DB = -90.0
 _LOUDEST_DB = -35.0  # of full scale: speech is at least so loud
 _FORGETS_DB = 0.02  # in a hop: the loudest so far is forgotten slowly
 _LOWEST_HZ = 50.0
-_WEIGHT = 0.5  # of a hop's marks: hops are not independent of each other
+_WEIGHT = 0.3  # of a hop's marks: hops are not independent of each other
 _NEVER = 1e-6
 
 # kind -> how often so, decibels below the loudest so far and their deviation, brightness in log2 Hz and its deviation:
@@ -31,11 +31,12 @@ _KINDS = {
 class SpeechMarks:
     """The marks of sound that comes in pieces of any size.
 
-    likely: of each hop, how well each kind of sound fits it [6], the best one 1.
+    hops: so many have come. likely: of each hop, how well each kind of sound fits it [6], the best one 1.
     """
 
     def __init__(self) -> None:
-        self.likely: list[NDArray[np.float64]] = []
+        self.hops = 0
+        self.likely: dict[int, NDArray[np.float64]] = {}
         self._rest = np.zeros(0)
         self._before = 0.0  # the last sample of the hop before
         self._loudest = _LOUDEST_DB
@@ -58,7 +59,8 @@ class SpeechMarks:
         for i in range(hops):
             self._loudest = max(level[i], self._loudest - _FORGETS_DB)
             level[i] -= self._loudest
-        self.likely += list(_likely(level, brightness))
+        self.likely.update(enumerate(_likely(level, brightness), self.hops))
+        self.hops += hops
 
 
 def _likely(level: NDArray[np.float64], brightness: NDArray[np.float64]) -> NDArray[np.float64]:

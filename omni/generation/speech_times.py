@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,9 @@ _REACH = 4  # sounds that one hop may go on by, and one more: up to two that may
 _FASTEST = 0.95  # chance of leaving half a sound in a hop, at most
 _UNLIKELY = 1e-7  # places that are forgotten
 _UNSAID_MS = 70.0  # a letter, where the word is not complete yet
+_THERE = 0.99  # no sound is more certain: letters are silent, and speech may be ahead of what is believed
+_SURE, _PROBABLE = 0.8, 0.5
+_BLOCK, _LAG = 100, 150  # hops whose times are settled together, and how many more have to come before that
 
 
 class _Step(NamedTuple):
@@ -45,11 +48,27 @@ class _Step(NamedTuple):
         return self.low + len(self.first)
 
 
+class _Crossed(NamedTuple):
+    """When words have begun, and ended, with a certainty; `inf` where they have not."""
+
+    begun: Numbers = np.zeros(0)
+    ended: Numbers = np.zeros(0)
+
+    def extended(self, later: _Crossed) -> _Crossed:
+        """With what is known of later hops, and more words."""
+        own = len(self.begun)
+        begun, ended = later.begun.copy(), later.ended.copy()
+        begun[:own] = np.minimum(self.begun, begun[:own])
+        ended[:own] = np.minimum(self.ended, ended[:own])
+        return _Crossed(begun, ended)
+
+
 class SpeechTimes:
     """The times of the words of one reply.
 
     `push_text` and `hear` take text and sound as they come, in any pieces; text is to be ahead of the sound that speaks
-    it. given: the beginning of the text, which the prompt holds already. words: those that are complete.
+    it. given: the beginning of the text, which the prompt holds already. words: those that are complete. Times of a
+    word are settled 1.5 to 2.5 s after it; sound that follows later does not change them, and is not kept.
     """
 
     def __init__(self, given: str = "") -> None:
@@ -62,8 +81,11 @@ class SpeechTimes:
         self._mean_ms = np.array([_LEAD_MS])
         self._often = np.array([1.0])
         self._until_ms = np.array([0.0, _LEAD_MS])  # [U + 1] usual time before each sound
+        self._next = np.zeros((3, 1))  # [3, U] how often a sound comes after the one before it, two or three before
         self._marks = SpeechMarks()
-        self._steps: list[_Step] = []
+        self._steps: dict[int, _Step] = {}  # by hop; those that are settled are forgotten
+        self._hops = self._settled = 0
+        self._crossed = {_SURE: _Crossed(), _PROBABLE: _Crossed()}
         self._now = _Step(0, np.array([1.0]), np.array([0.0]), 1.0)
         self._last_begin_ms = 0.0
         self._add_words()
@@ -93,16 +115,17 @@ class SpeechTimes:
             return len(self.words)
         return max(0, bisect_right(self.words, character, key=lambda word: word.start) - 1)
 
-    def word_ends_ms(self, certainty: float, *, sound_over: bool = False) -> list[float]:
-        """When each word has ended with that certainty; `inf` where it has not, by the sound that has come.
+    def word_ends_ms(self, *, sound_over: bool = False) -> list[float]:
+        """When each word has almost certainly ended; `inf` where it has not, by the sound that has come.
 
         sound_over: the speech is complete, and has said all of a complete text.
         """
-        return self._crossings(certainty, sound_over)[1]
+        return self._crossings(_SURE, sound_over).ended.tolist()
 
     def word_spans_ms(self, *, sound_over: bool = False) -> list[tuple[float, float]]:
         """When each word probably begins and ends; `inf` where it has not, by the sound that has come."""
-        return list(zip(*self._crossings(0.5, sound_over)))
+        found = self._crossings(_PROBABLE, sound_over)
+        return list(zip(found.begun.tolist(), found.ended.tolist()))
 
     # the text
 
@@ -116,6 +139,11 @@ class SpeechTimes:
         if new:
             self.words += new
             self._until_ms = np.concatenate(([0.0], np.cumsum(self._mean_ms * self._often)))
+            often = np.minimum(self._often, _THERE)
+            self._next = np.tile(often, (3, 1))
+            self._next[1, 1:] *= 1 - often[:-1]
+            self._next[2, 1:] *= 1 - often[:-1]
+            self._next[2, 2:] *= 1 - often[:-2]
 
     def _expected_ms(self, character: int) -> float:
         """Where a character is expected, from the place that the speech has probably reached."""
@@ -128,28 +156,31 @@ class SpeechTimes:
             start = self.words[-1].stop if self.words else 0
             said = self.text[start:character].strip()
             usual = self._until_ms[-1] + _UNSAID_MS * len(said)
-        return max(0.0, len(self._steps) * HOP_MS + float(usual - self._place_ms(now)) * now.pace)
+        return max(0.0, self._hops * HOP_MS + float(usual - self._place_ms(now)) * now.pace)
 
     # forward
 
     def _listen(self) -> None:
         """Take the hops that have come, as far as the text is ahead of them."""
-        while len(self._steps) < len(self._marks.likely) and (self.text_over or self._now.high + 2 < len(self._kind)):
+        while self._hops < self._marks.hops and (self.text_over or self._now.high + 2 < len(self._kind)):
             self._take_hop()
+            if self._hops == self._settled + _BLOCK + _LAG:
+                self._settle()
 
     def _take_hop(self) -> None:
         now, low = self._now, self._now.low
-        high = min(now.high + _REACH, len(self._kind))
-        size = len(now.first)
+        high, size = min(now.high + _REACH, len(self._kind)), len(now.first)
         first, second = np.zeros(high - low), np.zeros(high - low)
         first[:size], second[:size] = now.first, now.second
         leave = self._leave(low, high, now.pace)
-        left = second * leave
-        entered = self._enter(left, low, high)
-        second += first * leave - left
-        first += entered - first * leave
+        left, turned = second * leave, first * leave
+        entered = np.zeros_like(left)
+        for skipped, often in enumerate(self._next[:, low:high], 1):
+            entered[skipped:] += left[:-skipped] * often[skipped:]
+        second += turned - left
+        first += entered - turned
         second[-1] += max(0.0, float(left.sum() - entered.sum()))  # nothing is known to follow
-        likely = self._marks.likely[len(self._steps)][self._kind[low:high]]
+        likely = self._marks.likely[self._hops][self._kind[low:high]]
         first *= likely
         second *= likely
         total = first + second
@@ -157,9 +188,9 @@ class SpeechTimes:
         near = np.flatnonzero(total > _UNLIKELY * whole)
         begin, end = int(near[0]), int(near[-1]) + 1
         step = _Step(low + begin, first[begin:end] / whole, second[begin:end] / whole, now.pace)
-        self._steps.append(step)
-        heard_ms, usual_ms = len(self._steps) * HOP_MS, self._place_ms(step)
-        pace = (_USUAL_MS + heard_ms) / (_USUAL_MS + usual_ms)
+        self._steps[self._hops] = step
+        self._hops += 1
+        pace = (_USUAL_MS + self._hops * HOP_MS) / (_USUAL_MS + self._place_ms(step))
         self._now = step._replace(pace=min(max(pace, _PACES[0]), _PACES[1]))
 
     def _place_ms(self, step: _Step) -> float:
@@ -171,75 +202,75 @@ class SpeechTimes:
         """The chance that half a sound ends in a hop [u]."""
         return np.minimum(_FASTEST, 2 * HOP_MS / (self._mean_ms[low:high] * pace))
 
-    def _enter(self, left: Numbers, low: int, high: int) -> Numbers:
-        """Which sounds begin where others have ended [u] -> [u]; some may be missing."""
-        often, begun = self._often[low:high], np.zeros_like(left)
-        begun[1:] = left[:-1] * often[1:]
-        missing = left[:-1] * (1 - often[1:])
-        begun[2:] += missing[:-1] * often[2:]
-        begun[3:] += missing[:-2] * (1 - often[2:-1])
-        return begun
-
     # backward
 
-    def _follow(self, begun: Numbers, low: int, high: int) -> Numbers:
-        """What an end of each sound makes of the chances `begun` of what begins then: `_enter`, backwards."""
-        often, ended = self._often[low:high], np.zeros_like(begun)
-        ended[:-1] = often[1:] * begun[1:]
-        ended[:-2] += (1 - often[1:-1]) * often[2:] * begun[2:]
-        ended[:-3] += (1 - often[1:-2]) * (1 - often[2:-1]) * begun[3:]
-        return ended
+    def _settle(self) -> None:
+        """Settle the times in the next block of hops, and forget these."""
+        stop = self._settled + _BLOCK
+        places = [found for found in self._smoothed(all_said=False) if found[0] < stop]
+        for certainty, crossed in self._crossed.items():
+            self._crossed[certainty] = crossed.extended(self._find(places, certainty))
+        for hop in range(self._settled, stop):
+            del self._steps[hop], self._marks.likely[hop]
+        self._settled = stop
 
-    def _crossings(self, certainty: float, sound_over: bool) -> tuple[list[float], list[float]]:
+    def _crossings(self, certainty: float, sound_over: bool) -> _Crossed:
         """When each word has begun, and ended, with that certainty."""
-        kept = len(self._steps), self._now
-        while len(self._steps) < len(self._marks.likely):  # as if no more text came
+        hops, now = self._hops, self._now
+        while self._hops < self._marks.hops:  # as if no more text came
             self._take_hop()
+        found = self._find(self._smoothed(all_said=sound_over and self.text_over), certainty)
+        for hop in range(hops, self._hops):
+            del self._steps[hop]
+        self._hops, self._now = hops, now
+        return self._crossed[certainty].extended(found)
+
+    def _find(self, places: Iterable[tuple[int, int, Numbers]], certainty: float) -> _Crossed:
+        """The first of some hops at which each word has begun, and ended, with that certainty."""
         begins = np.array(self._begins, dtype=np.int64)
-        ends = np.array([begin + len(word.sounds) - 1 for begin, word in zip(self._begins, self.words)], dtype=np.int64)
-        begun_ms, ended_ms = np.full(len(ends), math.inf), np.full(len(ends), math.inf)
-        for hop, low, places in self._smoothed(sound_over and self.text_over):
-            reached = np.cumsum(places[::-1])[::-1]  # the chance of being at a sound or after it
-            for which, times in ((begins, begun_ms), (ends, ended_ms)):
-                near = slice(0, int(np.searchsorted(which, low + len(reached))))
-                sure = np.append(reached, 0.0)[np.maximum(which[near] - low, 0)] >= certainty
-                times[near][sure] = hop * HOP_MS
-        del self._steps[kept[0] :]
-        self._now = kept[1]
-        return (begun_ms).tolist(), (ended_ms + HOP_MS).tolist()
+        silences = begins + np.array([len(word.sounds) - 1 for word in self.words], dtype=np.int64)
+        begun, ended = np.full(len(begins), math.inf), np.full(len(begins), math.inf)
+        for hop, low, place in places:
+            reached = np.cumsum(place[::-1])[::-1]  # the chance of being at a sound or after it
+            for sounds, times in ((begins, begun), (silences, ended)):
+                near = int(np.searchsorted(sounds, low + len(reached)))
+                sure = reached[np.maximum(sounds[:near] - low, 0)] >= certainty
+                times[:near][sure] = hop * HOP_MS
+        return _Crossed(begun, ended + HOP_MS)
 
-    def _smoothed(self, all_said: bool) -> Iterator[tuple[int, int, Numbers]]:
+    def _smoothed(self, *, all_said: bool) -> Iterator[tuple[int, int, Numbers]]:
         """From the last hop to the first: its number, and the chances of sounds from `low` on, given all hops."""
-        after: _Step | None = None
-        first_after = second_after = np.zeros(0)
-        for hop in range(len(self._steps) - 1, -1, -1):
+        after = self._steps.get(self._hops - 1)
+        if after is None:
+            return
+        first = second = np.ones(len(after.first))
+        if all_said:  # only the last word's last sound, and the silence after it, are ends
+            first = second = np.where(np.arange(after.low, after.high) >= len(self._kind) - 2, 1.0, 1e-9)
+        yield self._hops - 1, after.low, _chances(after, first, second)
+        for hop in range(self._hops - 2, self._settled - 1, -1):
             step = self._steps[hop]
-            low, high = step.low, min(step.high + _REACH, len(self._kind))
-            if after is None:
-                first_after = second_after = np.ones(len(step.first))
-                if all_said:
-                    last = np.arange(step.low, step.high) >= len(self._kind) - 2
-                    first_after = second_after = np.where(last, 1.0, 1e-9)
-            else:
-                begun, gone = np.zeros(high - low), np.zeros(high - low)
-                likely = self._marks.likely[hop + 1][self._kind[after.low : after.high]]
-                at = slice(after.low - low, min(after.high, high) - low)
-                size = at.stop - at.start
-                begun[at], gone[at] = (first_after * likely)[:size], (second_after * likely)[:size]
-                leave = self._leave(low, high, self._paces(hop))
-                following = self._follow(begun, low, high)
-                if high == len(self._kind):
-                    following[-1] += gone[-1]
-                size = len(step.first)
-                first_after = ((1 - leave) * begun + leave * gone)[:size]
-                second_after = ((1 - leave) * gone + leave * following)[:size]
-                most = max(float(first_after.max()), float(second_after.max()), 1e-300)
-                first_after, second_after = first_after / most, second_after / most
-            places = step.first * first_after + step.second * second_after
-            total = float(places.sum())
-            yield hop, low, places / total if total > 0 else step.first + step.second
-            after = step
+            likely = self._marks.likely[hop + 1][self._kind[after.low : after.high]]
+            low, high = step.low, max(step.high, min(step.high + _REACH, len(self._kind)))
+            begun, gone = np.zeros(high - low), np.zeros(high - low)
+            shift, size = after.low - low, min(after.high, high) - after.low
+            begun[shift : shift + size] = (first * likely)[:size]
+            gone[shift : shift + size] = (second * likely)[:size]
+            following = np.zeros_like(begun)
+            for skipped, often in enumerate(self._next[:, low:high], 1):
+                following[:-skipped] += often[skipped:] * begun[skipped:]
+            if high == len(self._kind):
+                following[-1] += gone[-1]
+            leave = self._leave(low, high, after.pace)
+            size = len(step.first)
+            first = (begun + leave * (gone - begun))[:size]
+            second = (gone + leave * (following - gone))[:size]
+            most = max(float(first.max()), float(second.max())) or 1.0
+            first, second, after = first / most, second / most, step
+            yield hop, low, _chances(step, first, second)
 
-    def _paces(self, hop: int) -> float:
-        """The pace that the hop after this one was taken at."""
-        return self._steps[hop + 1].pace
+
+def _chances(step: _Step, first: Numbers, second: Numbers) -> Numbers:
+    """Where the speech is, by the hops up to a step and by `first` and `second`, what follows from each half sound."""
+    places = step.first * first + step.second * second
+    total = float(places.sum())
+    return places / total if total > 0 else step.first + step.second

@@ -18,8 +18,7 @@ from omni.generation.reply import ANSWER
 from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
 from omni.processing.text_stream import TextStream
 
-_CERTAINTY = 0.8  # that a word has ended
-_MOMENT_MS = 30.0  # that it has to be over: about the error of the estimate
+_MOMENT_MS = 30.0  # that a word has to be over: about the error of its time
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def reply_times(turn: Turn, codec: CodecDecoder | None) -> ReplyTimes:
         return ReplyTimes(ids, (0.0,) * len(ids))
     assert codec is not None and turn.times is not None
     over, length = turn.sound.complete(turn.speech), 1000 * turn.sound.samples / codec.sample_rate
-    words = turn.times.word_ends_ms(_CERTAINTY, sound_over=over and turn.speech.reason == "stop")
+    words = turn.times.word_ends_ms(sound_over=over and turn.speech.reason == "stop")
     ends = _token_ends(_token_words(turn, ids), [end + _MOMENT_MS for end in words])
     return ReplyTimes(ids, tuple(min(end, length) for end in ends) if over else tuple(ends))
 

@@ -237,7 +237,7 @@ def test_an_interrupted_reply_counts_what_was_given_as_heard_first(either: OmniM
     list(session.respond(prefill=GIVEN, speak_prefill=True, **{**SPEECH, "max_new_tokens": 6}))
     turn = session._turn
     assert turn.times.text.startswith(GIVEN) and turn.times.given == len(GIVEN)
-    ends = turn.times.word_ends_ms(0.8)  # of the words given first
+    ends = turn.times.word_ends_ms()  # of the words given first
     played = 1000 * (len(turn.speech.codes) - 2) / either.code2wav.frame_rate
     kept = session.interrupt(played_ms=played)
     spoken = [token for token in turn.text.ids if token != 258]
