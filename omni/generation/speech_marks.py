@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +32,11 @@ _KINDS = {
 class SpeechMarks:
     """The marks of sound that comes in pieces of any size.
 
-    hops: so many have come. likely: of each hop, how well each kind of sound fits it [6], the best one 1.
+    waiting: of each hop that has not been taken yet, how well each kind of sound fits it [6], the best one 1.
     """
 
     def __init__(self) -> None:
-        self.hops = 0
-        self.likely: dict[int, NDArray[np.float64]] = {}
+        self.waiting: deque[list[float]] = deque()
         self._rest = np.zeros(0)
         self._before = 0.0  # the last sample of the hop before
         self._loudest = _LOUDEST_DB
@@ -59,8 +59,7 @@ class SpeechMarks:
         for i in range(hops):
             self._loudest = max(level[i], self._loudest - _FORGETS_DB)
             level[i] -= self._loudest
-        self.likely.update(enumerate(_likely(level, brightness), self.hops))
-        self.hops += hops
+        self.waiting.extend(_likely(level, brightness).tolist())
 
 
 def _likely(level: NDArray[np.float64], brightness: NDArray[np.float64]) -> NDArray[np.float64]:
