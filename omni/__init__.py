@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from omni.processing.inputs import OmniInputs
     from omni.processing.processor import OmniProcessor
     from omni.session.engine import EngineFullError, OmniEngine
+    from omni.session.items import Item
     from omni.session.session import OmniSession
 
     __version__: str
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AudioChunk": "omni.generation.events",
     "EngineFullError": "omni.session.engine",
+    "Item": "omni.session.items",
     "OmniConfig": "omni.config.model",
     "OmniEngine": "omni.session.engine",
     "OmniInputs": "omni.processing.inputs",
@@ -39,6 +41,7 @@ _HOMES = {
 __all__ = [
     "AudioChunk",
     "EngineFullError",
+    "Item",
     "OmniConfig",
     "OmniEngine",
     "OmniInputs",

@@ -298,8 +298,8 @@ class Rows:
 
     @torch.no_grad()
     def copy_row(self, row: int, other: Rows, to: int) -> None:
-        """Copy all that a row has read into an empty row `to` of `other`. No turn may be running in either."""
-        assert self.turns[row] is None and other.turns[to] is None
+        """Copy all that a row has read into an empty row `to` of `other`, where no turn may be running."""
+        assert other.turns[to] is None
         for own, new in ((self.text, other.text), (self.speech, other.speech)):
             if own is None or new is None:
                 continue

@@ -106,7 +106,7 @@ class ChatTokenizer:
         names = self.tokenizer.special_tokens_map
         alphabet = Alphabet("".join((self.template, *vocabulary.ids, *names.values())))
         write = _Writing(alphabet, vocabulary, control_tokens, check, self._roles_of_lists)
-        schemas = _tool_schemas(tools)
+        schemas = tool_schemas(tools)
         if continue_final:
             messages = [*messages[:-1], _with_end(messages[-1])]
         values = {
@@ -275,7 +275,7 @@ def _check_unicode(text: Any) -> None:
         ) from error
 
 
-def _tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
+def tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
     if tools is not None and not isinstance(tools, (list, tuple)):
         raise TypeError(f"tools must be a list of JSON schemas or documented functions, got {type(tools).__name__}")
     return [_tool_schema(tool) for tool in tools] if tools else None

@@ -19,10 +19,11 @@ from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
-from omni.session.begin_reply import begin_reply
+from omni.session.replies import begin_reply
 from omni.session.options import check_parts
 from omni.session.reply_events import ReplyEvents
-from omni.session.session import Kept, OmniSession
+from omni.session.replies import Kept
+from omni.session.session import OmniSession
 from omni.session.undo import whole
 
 MAX_WAITING_EVENTS = 64  # of one turn; it pauses until they are read
@@ -233,7 +234,7 @@ class EngineSession(OmniSession):
         if self.closed:
             raise ValueError("the session was closed while it was reading")
 
-    @whole()
+    @whole
     def fork(self) -> EngineSession:
         """A second session of the engine with the same past. Raises EngineFullError when no row is free."""
         row = self.engine.free_row()

@@ -2,14 +2,14 @@
 
 Tensors keep their dtype, so that on the same device and backend a loaded session goes on bit for bit as the saved one.
 No pickles: what is not a tensor is JSON. The file says which model it belongs to, and all in it is checked before use.
-Formats 1 and 2 did not name the model, and had nothing queued: it was read before saving. Format 1 had no media of the
-past, and other names for what is open.
+Formats 1 to 3 had no messages: see `omni.session.older_files`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,13 @@ from omni.encoders.resample import StreamingResampler
 from omni.generation.streaming_config import StreamingConfig
 from omni.layers.cache import KVCache
 from omni.layers.state import State
-from omni.session.conversation import Entry
+from omni.processing.messages import ROLES
+from omni.session.entries import Entry, ids_of
+from omni.session.heard import ReplyTimes
+from omni.session.items import COMPLETED, INCOMPLETE, KeptMedia, Message
 from omni.session.live_media import SAMPLE_RATE_HZ, AudioFrontEnd, GridStep, OpenClip, OpenVideo
+from omni.session.older_files import older_session
+from omni.session.open_turn import OpenTurn
 from omni.session.saved_values import (
     SESSION,
     check,
@@ -36,12 +41,11 @@ from omni.session.saved_values import (
     take_tensor,
     weight_marks,
 )
-from omni.talker.layout import PromptEnd
 
 if TYPE_CHECKING:
     from omni.session.session import OmniSession
 
-FORMAT = 3
+FORMAT = 4
 _ORDER = ("done", "placed", "video_chunk", "sound_chunk", "piece")  # the rest follows from what waits
 _KEPT = ("offsets", "embeds", "taps")  # of media of the past
 Tensors = dict[str, Tensor]
@@ -51,36 +55,31 @@ def save_session(session: OmniSession, folder: Path) -> None:
     """Write a session that is not responding; see `OmniSession.save`."""
     if session.responding:
         raise ValueError("the session is responding; take all its events before saving it")
-    conversation = session._conversation
+    conversation, reader = session._conversation, session._reader
     tensors: Tensors = {}
     values: dict[str, Any] = {
         "format": FORMAT,
         "model": model_values(session.model),
-        "ids": conversation.ids,
-        "owed": conversation.pending,
-        "queued": conversation.queued,
-        "in_user": conversation.in_user,
-        "thinker": conversation.thinker._asdict(),
-        "talker": conversation.talker._asdict(),
-        "past": [_put_entry(f"past.{i}", entry, tensors) for i, entry in enumerate(conversation.past)],
-        "keep_media": conversation.keep_media,
-        "text": session._text,
+        "beginning": ids_of(conversation.beginning),
+        "messages": [_put_message(f"message.{i}", m, tensors) for i, m in enumerate(conversation.messages)],
+        "open": None if conversation.open is None else _put_turn(conversation.open, tensors),
+        "tools": session.tools,
         "speaker": session.speaker,
         "streaming": dataclasses.asdict(session.streaming),
         "use_audio_in_video": session.use_audio_in_video,
-        "clip": None,
-        "video": None,
+        "keep_media": session.keep_media,
+        "media_bytes": session.media_bytes,
+        "make_room": session.make_room,
     }
     tensors["model.weights"] = weight_marks(session.model)
-    rows, row = conversation.rows, conversation.row
-    _put_cache("text", rows.text.decoder.cache, row, tensors)
-    if rows.speech is not None:
-        _put_cache("speech", rows.speech.decoder.cache, row, tensors)
-    if session._clip is not None:
-        front_end = _put_front_end("clip", session._clip.front_end, tensors)
-        values["clip"] = {"begun": session._clip.begun, "front_end": front_end}
-    if session._video is not None:
-        values["video"] = _put_video(session._video, tensors)
+
+    def put_caches() -> Any:
+        yield from reader.read(conversation.entries)
+        _put_cache("text", reader.rows.text.decoder.cache, reader.row, tensors)
+        if reader.rows.speech is not None:
+            _put_cache("speech", reader.rows.speech.decoder.cache, reader.row, tensors)
+
+    session._run(put_caches)
     with atomic_folder(folder) as target:
         (target / "session.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, target / "session.safetensors")
@@ -102,95 +101,170 @@ class SavedSession:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a saved session needs it")
         self.tensors = load_file(path)
-        if found == 1:
-            values = _from_format_1(values)
-        if found < FORMAT:
-            values = {"queued": [], "keep_media": False, "speaker": None, **values, "model": None}
-            values["text"] = [values["text"]] if values.get("text") else []
-        if values.get("video") is not None:
-            values["video"] = {"size": None, **values["video"]}
-        check(values, SESSION, "session.json")
-        self.values = values
+        self.older = older_session(values, found, self.tensors) if found < FORMAT else None
+        self.values = values if self.older is None else self.older.values
+        check(self.values, SESSION, "session.json")
 
     @property
     def options(self) -> dict[str, Any]:
         """The options with which the session was made."""
         streaming = dict(self.values["streaming"])
         streaming["chunk_frames"] = tuple(streaming.get("chunk_frames", ()))
-        made = {"streaming": StreamingConfig(**streaming)}
-        return made | {name: self.values[name] for name in ("speaker", "use_audio_in_video", "keep_media")}
+        names = ("speaker", "tools", "use_audio_in_video", "keep_media", "media_bytes", "make_room")
+        return {"streaming": StreamingConfig(**streaming)} | {name: self.values[name] for name in names}
 
     def fill(self, session: OmniSession) -> None:
         """Put everything into a new session of the same model."""
         values, tensors = self.values, self.tensors
-        conversation, text = session._conversation, session.model.config.thinker.text_config
+        conversation, reader = session._conversation, session._reader
         if values["model"] is not None:
             require("model.weights" in tensors, "the tensor model.weights is missing")
             check_model(session.model, values["model"], tensors["model.weights"])
-        for name in ("ids", "owed"):
-            check_ids(values[name], text.vocab_size, name)
-        for piece, name in [(one, "queued") for one, _ in values["queued"]] + [(one, "text") for one in values["text"]]:
-            check_ids([] if isinstance(piece, str) else piece, text.vocab_size, name)
-        conversation.queued = [(piece, by_user) for piece, by_user in values["queued"]]
-        conversation.ids, conversation.pending = values["ids"], values["owed"]
-        conversation.thinker, conversation.talker = PromptEnd(**values["thinker"]), PromptEnd(**values["talker"])
-        conversation.in_user = values["in_user"]
-        conversation.past = [_take_entry(f"past.{i}", e, tensors, session) for i, e in enumerate(values["past"])]
-        require([i for entry in conversation.past for i in entry.ids] == values["ids"], "past and ids disagree")
-        rows = conversation.rows
-        limit = text.max_position_embeddings
-        require(len(values["ids"]) <= limit, f"it has {len(values['ids'])} ids, the model has positions for {limit}")
+        if self.older is not None:
+            self.older.complete(session, tensors)
+        check_ids(values["beginning"], session.model.config.thinker.text_config.vocab_size, "beginning")
+        conversation.beginning = (Entry(tuple(values["beginning"])),) if values["beginning"] else ()
+        made = [_take_message(f"message.{i}", m, tensors, session) for i, m in enumerate(values["messages"])]
+        conversation.messages = tuple(made)
+        require(len({message.id for message in made}) == len(made), "two messages have one id")
+        if values["open"] is not None:
+            conversation.open = _take_turn(session, values["open"], tensors)
+        require(
+            conversation.end.tokens <= conversation.limit,
+            f"it has {conversation.end.tokens} ids, the model has positions for {conversation.limit}",
+        )
+        rows = reader.rows
         require(
             (rows.speech is None) == ("speech.keys" not in tensors),
             "it was saved with another variant: only one of the two models has a Talker",
         )
-        _take_cache("text", rows.text.decoder.cache, tensors, len(values["ids"]), conversation.thinker)
-        if rows.speech is not None:
-            _take_cache("speech", rows.speech.decoder.cache, tensors, conversation.talker.tokens, conversation.talker)
-        rows.mark_seen(0, values["ids"])
-        session._text = values["text"]
-        if values["clip"] is not None:
-            front_end = _take_front_end("clip", session, values["clip"]["front_end"], tensors)
-            session._clip = OpenClip(front_end, values["clip"]["begun"])
-        if values["video"] is not None:
-            session._video = _take_video(session, values["video"], tensors)
+
+        def take_caches() -> Any:
+            reader.hold(conversation.entries[: None if self.older is None else self.older.read])
+            if self.older is not None:
+                self.older.check_ends(reader)
+            _take_cache("text", rows.text.decoder.cache, reader.row, tensors, reader.thinker.tokens)
+            if rows.speech is not None:
+                _take_cache("speech", rows.speech.decoder.cache, reader.row, tensors, reader.talker.tokens)
+            return
+            yield
+
+        session._run(take_caches)
 
 
-def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a session of format 1, under today's names."""
-    clip, video = values["clip"], values["video"]
-    if clip is not None:
-        clip = {**clip, "front_end": clip["ear"]}
-    if video is not None:
-        turns, (kind, *chunk) = video["turns"], video["last_kind"].split() or [""]
-        order = {
-            "done": turns["done"],
-            "placed": video["heard"],
-            "video_chunk": turns["chunk"] - (not turns["begun"]),  # of the video's last token
-            "sound_chunk": turns["chunk"],
-            "piece": [kind == "video", int(chunk[0]) if chunk else 0] if kind else None,
-        }
-        video = {**video, "front_end": video["ear"], "order": order}
-    return {**values, "clip": clip, "video": video}
+def _put_entries(name: str, entries: Sequence[Entry], tensors: Tensors) -> list[Any]:
+    """What is kept of media goes to `tensors`, the rest is returned."""
+    out = []
+    for i, entry in enumerate(entries):
+        for part in _KEPT:
+            value = getattr(entry, part)
+            if value is not None:
+                tensors[f"{name}.{i}.{part}"] = value.clone()  # parts of a grid step may share memory
+        out.append((list(entry.ids), entry.by_user, float(entry.length), entry.media))
+    return out
 
 
-def _put_entry(name: str, entry: Entry, tensors: Tensors) -> tuple[Any, ...]:
-    """What the past keeps of media goes to `tensors`, the rest is returned."""
-    for part in _KEPT:
-        value = getattr(entry, part)
-        if value is not None:
-            tensors[f"{name}.{part}"] = value.clone()  # parts of a grid step may share memory, which the file must not
-    return entry.ids, entry.length, entry.media, entry.in_user, entry.begins_turn
+def _take_entries(name: str, values: list[Any], tensors: Tensors, session: OmniSession) -> list[Entry]:
+    vocabulary, out = session.model.config.thinker.text_config.vocab_size, []
+    for i, (ids, by_user, length, media) in enumerate(values):
+        own = f"{name}.{i}"
+        check_ids(ids, vocabulary, own)
+        kept: Tensors = {}
+        if media:
+            kept["offsets"] = take_tensor(tensors, f"{own}.offsets", 3, len(ids))
+            if f"{own}.embeds" in tensors:
+                kept |= {part: value.cpu() for part, value in _take_media(own, tensors, len(ids), session).items()}
+        out.append(Entry(tuple(ids), by_user, length=length, **kept))
+    return out
 
 
-def _take_entry(name: str, values: list[Any], tensors: Tensors, session: OmniSession) -> Entry:
-    ids, length, media, in_user, begins_turn = values
-    require(not (begins_turn and ids), f"{name} begins a turn and has ids")
-    kept: Tensors = {}
-    if media and f"{name}.embeds" in tensors:
-        kept["offsets"] = take_tensor(tensors, f"{name}.offsets", 3, len(ids))
-        kept |= _take_media(name, tensors, len(ids), session)
-    return Entry(ids, length=length, media=media, in_user=in_user, begins_turn=begins_turn, **kept)
+def _put_parts(parts: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Content items for JSON: media by the place of their entries."""
+
+    def put(value: Any) -> Any:
+        if not isinstance(value, KeptMedia):
+            return value
+        first = next(i for i, entry in enumerate(entries) if entry.medium is value.entries[0].medium)
+        return {"kept": value.kind, "first": first, "count": len(value.entries)}
+
+    return [{key: put(value) for key, value in part.items()} for part in parts]
+
+
+def _take_parts(values: list[Any], entries: Sequence[Entry]) -> tuple[dict[str, Any], ...]:
+    def take(value: Any) -> Any:
+        if not isinstance(value, dict) or "kept" not in value:
+            return value
+        check(value, {"kept": str, "first": int, "count": int}, "a kept medium")
+        first, count = value["first"], value["count"]
+        require(0 <= first and 0 < count and first + count <= len(entries), "a part names entries that are not there")
+        return KeptMedia(value["kept"], tuple(entries[first : first + count]))
+
+    parts = [{key: take(value) for key, value in part.items()} for part in values]
+    require(all(isinstance(part.get("type"), str) for part in parts), "a part has no type")
+    return tuple(parts)
+
+
+def _put_message(name: str, message: Message, tensors: Tensors) -> dict[str, Any]:
+    times = message.times
+    return {
+        "id": message.id,
+        "role": message.role,
+        "status": message.status,
+        "parts": _put_parts(message.parts, message.entries),
+        "entries": _put_entries(name, message.entries, tensors),
+        "given": list(message.given),
+        "times": None if times is None else dataclasses.asdict(times),
+    }
+
+
+def _take_message(name: str, values: dict[str, Any], tensors: Tensors, session: OmniSession) -> Message:
+    entries = _take_entries(name, values["entries"], tensors, session)
+    require(values["role"] in ROLES and values["status"] in (COMPLETED, INCOMPLETE), f"{name} is of no known kind")
+    times = values["times"]
+    if times is not None:
+        ends = times["ends_ms"]
+        require(ends is None or len(ends) == len(times["token_ids"]), f"{name}.times has too few or too many times")
+        times = ReplyTimes(tuple(times["token_ids"]), None if ends is None else tuple(ends))
+        inside = [token for entry in entries for token in entry.ids]
+        require(len(times.token_ids) + len(values["given"]) <= len(inside), f"{name}.times has too many ids")
+    require((times is None) == (values["role"] != "assistant"), f"{name}.times belong to a reply")
+    parts, given = _take_parts(values["parts"], entries), tuple(values["given"])
+    return Message(values["id"], values["role"], parts, tuple(entries), values["status"], given, times)
+
+
+def _put_turn(turn: OpenTurn, tensors: Tensors) -> dict[str, Any]:
+    clip, entries = None, turn.writing.entries
+    if turn.clip is not None:
+        front_end = _put_front_end("clip", turn.clip.front_end, tensors)
+        clip = {"begun": turn.clip.begun, "front_end": front_end}
+    return {
+        "id": turn.id,
+        "parts": _put_parts(turn.parts, entries),
+        "entries": _put_entries("open", entries, tensors),
+        "tail": turn.writing.tail,
+        "before_medium": turn.before_medium,
+        "medium_start": turn.medium_start,
+        "clip": clip,
+        "video": None if turn.video is None else _put_video(turn.video, tensors),
+    }
+
+
+def _take_turn(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> OpenTurn:
+    turn = OpenTurn(session._encoders, id=values["id"])
+    entries = turn.writing.entries = _take_entries("open", values["entries"], tensors, session)
+    turn.writing.tail, turn.parts = tuple(values["tail"]), _take_parts(values["parts"], entries)
+    before, tail = values["before_medium"]
+    require(
+        0 <= before <= values["medium_start"] <= len(entries), "open.before_medium names entries that are not there"
+    )
+    turn.before_medium, turn.medium_start = (before, tuple(tail)), values["medium_start"]
+    if values["clip"] is not None:
+        front_end = _take_front_end("clip", session, values["clip"]["front_end"], tensors)
+        turn.clip = OpenClip(front_end, values["clip"]["begun"])
+    if values["video"] is not None:
+        require(turn.clip is None, "a clip and a video are open at once")
+        turn.video = _take_video(session, values["video"], tensors)
+    return turn
 
 
 def _take_media(name: str, tensors: Tensors, tokens: int, session: OmniSession) -> Tensors:
@@ -209,13 +283,12 @@ def _put_cache(name: str, cache: KVCache, row: int, tensors: Tensors) -> None:
     tensors[f"{name}.values"] = cache.values[:, row, :, :used]
 
 
-def _take_cache(name: str, cache: KVCache, tensors: Tensors, tokens: int, end: PromptEnd) -> None:
-    require(end.tokens == tokens, f"the {name} cache ends after {end.tokens} tokens and has {tokens}")
+def _take_cache(name: str, cache: KVCache, row: int, tensors: Tensors, tokens: int) -> None:
     layers, _, heads, _, dim = cache.keys.shape
     cache.reserve(tokens)
     for part, own in (("keys", cache.keys), ("values", cache.values)):
-        own[:, 0, :, :tokens] = take_tensor(tensors, f"{name}.{part}", layers, heads, tokens, dim).to(own)
-    cache.grow(0, tokens)
+        own[:, row, :, :tokens] = take_tensor(tensors, f"{name}.{part}", layers, heads, tokens, dim).to(own)
+    cache.grow(row, tokens)
 
 
 def _put_state(name: str, state: State, tensors: Tensors) -> dict[str, Any]:
@@ -257,7 +330,7 @@ def _put_front_end(name: str, front_end: AudioFrontEnd, tensors: Tensors) -> dic
 
 
 def _take_front_end(name: str, session: OmniSession, values: dict[str, Any], tensors: Tensors) -> AudioFrontEnd:
-    front_end = session._new_front_end()
+    front_end = session._encoders.sound()
     front_end.rate_hz, front_end.samples = values["rate_hz"], values["samples"]
     sizes = [tuple(x.shape) for x in vars(front_end.encoder_state).values() if isinstance(x, Tensor) and x.numel()]
     _take_state(f"{name}.mel", front_end.mel_state, values["mel"], tensors)
@@ -331,7 +404,7 @@ def _take_video(session: OmniSession, values: dict[str, Any], tensors: Tensors) 
     front_end = None
     if values["front_end"] is not None:
         front_end = _take_front_end("video", session, values["front_end"], tensors)
-    video = OpenVideo.open(values["first_s"], front_end, session._rule)
+    video = OpenVideo.open(values["first_s"], front_end, session.model.config.thinker.position_rule)
     vision, width = session.processor.vision, session.model.config.thinker.text_config.hidden_size
     side = vision.video_processor.patch_size * vision.merge_size
     waiting = len(values["frames"])

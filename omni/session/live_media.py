@@ -23,10 +23,10 @@ from omni.config.positions import PositionRule
 from omni.encoders.resample import StreamingResampler
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
-from omni.processing.vision import VisionProcessor
+from omni.processing.vision import VideoPixels, VisionProcessor
 from omni.rope.interleave import Interleave, Run
 from omni.rope.positions import Video, segment_positions
-from omni.session.conversation import Conversation
+from omni.session.entries import Writing
 
 SAMPLE_RATE_HZ = 16000
 EncodePicture = Callable[[Tensor, list[int]], tuple[Tensor, Tensor | None]]  # patches, grid -> embeddings, taps
@@ -119,32 +119,32 @@ class OpenClip:
         """A copy to go back to."""
         return OpenClip(self.front_end.note(), self.begun)
 
-    def push(self, conversation: Conversation, samples: Tensor, rate_hz: int, begin: list[int], token: int) -> None:
-        self._write(conversation, self.front_end.push(samples, rate_hz), begin, token)
+    def push(self, writing: Writing, samples: Tensor, rate_hz: int, begin: list[int], token: int) -> None:
+        self._write(writing, self.front_end.push(samples, rate_hz), begin, token)
 
-    def close(self, conversation: Conversation, begin: list[int], end: list[int], token: int) -> None:
-        self._write(conversation, self.front_end.finish(), begin, token)
+    def close(self, writing: Writing, begin: list[int], end: list[int], token: int) -> None:
+        self._write(writing, self.front_end.finish(), begin, token)
         if self.begun:
-            conversation.write_text(end)
+            writing.write_text(end)
 
-    def _write(self, conversation: Conversation, embeds: Tensor, begin: list[int], token: int) -> None:
+    def _write(self, writing: Writing, embeds: Tensor, begin: list[int], token: int) -> None:
         if not len(embeds):
             return
         if not self.begun:
-            conversation.write_text(begin)
+            writing.write_text(begin)
             self.begun = True
         offsets = torch.arange(len(embeds), dtype=torch.float32).expand(3, -1)
-        conversation.write_at([token] * len(embeds), offsets, embeds)
-        conversation.move_on(len(embeds))
+        writing.write_at([token] * len(embeds), offsets, embeds)
+        writing.move_on(len(embeds))
 
 
-def write_marks(conversation: Conversation, marks: list[int], rule: PositionRule) -> None:
+def write_marks(writing: Writing, marks: list[int], rule: PositionRule) -> None:
     """The tokens before or after a video; two of them share a position where the rule says so."""
     if rule.joint_marks and len(marks) > 1:
-        conversation.write_text(marks[:1])
-        conversation.move_on(-1)  # back to where the first one stands
+        writing.write_text(marks[:1])
+        writing.move_on(-1)  # back to where the first one stands
         marks = marks[1:]
-    conversation.write_text(marks)
+    writing.write_text(marks)
 
 
 class GridStep(NamedTuple):
@@ -197,25 +197,25 @@ class OpenVideo:
         new.frames, new.steps, new.sounds = list(self.frames), deque(self.steps), deque(self.sounds)
         return new
 
-    def begin(self, conversation: Conversation, tokens: Any) -> None:
+    def begin(self, writing: Writing, tokens: Any) -> None:
         """Write the marks before the video."""
         marks = [tokens.vision_start, *([tokens.audio_start] if self.front_end else [])]
-        write_marks(conversation, marks, self.order.rule)
+        write_marks(writing, marks, self.order.rule)
 
-    def push(self, conversation: Conversation, samples: Tensor, rate_hz: int, tokens: Any) -> None:
+    def push(self, writing: Writing, samples: Tensor, rate_hz: int, tokens: Any) -> None:
         """The next samples of the sound."""
         assert self.front_end is not None
         self.add_sound(self.front_end.push(samples, rate_hz))
-        self.write(conversation, tokens)
+        self.write(writing, tokens)
 
-    def close(self, conversation: Conversation, tokens: Any, marks: list[int]) -> None:
+    def close(self, writing: Writing, tokens: Any, marks: list[int]) -> None:
         """Prefill what is left, and the marks behind it: end of sound (if there is any) and end of vision."""
         if self.front_end is not None:
             self.add_sound(self.front_end.finish())
         self.order.close()
-        self._write(conversation, tokens)
-        conversation.move_on(self.tail + 1)
-        write_marks(conversation, marks if self.front_end else marks[1:], self.order.rule)
+        self._write(writing, tokens)
+        writing.move_on(self.tail + 1)
+        write_marks(writing, marks if self.front_end else marks[1:], self.order.rule)
 
     def add_frame(self, time_s: float, picture: Tensor) -> None:
         """A frame [3, H, W], to wait for its partner. Raises ValueError if it cannot follow the frames so far."""
@@ -243,41 +243,48 @@ class OpenVideo:
         self.steps.append(step)
         self.order.offer_steps((step.time_s,), len(step.embeds))
 
+    def add_steps(self, film: VideoPixels, embeds: Tensor, taps: Tensor | None, merge: int) -> None:
+        """All steps of a video: embeds [t * h * w, D] and taps [n_taps, t * h * w, D]."""
+        steps, height, width = film.grid[0], film.grid[1] // merge, film.grid[2] // merge
+        own_taps = [None] * steps if taps is None else taps.chunk(steps, dim=1)
+        for time_s, step, tap in zip(film.grid_times_s, embeds.chunk(steps), own_taps):
+            self.add_step(GridStep(time_s - self.first_s, step, tap, height, width))
+
     def add_sound(self, embeds: Tensor) -> None:
         """The next tokens of the sound, encoded: embeds [n, D]."""
         self.sounds.extend(embeds)
         self.order.offer_sound(len(embeds))
 
-    def write(self, conversation: Conversation, tokens: Any) -> None:
+    def write(self, writing: Writing, tokens: Any) -> None:
         """Prefill all that nothing still to come can precede."""
         next_s = self.frames[0][0] if self.frames else self.last_s  # a frame that waits, or one after the newest
         self.order.expect_steps(next_s - self.first_s)
-        self._write(conversation, tokens)
+        self._write(writing, tokens)
 
-    def _write(self, conversation: Conversation, tokens: Any) -> None:
+    def _write(self, writing: Writing, tokens: Any) -> None:
         while (run := self.order.next_run()) is not None:
             if run.video:
-                offsets = self._write_video(conversation, tokens.video, run)
+                offsets = self._write_video(writing, tokens.video, run)
             else:
-                offsets = self._write_sound(conversation, tokens.audio, run)
+                offsets = self._write_sound(writing, tokens.audio, run)
             self.order.take(run)
             highest = float(offsets.max())
             self.tail = max(self.tail, highest) if run.joins else highest
 
-    def _write_video(self, conversation: Conversation, token: int, run: Run) -> Tensor:
+    def _write_video(self, writing: Writing, token: int, run: Run) -> Tensor:
         """Prefill tokens of the first step that waits -> their offsets [3, n]."""
         step, part = self.steps[0], slice(run.first, run.first + run.tokens)
         whole, _ = segment_positions(Video((step.time_s,), step.height, step.width), 0.0, self.order.rule)
         offsets, taps = whole[:, part], None if step.taps is None else step.taps[:, part]
-        conversation.write_at([token] * run.tokens, offsets, step.embeds[part], taps)
+        writing.write_at([token] * run.tokens, offsets, step.embeds[part], taps)
         if part.stop == len(step.embeds):
             self.steps.popleft()
         return offsets
 
-    def _write_sound(self, conversation: Conversation, token: int, run: Run) -> Tensor:
+    def _write_sound(self, writing: Writing, token: int, run: Run) -> Tensor:
         """Prefill the next tokens of the sound -> their offsets [3, n]."""
         offsets = torch.arange(run.first, run.first + run.tokens, dtype=torch.float32).expand(3, -1)
-        conversation.write_at([token] * run.tokens, offsets, torch.stack(list(islice(self.sounds, run.tokens))))
+        writing.write_at([token] * run.tokens, offsets, torch.stack(list(islice(self.sounds, run.tokens))))
         for _ in range(run.tokens):
             self.sounds.popleft()
         return offsets

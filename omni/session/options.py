@@ -12,6 +12,7 @@ from omni.generation.arguments import speaker_name
 from omni.generation.streaming_config import StreamingConfig
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
+from omni.processing.template import tool_schemas
 
 
 def check_parts(model: Any, processor: Any, streaming: Any) -> None:
@@ -76,3 +77,38 @@ def session_folder(path: Any) -> Path:
     if not os.fspath(path):
         raise ValueError("the path of the session's folder is empty; name a folder")
     return Path(path).expanduser()
+
+
+MEDIA_BYTES = 1 << 29  # of embeddings on the host: two hours of sound at the released width
+
+
+def byte_count(media_bytes: Any) -> int:
+    """A number of bytes. Raises TypeError or ValueError."""
+    if not isinstance(media_bytes, Integral) or isinstance(media_bytes, bool):
+        raise TypeError(f"media_bytes must be a whole number of bytes, got {media_bytes!r}")
+    if media_bytes < 0:
+        raise ValueError(f"media_bytes must be at least 0, got {media_bytes}; keep_media=False keeps nothing")
+    return int(media_bytes)
+
+
+def share(make_room: Any) -> float | None:
+    """The share of the positions that are freed when a session is full, or None. Raises TypeError or ValueError."""
+    if make_room is None:
+        return None
+    if not isinstance(make_room, Real) or isinstance(make_room, bool):
+        raise TypeError(f"make_room must be a share between 0 and 1 or None, got {make_room!r}")
+    if not 0 < make_room < 1:
+        raise ValueError(f"make_room must be a share between 0 and 1, got {make_room}; 0.2 frees a fifth")
+    return float(make_room)
+
+
+def tool_list(tools: Any) -> list[Any] | None:
+    """The JSON schemas of tools, None for none. Raises TypeError or ValueError."""
+    return tool_schemas(tools)
+
+
+def check_played(played_ms: Any) -> None:
+    """Raise ValueError unless it is a number of milliseconds or None."""
+    number = isinstance(played_ms, Real) and not isinstance(played_ms, bool)
+    if played_ms is not None and not (number and 0 <= played_ms < math.inf):
+        raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")

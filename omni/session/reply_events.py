@@ -1,38 +1,36 @@
-"""The events of a session's reply as an iterator that may be left at any point, and what of it was heard."""
+"""The events of a session's reply as an iterator that may be left at any point."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from numbers import Real
+from typing import TYPE_CHECKING
 
-from omni.code2wav.contract import CodecDecoder
 from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
-from omni.generation.turn import SPEECH_OFF, SPEECH_OVER, Turn
+
+if TYPE_CHECKING:
+    from omni.session.replies import Reply
+    from omni.session.session import OmniSession
 
 
 class ReplyEvents(Iterator[Event]):
-    """Yields the events of one turn and records in it what has been delivered.
+    """Yields the events of one reply and notes in it what has been delivered.
 
-    `produce` gives more events while the turn runs; `finish` is called when the turn's end has been delivered, and
-    `interrupt` when the iterator is closed (or forgotten) before. An interrupted turn yields its `TurnEnd` and stops.
-    What `produce` or `finish` raises, or cuts them, is handed to `abandon` with the turn and leaves the iterator.
-    `samples_a_frame` and `missing`, the samples that all sound lacks of that, tell how many frames a chunk holds.
+    `produce` gives more events while the turn runs. An interrupted turn yields its `TurnEnd` and stops. What `produce`
+    raises, or cuts it, leaves the iterator, and the session forgets the reply. `samples_a_frame` and `missing`, the
+    samples that all sound lacks of that, tell how many frames a chunk holds.
     """
 
     def __init__(
         self,
-        turn: Turn,
+        session: OmniSession,
+        reply: Reply,
         produce: Callable[[], list[Event]],
-        finish: Callable[[], None],
-        interrupt: Callable[[Turn], None],
-        abandon: Callable[[Turn, BaseException], None],
         samples_a_frame: int,
         missing: int,
     ) -> None:
-        self._turn, self._produce, self._finish, self._interrupt = turn, produce, finish, interrupt
-        self._abandon, self._samples_a_frame, self._missing = abandon, samples_a_frame, missing
+        self._session, self._reply, self._produce = session, reply, produce
+        self._samples_a_frame, self._missing = samples_a_frame, missing
         self._waiting: deque[Event] = deque()
         self._done = False
 
@@ -46,22 +44,23 @@ class ReplyEvents(Iterator[Event]):
             return self._next()
         except BaseException as error:
             self._done = True
-            self._abandon(self._turn, error)
+            self._session._forget(self._reply, error)
             raise
 
     def _next(self) -> Event:
-        while self._turn.interruption is None and not self._waiting:
+        turn = self._reply.turn
+        while turn.interruption is None and not self._waiting:
             self._waiting.extend(self._produce())
-        if self._turn.interruption is not None:  # what was not delivered is dropped
+        if turn.interruption is not None:  # what was not delivered is dropped
             self._done = True
             self._waiting.clear()
-            return self._turn.interruption
+            return turn.interruption
         event = self._waiting.popleft()
-        self._record(event)
+        self._note(event)
         return event
 
-    def _record(self, event: Event) -> None:
-        turn = self._turn
+    def _note(self, event: Event) -> None:
+        turn = self._reply.turn
         if isinstance(event, TextDelta):
             turn.delivered_ids += len(event.token_ids)
         elif isinstance(event, AudioChunk):
@@ -69,30 +68,16 @@ class ReplyEvents(Iterator[Event]):
             turn.delivered_frames = samples // max(self._samples_a_frame, 1)
         elif isinstance(event, TurnEnd):
             self._done = turn.delivered_end = True
-            self._finish()
+            self._session._delivered(self._reply)
 
     def close(self) -> None:
         """Stop reading events; a turn whose end was not delivered is interrupted."""
         if not self._done:
             self._done = True
-            if self._turn.interruption is None and not self._turn.delivered_end:
-                self._interrupt(self._turn)
+            self._session._leave(self._reply)
 
     def __del__(self) -> None:
-        self.close()
-
-
-def heard_ids(turn: Turn, codec: CodecDecoder | None, played_ms: float | None) -> list[int]:
-    """The ids of a reply that count as heard, as `OmniSession.interrupt` says. Raises ValueError."""
-    number = isinstance(played_ms, Real) and not isinstance(played_ms, bool)
-    if played_ms is not None and not (number and 0 <= played_ms < math.inf):
-        raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")
-    text, speech, stop_ids = turn.text, turn.speech, turn.request.stop_ids
-    if speech.state == SPEECH_OFF or codec is None or (speech.state == SPEECH_OVER and not speech.codes):  # silent
-        return [token for token in text.kept[: turn.delivered_ids] if token not in stop_ids]
-    frames = turn.delivered_frames
-    if played_ms is not None:  # a multiple of a frame's length is that many frames, whatever the rounding
-        frames = min(frames, math.floor(float(played_ms) * codec.frame_rate / 1000 + 1e-6))
-    spoken = [token for token in text.kept if token not in stop_ids]
-    heard = (turn.given + len(spoken)) * frames // max(len(speech.codes), 1)
-    return spoken[: max(0, heard - turn.given)]
+        # It may run at any moment, in any thread: the session's next call interrupts the reply.
+        if not self._done:
+            self._done = True
+            self._session._drop(self._reply)

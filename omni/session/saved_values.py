@@ -50,7 +50,42 @@ _VIDEO = {
     "frames": [float],
     "grids": [(float, int, int)],
 }
+_ENTRY = ([int], bool, float, bool)  # ids, of the user, how far the next segment moves on, of a medium
+_MESSAGE = {
+    "id": str,
+    "role": str,
+    "status": str,
+    "parts": [dict],
+    "entries": [_ENTRY],
+    "given": [int],
+    "times": Maybe({"token_ids": [int], "ends_ms": Maybe([float])}),
+}
+_OPEN = {
+    "id": str,
+    "parts": [dict],
+    "entries": [_ENTRY],
+    "tail": [str],
+    "before_medium": (int, [str]),
+    "medium_start": int,
+    "clip": Maybe({"begun": bool, "front_end": _FRONT_END}),
+    "video": Maybe(_VIDEO),
+}
 SESSION = {
+    "model": Maybe({"model_type": str, "thinker": dict, "talker": Maybe(dict)}),
+    "beginning": [int],
+    "messages": [_MESSAGE],
+    "open": Maybe(_OPEN),
+    "tools": Maybe([dict]),
+    "speaker": Maybe(str),
+    "streaming": dict,
+    "use_audio_in_video": bool,
+    "keep_media": bool,
+    "media_bytes": int,
+    "make_room": Maybe(float),
+}
+
+
+OLDER = {  # of formats 1 to 3
     "ids": [int],
     "owed": [int],
     "queued": [(Either(str, [int]), bool)],

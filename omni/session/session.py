@@ -1,4 +1,4 @@
-"""OmniSession: a conversation as an object. Push sound, pictures and text, respond, interrupt, fork, save.
+"""OmniSession: a conversation as an object. Push sound, pictures and text, respond, interrupt, edit, fork, save.
 
 The work runs inside the calls. What is pushed is read by the Thinker and the Talker at once, as far as it is decided,
 so that little is left to do when `respond` is called. The caches stay; the Talker's holds its part of the conversation.
@@ -11,13 +11,10 @@ import copy
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any, TypeVar
 
 from omni.config.keywords import check_flags, names_keywords, takes_arguments_of
-from omni.config.positions import PositionRule
+from omni.generation.arguments import stop_ids
 from omni.generation.events import Event
 from omni.generation.rows import Rows
 from omni.generation.sampling import SamplingConfig
@@ -29,38 +26,35 @@ from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
 from omni.processing.token_budget import TokenBudget
 from omni.processing.vision import PixelBudget
-from omni.rope.positions import Image
 from omni.session import options
-from omni.session.begin_reply import begin_reply
-from omni.session.conversation import Conversation, Piece
+from omni.session.conversation import Conversation
 from omni.session.file import SavedSession, save_session
-from omni.session.live_media import AudioFrontEnd, OpenClip, OpenVideo
-from omni.session.reply_events import ReplyEvents, heard_ids
+from omni.session.heard import ReplyTimes, heard_ids
+from omni.session.history import History
+from omni.session.items import COMPLETED, INCOMPLETE, Item, Message, new_id
+from omni.session.open_turn import Encoders, OpenTurn
+from omni.session.replies import Reply, begin_reply, end_early, fill, record, settle_reply
+from omni.session.reply_events import ReplyEvents
+from omni.session.row_reader import Job, RowReader
 from omni.session.saved_values import naming
-from omni.session.undo import Undo, put_back, settle, whole
+from omni.session.undo import Undo, settle, whole
 from omni.talker.layout import PromptEnd
 
 Sampling = SamplingConfig | Mapping[str, Any] | None
+T = TypeVar("T")
 
 
-class Kept(NamedTuple):
-    """What an interrupted reply leaves in the history: the ids that count as heard, and their text."""
-
-    token_ids: list[int]
-    text: str
-
-
-class OmniSession:
+class OmniSession(History):
     """A conversation with a model.
 
-    speaker: default voice of its replies. system: text of a system turn. streaming: knobs of latency.
-    use_audio_in_video: sound pushed while a video is open belongs to the video. keep_media: keep the embeddings of
-    media (one vector of the Thinker's width a token), so that turns with media can be read again by
-    `drop_oldest_turns`. A session takes one call at a time. A call that fails or is cut changes nothing; where it
-    cannot be undone the session is `closed`, and every later call raises ValueError with the reason.
+    speaker: default voice of its replies. system: text of a system turn. tools: JSON schemas or documented functions
+    that the model may call. streaming: knobs of latency. use_audio_in_video: sound pushed while a video is open belongs
+    to the video. keep_media: keep the embeddings of media (one vector of the Thinker's width a token) on the host, so
+    that edits may read them again, up to `media_bytes`; what was read first is forgotten first. make_room: drop the oldest turns once the session is full, until this share of its
+    positions is free (None: a full session is an error). A session takes one call at a time. A call that fails or is
+    cut changes nothing; where it cannot be undone the session is `closed`, and every later call raises ValueError with
+    the reason.
     """
-
-    _conversation: Conversation
 
     def __init__(
         self,
@@ -69,63 +63,72 @@ class OmniSession:
         *,
         speaker: str | None = None,
         system: str | None = None,
+        tools: Sequence[Any] | None = None,
         streaming: StreamingConfig | None = None,
         use_audio_in_video: bool = False,
-        keep_media: bool = False,
+        keep_media: bool = True,
+        media_bytes: int = options.MEDIA_BYTES,
+        make_room: float | None = None,
     ) -> None:
-        self._set_up(model, processor, speaker, streaming, use_audio_in_video)
-        self._open(Rows(model, 1), 0, keep_media)
+        kept = (keep_media, media_bytes, make_room)
+        self._set_up(model, processor, speaker, tools, streaming, use_audio_in_video, *kept)
+        self._open(Rows(model, 1), 0)
         self._write_beginning(system)
-
-    def _open(self, rows: Rows, row: int, keep_media: bool) -> None:
-        """Make the conversation, in an empty row."""
-        check_flags(keep_media=keep_media)
-        encode, pieces = self.processor.encode_text, self.streaming.prefill_tokens
-        self._conversation = Conversation(rows, row, encode, pieces, keep_media=keep_media)
-
-    def _write_beginning(self, system: str | None) -> None:
-        """Write what comes before the first user turn: what the chat template writes there."""
-        options.check_text("system", system)
-        if self.model.talker is not None:
-            self.processor.check_speech_system(system)
-        ids = self.processor.beginning_ids(system, self.model.config.im_start_token_id)
-        self._conversation.write_text(ids)
 
     def _set_up(
         self,
         model: ModelParts,
         processor: OmniProcessor | None,
         speaker: str | None,
+        tools: Sequence[Any] | None,
         streaming: StreamingConfig | None,
         use_audio_in_video: bool,
+        keep_media: bool,
+        media_bytes: int,
+        make_room: float | None,
     ) -> None:
+        """Check and keep the options."""
         options.check_parts(model, processor, streaming)
         options.check_speaker(model, speaker)
-        check_flags(use_audio_in_video=use_audio_in_video)
+        check_flags(use_audio_in_video=use_audio_in_video, keep_media=keep_media)
         found = processor if processor is not None else model.processor
         if found is None:
             raise ValueError("a session needs a processor: OmniSession(model, OmniProcessor.from_pretrained(folder))")
         self.model, self.processor, self.speaker = model, found, speaker
         self.streaming = streaming or StreamingConfig()
         options.check_window(model, self.streaming)
-        self.use_audio_in_video = use_audio_in_video
-        self._lock: Any = threading.RLock()  # a reply that is taken asynchronously may be interrupted from elsewhere
-        self._text: list[Piece] = []
-        self._clip: OpenClip | None = None
-        self._video: OpenVideo | None = None
-        self._prompt: PromptEnd | None = None  # of the last reply, until new input comes
-        self._turn: Turn | None = None
+        self.tools, self.use_audio_in_video = options.tool_list(tools), use_audio_in_video
+        self.keep_media, self.media_bytes = keep_media, options.byte_count(media_bytes)
+        self.make_room = options.share(make_room)
+        self._lock: Any = threading.RLock()  # of the one call
+        self._stop_ids = stop_ids(model)
+        self._reply: Reply | None = None  # that is being given, or was given last
         self._undo: Undo | None = None  # of the call that runs, or was cut
-        self._before_reply: Undo | None = None  # while a reply is being given
         self.closed_because: str | None = None
+
+    def _open(self, rows: Rows, row: int) -> None:
+        """Make the conversation, in an empty row."""
+        self._conversation = Conversation(self.model.config.thinker.text_config.max_position_embeddings)
+        self._reader = RowReader(rows, row, self.streaming.prefill_tokens)
+        self._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
+
+    def _write_beginning(self, system: str | None) -> None:
+        """Write what comes before the first user turn: what the chat template writes there."""
+        options.check_text("system", system)
+        if self.model.talker is not None:
+            self.processor.check_speech_system(system)
+        if system is not None:
+            part = {"type": "text", "text": system}
+            self._conversation.messages = (Message(new_id(), "system", (part,), ()),)
+        self._conversation.beginning = self._beginning(system)
 
     # what the session holds
 
     @property
     def ids(self) -> list[int]:
-        """All ids of the conversation so far, those still to be read included (open media and text are not)."""
-        c = self._conversation
-        return [*c.ids, *c.queued_ids, *c.pending]
+        """All ids of the conversation so far, those still to be read included (open media are not)."""
+        self._settle_reply()
+        return self._conversation.ids
 
     @property
     def closed(self) -> bool:
@@ -135,11 +138,16 @@ class OmniSession:
     @property
     def responding(self) -> bool:
         """Whether a reply is being given."""
-        return self._turn is not None and not self._turn.delivered_end
+        return self._reply is not None and not self._reply.over
+
+    @property
+    def _turn(self) -> Turn | None:
+        """Of the last reply."""
+        return None if self._reply is None else self._reply.turn
 
     # input
 
-    @whole()
+    @whole
     def push_text(self, text: str, control_tokens: bool = False) -> None:
         """Add text to the user's turn. Consecutive texts are one text.
 
@@ -148,14 +156,16 @@ class OmniSession:
         """
         if not isinstance(text, str):
             raise TypeError(f"push_text takes a string, got {type(text).__name__}")
-        positions = self.model.config.thinker.text_config.max_position_embeddings
+        positions = self._conversation.limit
         TokenBudget(positions, allow_long=None).check_text(text, self.processor.encode_text, short=32)  # else: respond
         pieces = self.processor.chat.pieces(text, control_tokens)  # what is no text is refused here
-        self._open_user_turn()
-        self._close_media()
-        self._text += pieces
+        before = self._conversation.end
+        turn = self._user_turn()
+        self._check_room(before)  # of the text itself it is the reply that must have room
+        turn.add_text(text, pieces)
+        self._read_ahead()
 
-    @whole()
+    @whole
     def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
         """Add sound: samples [n], [channels, n] or [n, channels] at any rate. Consecutive calls are one clip.
 
@@ -163,100 +173,76 @@ class OmniSession:
         """
         wave = read_piece(samples)
         sample_rate = options.whole_rate(sample_rate)
-        self._open_user_turn()
-        tokens = self.processor.tokens
-        if self._video is not None and self._video.front_end is not None:
-            self._video.push(self._conversation, wave, sample_rate, tokens)
-            return
-        self._close_video()
-        self._flush_text()
-        if self._clip is None:
-            self._clip = OpenClip(self._new_front_end())
-        self._clip.push(self._conversation, wave, sample_rate, [tokens.audio_start], tokens.audio)
+        before = self._conversation.end
+        self._user_turn().add_sound(wave, sample_rate)
+        self._added(before)
 
-    @whole()
-    @torch.no_grad()
+    @whole
     def push_image(self, image: Any, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
         """Add a picture: a path, address, bytes, array or PIL image. Its size is kept within the limits (None: the
         checkpoint's)."""
         self.model.require("vision_encoder")
         limits = PixelBudget(min_pixels, max_pixels)
         pixels, grid = self.processor.vision.image(image, limits, media_budget=self.processor.media_budget)
-        self._open_user_turn()
-        self._close_media()
-        self._flush_text()
-        embeds, taps = self._encode_picture(pixels, grid)
-        merge = self.processor.vision.merge_size
-        segment = Image(grid[1] // merge, grid[2] // merge)
-        ids = [self.processor.tokens.image] * segment.length
-        self._conversation.write_text([self.processor.tokens.vision_start])
-        self._conversation.write(ids, segment, embeds, taps)
-        self._conversation.write_text([self.processor.vision_end_id])
+        before = self._conversation.end
+        self._user_turn().add_picture(pixels, grid)
+        self._added(before)
 
-    @whole()
-    @torch.no_grad()
+    @whole
     def push_video_frame(self, frame: Any, time_s: float) -> None:
         """Add a frame of the open video (or begin one): a picture, and its time in seconds, which must grow."""
         self.model.require("vision_encoder")
         picture = self.processor.vision.frame(frame, self.processor.media_budget)
         time_s = options.seconds(time_s)
-        self._open_user_turn()
-        if self._video is None:
-            self._close_media()
-            self._flush_text()
-            front_end = self._new_front_end() if self.use_audio_in_video else None
-            self._video = OpenVideo.open(time_s, front_end, self._rule)
-            self._video.begin(self._conversation, self.processor.tokens)
-        video = self._video
-        video.add_frame(time_s, picture)
-        if len(video.frames) == self.processor.vision.temporal_patch_size:
-            video.encode_frames(self.processor.vision, self._encode_picture)
-        video.write(self._conversation, self.processor.tokens)
+        before = self._conversation.end
+        self._user_turn().add_frame(time_s, picture, with_sound=self.use_audio_in_video)
+        self._added(before)
 
-    def _new_front_end(self) -> AudioFrontEnd:
-        stage = self._conversation.rows.stage
-        return AudioFrontEnd(self.model, self.processor, self.streaming.audio_window_s, stage)
+    @whole
+    def discard_input(self) -> bool:
+        """Forget the clip or video that is open, as if nothing of it had been pushed; False if none is."""
+        turn = self._conversation.open
+        if turn is None or not turn.discard_medium():
+            return False
+        if turn.empty:
+            self._conversation.open = None
+        self._read_ahead()
+        return True
 
-    def _encode_picture(self, pixels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor | None]:
-        with self._conversation.rows.stage("encoders"):
-            out = self.model.encode_vision(pixels, torch.tensor([grid], device=self.model.device))
-        return out.embeds, torch.stack(list(out.taps)) if out.taps else None
+    def _user_turn(self) -> OpenTurn:
+        """The user's turn; one is opened if none is."""
+        if self._conversation.open is None:
+            self._conversation.open = OpenTurn(self._encoders)
+        return self._conversation.open
 
-    def _open_user_turn(self) -> None:
-        """Open the user's turn if none is open."""
-        if self.responding:
-            raise ValueError("the session is responding; take all its events, or interrupt it, before pushing input")
-        if not self._conversation.in_user:
-            self._conversation.read_pending()
-            self._prompt = None
-            self._conversation.open_user_turn()
-            self._header("user")
-
-    def _close_media(self) -> None:
-        tokens = self.processor.tokens
-        clip, self._clip = self._clip, None
-        if clip is not None:
-            clip.close(self._conversation, [tokens.audio_start], [self.processor.audio_end_id], tokens.audio)
-        self._close_video()
-
-    def _close_video(self) -> None:
-        video, self._video = self._video, None
-        if video is None:
+    def _close_user_turn(self) -> None:
+        """End the user's turn. Without input since the last reply it is empty."""
+        messages = self._conversation.messages
+        if self._conversation.open is None and messages and messages[-1].role in ("user", "tool"):
             return
-        if video.frames:
-            video.encode_frames(self.processor.vision, self._encode_picture)
-        ends = [self.processor.audio_end_id, self.processor.vision_end_id]
-        video.close(self._conversation, self.processor.tokens, ends)
+        message = self._user_turn().finish(COMPLETED)
+        self._conversation.open, self._conversation.messages = None, (*messages, message)
 
-    def _flush_text(self) -> None:
-        pieces, self._text = self._text, []
-        for piece in pieces:
-            self._conversation.write_text(piece)
+    def _added(self, before: PromptEnd) -> None:
+        """Something was added to the list: there must be room, and what is decided is read."""
+        self._check_room(before)
+        self._read_ahead()
+
+    def _check_room(self, before: PromptEnd) -> None:
+        """Raise ValueError if the list is too long and may not be made shorter."""
+        conversation = self._conversation
+        if self.make_room is not None and not conversation.allow_long and conversation.room() < 0:
+            while conversation.room() < self.make_room * conversation.limit:
+                try:
+                    conversation.messages = conversation.without_oldest(1)
+                except ValueError:
+                    break  # the last turn stays
+        conversation.check_room(before)
 
     # replies
 
     @names_keywords
-    @whole()
+    @whole
     def respond(
         self,
         max_new_tokens: int = 1024,
@@ -275,55 +261,98 @@ class OmniSession:
         speak_prefill: bool = False,
         prefill: str | None = None,
         streaming: StreamingConfig | None = None,
+        items: Sequence[Item] | None = None,
+        remember: bool = True,
     ) -> ReplyEvents:
         """Answer what was pushed: the events of `OmniModel.stream`, with the same arguments for one row.
 
         speaker, streaming: None is the session's own. prefill: the beginning of the reply, which the model goes on
         with; it becomes part of the history, and the reply's text is what follows it. allow_long: the session may go
         beyond the model's positions from now on, until the next reply. The history holds a reply as far as it counts:
-        without what a stop string cut off.
+        without what a stop string cut off. items: answer these, which become the conversation (see `become`). remember:
+        False answers aside: neither the reply nor `items` change the conversation, whose input stays open, and it may
+        go on meanwhile.
 
-        Without input since the last reply the user's turn is empty. The reply belongs to the history once all its
-        events are taken; closing the iterator early interrupts it. What a part raises leaves the iterator, and the
-        session is as before this call.
+        Without input since the last reply the user's turn is empty. Input may be pushed during the reply: it belongs to
+        the next turn. Closing the iterator early interrupts the reply. What a part raises leaves the iterator, and the
+        session is as before this call, but for input since.
         """
         return self._respond({name: value for name, value in locals().items() if name != "self"})
 
     def _respond(self, arguments: dict[str, Any]) -> ReplyEvents:
-        turn = begin_reply(self, arguments)
-        return self._events_of(turn, lambda: self._tick(turn))
+        items, remember = arguments.pop("items"), arguments.pop("remember")
+        check_flags(remember=remember)
+        if not remember:
+            return self._respond_aside(items, arguments)
+        if items is not None:
+            self._become_items(items)
+        reply, job = begin_reply(self, arguments)
+        self._reply = reply
+        return self._start(reply, job)
 
-    def _events_of(self, turn: Turn, produce: Callable[[], list[Event]]) -> ReplyEvents:
+    def _respond_aside(self, items: Sequence[Item] | None, arguments: dict[str, Any]) -> ReplyEvents:
+        """A reply of a copy of this session, which goes with it."""
+        aside = self._fork()
+        if items is not None:
+            aside._conversation.open = None
+            aside.become(items)
+        return aside.respond(**arguments)
+
+    def _start(self, reply: Reply, job: Job[None]) -> ReplyEvents:
+        """Begin the turn in the row; its events."""
+        self._run(job)
+        self._forget_media()
+        return self._events_of(reply, lambda: self._tick(reply))
+
+    def _events_of(self, reply: Reply, produce: Callable[[], list[Event]]) -> ReplyEvents:
         codec = self.model.code2wav
         hop, missing = 1, 0
         if codec is not None:
             hop, missing = int(codec.hop_length), int(codec.missing_samples)
-        return ReplyEvents(turn, produce, self._finish, self._leave, self._abandon, hop, missing)
+        return ReplyEvents(self, reply, produce, hop, missing)
 
-    def _tick(self, turn: Turn) -> list[Event]:
+    def _tick(self, reply: Reply) -> list[Event]:
         with self._lock:
             settle(self)
-            if turn.interruption is not None:
+            if reply.turn.interruption is not None:
                 return []
-            if turn is not self._turn:
+            if reply is not self._reply:
                 raise ValueError("the reply was undone when it failed or was cut; call respond again")
-            self._undo = self._before_reply
-            events = self._conversation.rows.tick()
-            self._conversation.rows.raise_errors()
-            self._undo = None
+            reply.ticking = True
+            events = self._reader.rows.tick()
+            self._reader.rows.raise_errors()
+            if reply.turn.over:
+                record(self, reply)
+            reply.ticking = False
             return events
 
-    def _leave(self, turn: Turn) -> None:
-        """Interrupt a reply whose events nobody reads any more."""
-        if turn is self._turn and not self.closed:
-            self.interrupt()
-
-    def _abandon(self, turn: Turn, error: BaseException) -> None:
-        """Forget a reply that failed or was cut: the session is as before `respond`."""
+    def _forget(self, reply: Reply, error: BaseException) -> None:
+        """Forget a reply that failed or was cut: the session is as before `respond`, but for input since."""
         with self._lock:
-            if turn is self._turn and self._before_reply is not None:
-                self._undo = self._before_reply
-                put_back(self, error)
+            if reply is self._reply and not reply.recorded:
+                reply.failed = reply.failed or error
+                self._settle_reply()
+
+    def _settle_reply(self) -> None:
+        """Finish what a reply has left undone."""
+        settle_reply(self)
+
+    def _delivered(self, reply: Reply) -> None:
+        """All events of a reply have been taken."""
+        if reply.failed is not None:
+            self._forget(reply, reply.failed)
+
+    def _leave(self, reply: Reply) -> None:
+        """Interrupt a reply whose events nobody reads any more."""
+        with self._lock:
+            self._drop(reply)
+            if reply is self._reply and not self.closed:
+                settle(self)
+
+    def _drop(self, reply: Reply) -> None:
+        """Note that nobody reads the events of a reply any more; it is interrupted by the next call. Never waits."""
+        if not reply.turn.delivered_end:
+            reply.left = True
 
     @takes_arguments_of(respond)
     async def respond_async(self, **arguments: Any) -> AsyncIterator[Event]:
@@ -339,77 +368,95 @@ class OmniSession:
         finally:
             events.close()
 
-    def _finish(self, kept: list[int] | None = None) -> None:
-        """Release the turn's row and append its reply (or the part that is kept) to the history."""
-        turn, prompt = self._turn, self._prompt
-        assert turn is not None and prompt is not None
-        text = turn.text
-        reply = text.kept if kept is None else kept
-        closed = bool(reply) and reply[-1] in turn.request.stop_ids
-        tail = self._closing()[1 if closed else 0 :]
-        with self._lock:
-            self._conversation.rows.release(self._conversation.row)
-            self._conversation.end_reply(prompt, reply, min(text.read, len(reply)), tail, text.vectors)
-            self._before_reply = None
+    def _end_early(self, reply: Reply, played_ms: float | None) -> list[int] | None:
+        """End a reply that is being given and keep what was heard of it; None if it has ended in the meantime."""
+        return self._run(lambda: end_early(self, reply, played_ms))
 
-    @whole(lambda session: session._conversation.reply_slots)
-    def interrupt(self, played_ms: float | None = None) -> Kept:
-        """Cut the reply to what was heard and return that.
+    # the row
 
-        played_ms: how much of its sound was played (None: all that was yielded). Reply tokens count as heard in
-        proportion to the frames played, rounded down; a silent reply counts as read as far as it was yielded. During
-        `respond` the turn ends, its iterator yields `TurnEnd("interrupted")` and stops; after it the reply is cut as
-        long as nothing was pushed. Raises ValueError if there is nothing to interrupt.
-        """
-        turn = self._turn
-        if turn is None or self._prompt is None:
-            raise ValueError("there is no reply to interrupt: none was given, or input was pushed since")
-        with self._lock:
-            kept = heard_ids(turn, self.model.code2wav, played_ms)
-            if not turn.delivered_end:
-                turn.interruption = self._conversation.rows.end(self._conversation.row, turn, "interrupted")
-                turn.delivered_end = True
-            self._finish(kept)
-            self._turn = None
-        return Kept(kept, self.processor.decode(kept))
+    def _run(self, job: Job[T]) -> T:
+        """Do what touches the row. Here it is done at once; an engine's session hands it to the engine's thread."""
+        steps = job()
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
 
-    @whole(lambda session: (0, 0))
-    def drop_oldest_turns(self, count: int = 1) -> int:
-        """Make room: forget the oldest user turns with their replies, read the rest again, return the ids freed.
-
-        What follows equals a session that never had those turns. The system text stays. Raises ValueError while it
-        responds, if fewer turns are there, or if what stays holds media that were not kept.
-        """
+    def _read_ahead(self) -> None:
+        """Let the row hold what is decided. A few words wait for what follows them, and all waits for a reply's end."""
+        reader, entries = self._reader, self._conversation.entries
         if self.responding:
-            raise ValueError("the session is responding; take all its events before dropping turns")
-        count = options.whole_count(count)
-        freed = self._conversation.drop_turns(count)  # what is pending stays so: there may be no room for it
-        self._prompt = None
-        return freed
+            return
+        read = reader.read_entries(entries)
+        rest = entries[read:]
+        texts = sum(len(entry.ids) for entry in rest)
+        if len(reader.done) > read or any(e.media for e in rest) or texts >= reader.prefill_tokens:
+            self._run(lambda: reader.read(entries))
+        self._forget_media()
+
+    def _forget_media(self) -> None:
+        """Keep no more embeddings than `keep_media` allows."""
+        entries = self._conversation.entries
+        limit = self.media_bytes if self.keep_media else 0
+        self._conversation.forget_media(self._reader.read_entries(entries), limit)
+
+    def _settle_row(self) -> None:
+        """Let the row be sound after a call that failed or was cut."""
+
+        def settle_row() -> Any:
+            reader = self._reader
+            turn = reader.rows.turns[reader.row]
+            if turn is not None and (self._reply is None or self._reply.turn is not turn):
+                reader.rows.put(reader.row, None)
+            elif turn is None and self.responding and self._reply is not None and not self._reply.recorded:
+                reader.rows.put(reader.row, self._reply.turn)
+            reader.settle()
+            return
+            yield
+
+        self._run(settle_row)
 
     # copies
 
-    @whole()
+    @whole
     def fork(self) -> OmniSession:
-        """A second session that goes on from here independently; both start from the same past."""
+        """A second session that goes on from here independently; both start from the same past.
+
+        During a reply the copy holds what was yielded of it.
+        """
+        return self._fork()
+
+    def _fork(self) -> OmniSession:
         return self._copy(Rows(self.model, 1), 0)
 
     def _copy(self, rows: Rows, row: int) -> OmniSession:
-        if self.responding:
-            raise ValueError("the session is responding; take all its events before forking it")
         other = copy.copy(self)
-        other._lock = threading.RLock()
-        other._text = list(self._text)
-        other._clip = None if self._clip is None else self._clip.clone()
-        other._video = None if self._video is None else self._video.clone()
-        other._conversation = self._conversation.fork(rows, row)
-        for front_end in (other._clip and other._clip.front_end, other._video and other._video.front_end):
-            if front_end:
-                front_end.stage = rows.stage
-        other._turn = other._prompt = other._undo = other._before_reply = None
+        other._lock, other._reply, other._undo = threading.RLock(), None, None
+        other._conversation = self._conversation.fork()
+        other._reader = RowReader(rows, row, self._reader.prefill_tokens)
+        other._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
+        if other._conversation.open is not None:
+            other._conversation.open.move(other._encoders)
+        if (reply := self._reply) is not None and self.responding:
+            kept = heard_ids(reply.turn, self.model.code2wav, None)
+            message = reply.message
+            cut = fill(self, message, kept, ReplyTimes(tuple(kept), None), INCOMPLETE)
+            other._conversation.messages = other._conversation.replaced(message.id, cut)
+
+        def copy_row() -> Any:
+            reader = self._reader
+            reader.rows.copy_row(reader.row, rows, row)
+            other._reader.done = list(reader.done)
+            other._reader.set_lengths()
+            return
+            yield
+
+        self._run(copy_row)
         return other
 
-    @whole()
+    @whole
     def save(self, path: str | Path) -> None:
         """Write the session into a folder (`session.json`, `session.safetensors`), from which `load` goes on.
 
@@ -426,22 +473,15 @@ class OmniSession:
         session = OmniSession.__new__(OmniSession)
         with naming(folder):
             saved = SavedSession(folder)
-            made = saved.options
-            keep_media = made.pop("keep_media")
-            session._set_up(model, processor, **made)
-            session._open(Rows(model, 1), 0, keep_media)
+            session._set_up(model, processor, **saved.options)
+            session._open(Rows(model, 1), 0)
             saved.fill(session)
         return session
 
     # tokens
 
-    def _header(self, role: str) -> None:
-        self._conversation.write_text([self.model.config.im_start_token_id])
-        self._conversation.write_text(f"{role}\n")  # may become tokens together with the text that follows
+    def _header(self, role: str) -> list[int]:
+        return [self.model.config.im_start_token_id, *self.processor.encode_text(f"{role}\n")]
 
     def _closing(self) -> list[int]:
         return [self.model.config.im_end_token_id, *self.processor.encode_text("\n")]
-
-    @property
-    def _rule(self) -> PositionRule:
-        return self.model.config.thinker.position_rule

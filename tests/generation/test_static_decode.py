@@ -120,7 +120,7 @@ def test_a_cache_that_a_prompt_has_moved_is_captured_again(
     """Also graphs of a short span, which a later turn may need again."""
     monkeypatch.setattr(graphs, "_CAPACITY", 8)
     session = OmniSession(model, model.processor)
-    runner = session._conversation.rows.runner
+    runner = session._reader.rows.runner
     captured: list[list[Replay]] = []
     for text in ("hi", "a long story " * 60):
         session.push_text(text)
@@ -160,7 +160,7 @@ def addresses(state: State) -> list[int]:
 def test_steps_leave_every_state_where_it_is(model: OmniModel, recorder: Recorder) -> None:
     session = OmniSession(model, model.processor)
     session.push_text("hello")
-    runner = session._conversation.rows.runner
+    runner = session._reader.rows.runner
     before = addresses(runner.text), addresses(runner.speech), addresses(runner._sound)
     assert len(list(session.respond(max_new_tokens=8, max_frames=20, **PLAIN))) > 10
     assert (addresses(runner.text), addresses(runner.speech), addresses(runner._sound)) == before

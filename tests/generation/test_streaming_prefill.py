@@ -85,7 +85,7 @@ def test_the_talker_reads_a_piece_before_the_thinker_reads_the_next(monkeypatch:
     replies = []
     for pieces in (7, 10000):
         session = OmniSession(model, streaming=StreamingConfig(prefill_tokens=pieces))
-        rows = session._conversation.rows
+        rows = session._reader.rows
         for name in ("prefill_thinker", "prefill_talker"):
             original = getattr(rows, name)
 

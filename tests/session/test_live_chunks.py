@@ -21,7 +21,7 @@ from build import (
     widen,
     write_processor,
 )
-from test_session_file import as_format_1
+from test_session_file import as_format
 
 from omni import AudioChunk, OmniConfig, OmniInputs, OmniModel, OmniProcessor, OmniSession, StreamingConfig
 from omni.code2wav.chunk_schedule import ChunkSchedule
@@ -54,7 +54,7 @@ class Pushed:
     def __init__(self, model: OmniModel, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.session = OmniSession(model, use_audio_in_video=True, **options)
         self.positions: list[torch.Tensor] = []
-        rows = self.session._conversation.rows
+        rows = self.session._reader.rows
         read = rows.prefill_thinker
 
         def note(row: int, ids: Any, embeds: Any, positions: torch.Tensor, taps: Any) -> Any:
@@ -65,8 +65,9 @@ class Pushed:
 
     def close(self) -> tuple[list[int], torch.Tensor]:
         """The ids of the user's turn so far and their positions, after the end of all media."""
-        self.session._close_media()
-        self.session._conversation.flush()
+        assert self.session._conversation.open is not None
+        self.session._conversation.open.close_media()
+        self.session._run(lambda: self.session._reader.read(self.session._conversation.entries))
         return self.session.ids, torch.cat(self.positions, dim=1)
 
 
@@ -115,7 +116,7 @@ def test_live_pushes_equal_the_offline_layout(model: OmniModel, seed: int, monke
     assert ids[begin:] == expected
     want, following = prompt_positions([Text(begin), Text(2, joint=True), segment, Text(2, joint=True)], rule)
     assert torch.equal(positions, want)
-    assert pushed.session._conversation.thinker.start == following
+    assert pushed.session._reader.thinker.start == following
 
 
 def test_the_session_s_ids_are_the_processor_s_prompt(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_an_open_video_is_copied_and_saved(model: OmniModel, how: str, tmp_path:
     else:
         session.save(tmp_path / "saved")
         if how == "save in format 1":
-            as_format_1(tmp_path / "saved", chunked=True)
+            as_format(tmp_path / "saved", 1)
         other = OmniSession.load(tmp_path / "saved", model)
     for one in (session, other):
         push(one, 5, 9)
@@ -233,7 +234,8 @@ def test_media_of_the_past_are_saved_with_an_open_video(model: OmniModel, tmp_pa
             session.push_audio(torch.full((9000,), 0.01 * i))
         if turn == 0:
             list(session.respond(max_new_tokens=3, return_audio=False))
-    assert session._video is not None and session._video.order.done > 0
+    turn = session._conversation.open
+    assert turn is not None and turn.video is not None and turn.video.order.done > 0
     session.save(tmp_path)
     loaded = OmniSession.load(tmp_path, model)
     replies = []

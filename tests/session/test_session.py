@@ -204,7 +204,7 @@ def test_interrupt_keeps_what_was_heard(model: OmniModel) -> None:
     session.push_text("stop, something else")
     got = outcome(list(session.respond(**PLAIN)))
     check_fresh(model, session, got, {})
-    assert session._conversation.rows.text.decoder.cache.lengths[0] == len(session._conversation.ids)
+    assert session._reader.rows.text.decoder.cache.lengths[0] == session._reader.thinker.tokens
 
 
 def test_interrupt_before_the_first_event_and_after_the_last(model: OmniModel) -> None:
@@ -220,9 +220,11 @@ def test_interrupt_before_the_first_event_and_after_the_last(model: OmniModel) -
     assert len(kept.token_ids) < len(got["ids"])
     session.push_text("third")
     check_fresh(model, session, outcome(list(session.respond(**PLAIN))), {})
-    session.push_text("new input")
+    session.push_text("new input")  # clients cut what was heard after the next input has begun
+    assert session.interrupt(played_ms=0).token_ids == []
+    check_fresh(model, session, outcome(list(session.respond(**PLAIN))), {})
     with pytest.raises(ValueError, match="no reply to interrupt"):
-        session.interrupt()
+        OmniSession(model).interrupt()
 
 
 def test_closing_the_iterator_early_interrupts(model: OmniModel) -> None:
@@ -240,15 +242,26 @@ def test_closing_the_iterator_early_interrupts(model: OmniModel) -> None:
     check_fresh(model, session, outcome(list(session.respond(**PLAIN))), {})
 
 
-def test_input_during_a_response_is_refused(model: OmniModel) -> None:
-    session = OmniSession(model)
-    session.push_text("hi")
-    events = session.respond(**PLAIN)
-    next(events)
-    for push in (lambda: session.push_text("x"), lambda: session.push_audio(wave(0.1)), lambda: session.respond()):
-        with pytest.raises(ValueError, match="responding"):
-            push()
-    list(events)
+def test_input_during_a_response_belongs_to_the_next_turn(model: OmniModel) -> None:
+    session, twin = OmniSession(model), OmniSession(model)
+    replies = []
+    for one in (session, twin):
+        one.push_text("hi")
+        events = one.respond(**PLAIN)
+        got = [next(events)]
+        if one is session:
+            one.push_text("x")
+            one.push_audio(wave(0.6))
+            with pytest.raises(ValueError, match="responding"):
+                one.respond()
+        got += list(events)
+        if one is twin:
+            one.push_text("x")
+            one.push_audio(wave(0.6))
+        replies.append((outcome(got), outcome(list(one.respond(**PLAIN)))))
+    for mine, theirs in zip(*replies):
+        assert mine["ids"] == theirs["ids"] and torch.equal(mine["audio"], theirs["audio"])
+    check_fresh(model, session, replies[0][1], mel(model, wave(0.6)))
 
 
 def test_fork_gives_two_continuations_of_one_past(model: OmniModel) -> None:
@@ -412,7 +425,7 @@ def test_dropping_the_oldest_turns_equals_never_having_had_them(model: OmniModel
 
 
 def test_turns_that_cannot_be_dropped(model: OmniModel) -> None:
-    session = OmniSession(model)
+    session = OmniSession(model, keep_media=False)
     session.push_text("one")
     list(session.respond(**PLAIN))
     with pytest.raises(ValueError, match="at most 0"):

@@ -12,6 +12,7 @@ import torch
 
 from omni import (
     AudioChunk,
+    Item,
     OmniConfig,
     OmniEngine,
     OmniInputs,
@@ -57,9 +58,9 @@ def test_a_reply_may_be_left_at_every_event(model: OmniModel, how: str) -> None:
         session, events = asked()
         got = [next(events) for _ in range(taken)]
         with pytest.raises(ValueError, match="responding"):
-            session.push_text("too early")
+            session.respond()
         with pytest.raises(ValueError, match="responding"):
-            session.fork()
+            session.save("nowhere")
         if how == "interrupt":
             session.interrupt()
             assert [type(e) for e in events] == [TurnEnd] and next(events, None) is None
@@ -224,7 +225,7 @@ def test_a_reply_that_fills_the_session_to_its_last_position(cramped: OmniModel)
     session.push_text("k" * 50)
     list(session.respond(**{**PLAIN, "return_audio": False}))
     room = limit - len(session.ids) - 20
-    session._conversation.write_text([75] * room)  # as a long history would
+    session.insert(Item(role="assistant", parts="K" * (room - 5)))  # with its header and end, as a long history would
     session.push_text("two")
     end = list(session.respond(max_new_tokens=1024, return_audio=False))[-1]
     assert end.reason == "max_new_tokens"

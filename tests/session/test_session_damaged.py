@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from build import noise, speckle, tiny_model
 from safetensors.torch import load_file, save_file
-from test_session_file import as_format_1
+from test_session_file import as_format
 
 from omni import OmniConfig, OmniModel, OmniSession, StreamingConfig
 
@@ -135,18 +136,17 @@ def use(session: OmniSession) -> None:
 @pytest.mark.parametrize("older", [False, True])
 def test_files_changed_at_random(model: OmniModel, saved: Path, older: bool, tmp_path: Path) -> None:
     rng = random.Random(f"{saved.name} {older}")
-    values, tensors = json.loads((saved / "session.json").read_text()), load_file(saved / "session.safetensors")
+    whole = saved
+    if older:
+        whole = Path(shutil.copytree(saved, tmp_path / "older"))
+        as_format(whole, 1, chunked=False)
+    values, tensors = json.loads((whole / "session.json").read_text()), load_file(whole / "session.safetensors")
     refused = 0
     for _ in range(25):
         changed = change_values(rng, values) if rng.random() < 0.6 else values
         parts = change_tensors(rng, tensors) if changed is values else tensors
         (tmp_path / "session.json").write_text(json.dumps(changed))
         save_file(parts, tmp_path / "session.safetensors")
-        if older:
-            try:
-                as_format_1(tmp_path, chunked=False)
-            except Exception:
-                continue  # too damaged to be rewritten
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -179,6 +179,34 @@ def test_bytes_changed_at_random(model: OmniModel, saved: Path, name: str, tmp_p
 
 
 NAMED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "an id beyond the vocabulary": lambda v: v["messages"][0]["entries"][0][0].__setitem__(0, 10**6),
+    "an id below 0": lambda v: v["messages"][0]["entries"][0][0].__setitem__(0, -1),
+    "ids that are text": lambda v: v["messages"][0]["entries"].__setitem__(0, ["12", True, 0.0, False]),
+    "fewer ids than the cache": lambda v: v["messages"].pop(),
+    "two items of one name": lambda v: v["messages"].append(v["messages"][0]),
+    "a role that there is not": lambda v: v["messages"][0].update(role="robot"),
+    "a reply that is being given": lambda v: v["messages"][1].update(status="in_progress"),
+    "more times than ids": lambda v: v["messages"][1]["times"].update(token_ids=[5] * 99),
+    "times of a question": lambda v: v["messages"][0].update(times={"token_ids": [], "ends_ms": None}),
+    "a medium without entries": lambda v: v["messages"][0].update(
+        parts=[{"type": "image", "image": {"kept": "image", "first": 0, "count": 99}}]
+    ),
+    "a part of no type": lambda v: v["messages"][0].update(parts=[{}]),
+    "text that is no list": lambda v: v["open"].update(tail="ab"),
+    "a medium beyond the turn": lambda v: v["open"].update(medium_start=99),
+    "a beginning beyond the vocabulary": lambda v: v.update(beginning=[10**6]),
+    "a bound that is a share": lambda v: v.update(media_bytes=0.5),
+    "a share above 1": lambda v: v.update(make_room=3.0),
+    "no messages": lambda v: v.pop("messages"),
+    "messages that are no list": lambda v: v.update(messages=3),
+    "a voice that the model does not have": lambda v: v.update(speaker="nobody"),
+    "knobs that there are not": lambda v: v["streaming"].update(fast=True),
+    "a window that the encoder cannot have": lambda v: v["streaming"].update(audio_window_s=0.5),
+    "knobs of a wrong type": lambda v: v["streaming"].update(silence_s="1"),
+    "a format to come": lambda v: v.update(format=99),
+    "a format that is no number": lambda v: v.update(format=True),
+}
+OLDER: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an id beyond the vocabulary": lambda v: v["ids"].__setitem__(0, 10**6),
     "an id below 0": lambda v: v["ids"].__setitem__(3, -1),
     "ids that are text": lambda v: v.update(ids="12"),
@@ -188,22 +216,18 @@ NAMED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an end beyond the cache": lambda v: v["thinker"].update(tokens=v["thinker"]["tokens"] + 1),
     "a place that is no number": lambda v: v["thinker"].update(start="0"),
     "a place that is infinite": lambda v: v["talker"].update(start=float("inf")),
-    "a voice that the model does not have": lambda v: v.update(speaker="nobody"),
-    "knobs that there are not": lambda v: v["streaming"].update(fast=True),
-    "a window that the encoder cannot have": lambda v: v["streaming"].update(audio_window_s=0.5),
-    "knobs of a wrong type": lambda v: v["streaming"].update(silence_s="1"),
     "no past": lambda v: v.pop("past"),
     "a past that is no list": lambda v: v.update(past=3),
-    "a format to come": lambda v: v.update(format=99),
-    "a format that is no number": lambda v: v.update(format=True),
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_values_that_cannot_be(model: OmniModel, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("older", "name"), [*((False, name) for name in NAMED), *((True, name) for name in OLDER)])
+def test_values_that_cannot_be(model: OmniModel, older: bool, name: str, tmp_path: Path) -> None:
     opened(model, "text").save(tmp_path)
+    if older:
+        as_format(tmp_path, 3)
     values = json.loads((tmp_path / "session.json").read_text())
-    NAMED[name](values)
+    (OLDER if older else NAMED)[name](values)
     (tmp_path / "session.json").write_text(json.dumps(values))
     with pytest.raises(ValueError) as caught:
         OmniSession.load(tmp_path, model)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omni import AudioChunk, OmniEngine, OmniModel, OmniSession, StreamingConfig
-from omni.session.file import _from_format_1
+from omni.session.entries import Entry, end_of
+from omni.session.older_files import from_format_1
 
 PLAIN: dict[str, Any] = {
     "audio_sampling": {"temperature": 0, "repetition_penalty": 1.3},
@@ -43,10 +44,41 @@ def show(session: OmniSession, first: int, last: int, gap_s: float = 0.7, sound_
         session.push_audio(wave(sound_s, i))
 
 
-def as_format_1(folder: Path, chunked: bool) -> None:
-    """Rewrite a saved session as the first version of the file had it."""
-    values = json.loads((folder / "session.json").read_text())
-    values["format"] = 1
+def as_format(folder: Path, number: int, *, chunked: bool = True) -> None:
+    """Rewrite a saved session as an older version of the file had it: one list of what had been read."""
+    values, tensors = json.loads((folder / "session.json").read_text()), load_file(folder / "session.safetensors")
+    turns = [(f"message.{i}", message) for i, message in enumerate(values.pop("messages"))]
+    opened = values.pop("open")
+    past: list[Any] = [[ids, 0.0, False, False, False] for ids in [values.pop("beginning")] if ids]
+    for name, turn in turns + ([("open", opened)] if opened else []):
+        by_user = turn.get("role", "user") == "user"
+        past += [[[], 0.0, False, True, True]] if by_user else []
+        for i, (ids, user, length, media) in enumerate(turn["entries"]):
+            for part in ("offsets", "embeds", "taps"):
+                if f"{name}.{i}.{part}" in tensors:
+                    tensors[f"past.{len(past)}.{part}"] = tensors.pop(f"{name}.{i}.{part}")
+            past.append([ids, length, media, user, False])
+    made: dict[str, list[Entry]] = {"thinker": [], "talker": []}
+    for i, (ids, length, media, user, _) in enumerate(past):
+        entry = Entry(tuple(ids), user, tensors[f"past.{i}.offsets"] if media else None, length=length)
+        made["thinker"].append(entry)
+        made["talker"] += [entry] if user or tensors["speech.keys"].shape[2] == tensors["text.keys"].shape[2] else []
+    del values["make_room"], values["tools"], values["media_bytes"]
+    values |= {"format": number, "past": past, "ids": [i for entry in past for i in entry[0]], "owed": []}
+    values |= {name: end_of(entries)._asdict() for name, entries in made.items()}
+    values |= {"in_user": bool(opened), "queued": [], "text": opened["tail"] if opened else []}
+    values |= {"clip": opened and opened["clip"], "video": opened and opened["video"], "keep_media": True}
+    if number < 3:
+        values["text"] = "".join(values["text"])
+        del values["queued"], values["speaker"], values["model"]
+    if number == 1:
+        _as_first_format(values, chunked)
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("past.")}
+    (folder / "session.json").write_text(json.dumps(values))
+    save_file(tensors, folder / "session.safetensors")
+
+
+def _as_first_format(values: dict[str, Any], chunked: bool) -> None:
     values.pop("keep_media")
     if values["clip"] is not None:
         values["clip"]["ear"] = values["clip"].pop("front_end")
@@ -59,9 +91,6 @@ def as_format_1(folder: Path, chunked: bool) -> None:
         if order["piece"] is not None:
             kind = "video" if order["piece"][0] else "audio"
         video["last_kind"] = f"{kind} {order['piece'][1]}" if kind and chunked else kind
-    (folder / "session.json").write_text(json.dumps(values))
-    tensors = load_file(folder / "session.safetensors")
-    save_file({k: v for k, v in tensors.items() if not k.startswith("past.")}, folder / "session.safetensors")
 
 
 @pytest.mark.parametrize("how", ["save", "fork", "fork in an engine"])
@@ -93,10 +122,11 @@ def test_media_of_the_past_go_along(model: OmniModel, how: str, tmp_path: Path) 
             assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("stage", ["between turns", "in a clip", "in a video", "in a video with sound"])
-def test_files_of_format_1_are_read(model: OmniModel, stage: str, tmp_path: Path) -> None:
-    follow = StreamingConfig(audio_window_s=1.0)
-    session = OmniSession(model, streaming=follow, use_audio_in_video=stage == "in a video with sound")
+def test_files_of_older_formats_are_read(model: OmniModel, stage: str, number: int, tmp_path: Path) -> None:
+    follow, with_sound = StreamingConfig(audio_window_s=1.0), stage == "in a video with sound"
+    session = OmniSession(model, streaming=follow, use_audio_in_video=with_sound, keep_media=number > 1)
     session.push_image(picture(0))
     reply(session)
     if stage == "in a clip":
@@ -107,9 +137,10 @@ def test_files_of_format_1_are_read(model: OmniModel, stage: str, tmp_path: Path
         session.push_video_frame(picture(3), 1.5)
     elif stage == "in a video with sound":
         show(session, 0, 5, sound_s=1.0)
-        assert session._video is not None and session._video.order.placed > 0 and session._video.sounds
+        video = session._conversation.open.video
+        assert video is not None and video.order.placed > 0 and video.sounds
     session.save(tmp_path)
-    as_format_1(tmp_path, chunked=False)
+    as_format(tmp_path, number, chunked=False)
     loaded = OmniSession.load(tmp_path, model)
     for one in (session, loaded):
         if stage == "in a clip":
@@ -120,7 +151,7 @@ def test_files_of_format_1_are_read(model: OmniModel, stage: str, tmp_path: Path
     for mine, theirs in zip(reply(session), reply(loaded)):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
     for one in (session, loaded):
-        with pytest.raises(ValueError, match="keep_media=True") if stage != "between turns" else nullcontext():
+        with pytest.raises(ValueError, match="keep_media=True") if number == 1 and stage != "between turns" else nullcontext():
             one.drop_oldest_turns()
         one.push_text("more")
     assert reply(session)[0] == reply(loaded)[0]
@@ -138,6 +169,6 @@ def test_files_of_format_1_are_read(model: OmniModel, stage: str, tmp_path: Path
 )
 def test_where_a_video_of_format_1_stood(turns: dict[str, Any], last_kind: str, expected: tuple[Any, ...]) -> None:
     video = {"turns": turns, "last_kind": last_kind, "heard": 70, "ear": None}
-    order = _from_format_1({"clip": None, "video": video})["video"]["order"]
+    order = from_format_1({"clip": None, "video": video})["video"]["order"]
     assert (order["video_chunk"], order["sound_chunk"], order["piece"]) == expected
     assert (order["placed"], order["done"]) == (70, turns["done"])

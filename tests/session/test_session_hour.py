@@ -41,10 +41,10 @@ def listen(session: OmniSession, seconds: int) -> None:
 
 def sizes(session: OmniSession) -> tuple[int, int]:
     """(bytes of the caches per token they hold, bytes of everything else)."""
-    rows = session._conversation.rows
+    rows = session._reader.rows
     caches = [rows.text.decoder.cache, rows.speech.decoder.cache]
     used = sum(c.keys[:, :, :, : c.longest].numel() * 2 * c.keys.element_size() for c in caches)
-    front_end = session._clip.front_end
+    front_end = session._conversation.open.clip.front_end
     other = bytes_of(rows.text) + bytes_of(rows.speech) - sum(map(bytes_of, caches))
     return used, other + sum(map(bytes_of, (front_end.mel_state, front_end.encoder_state)))
 
@@ -66,7 +66,7 @@ def test_memory_is_flat_but_for_the_caches(minutes: int) -> None:
     assert grown == (minutes - 1) * 60 * 13
     assert used_later - used == grown * per_token
     assert other_later <= other * 1.1
-    capacity = bytes_of(session._conversation.rows.text.decoder.cache)
+    capacity = bytes_of(session._reader.rows.text.decoder.cache)
     assert capacity <= 1.6 * used_later  # it grows by half at a time
     assert [e for e in session.respond(max_new_tokens=2, max_frames=2, seed=0)]
 

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from omni import OmniConfig, OmniEngine, OmniModel, OmniProcessor, OmniSession, TextDelta
+from omni import Item, OmniConfig, OmniEngine, OmniModel, OmniProcessor, OmniSession, TextDelta
 from omni.processing.template import ChatTokenizer, built_in_template
 
 pytestmark = pytest.mark.filterwarnings("ignore:the conversation does not begin")
@@ -139,7 +139,7 @@ def test_ids_are_the_processor_s(model: OmniModel, system: str | None, turns: li
             put(session, item)
         messages.append({"role": "user", "content": content or ""})
         assert asked(session) == processor(messages).input_ids[0].tolist()
-        session._conversation.pending[:0] = processor.encode_text(reply)  # as if it had been said
+        session.replace(session.items[-1].id, Item(role="assistant", parts=reply))  # as if it had been said
         messages.append({"role": "assistant", "content": reply})
 
 
