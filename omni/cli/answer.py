@@ -13,7 +13,8 @@ from torch import Tensor
 
 from omni.cli.interrupts import Interrupts
 from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
-from omni.session.session import Kept, OmniSession
+from omni.session.replies import Kept
+from omni.session.session import OmniSession
 
 if TYPE_CHECKING:
     from rich.console import Console

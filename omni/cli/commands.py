@@ -18,6 +18,7 @@ from omni.config.keywords import nearest
 from omni.generation.arguments import speaker_ids, speaker_name
 from omni.processing.audio_file import check_samples, decode_audio
 from omni.processing.sources import describe, open_source
+from omni.session.items import IN_PROGRESS
 from omni.session.session import OmniSession
 
 if TYPE_CHECKING:
@@ -75,37 +76,34 @@ def file_name(argument: str) -> str:
     return os.path.expanduser(argument)
 
 
-def take_back(chat: Chat) -> str:
-    """Make the conversation what it was before the last question; returns the question's text, if it had one."""
-    items = chat.session.items
+def take_back(session: OmniSession) -> str:
+    """Make a conversation what it was before the last question, or before the media that wait for one -> its text.
+
+    Raises ValueError if there is none, or if what stays would have to be read again and was not kept.
+    """
+    items = session.items
     last = max((i for i, item in enumerate(items) if item.role == "user"), default=None)
     if last is None:
         raise ValueError("there is no question to take back")
-    chat.session.become(items[:last])
-    chat.waiting = False
-    parts = items[last].parts
-    texts = [parts] if isinstance(parts, str) else [part.get("text", "") for part in parts]
-    return " ".join(text for text in texts if text)
+    if items[last].status == IN_PROGRESS:
+        session.delete(items[last].id)
+    else:
+        session.become(items[:last])
+    return items[last].text
 
 
 @contextmanager
-def _whole_or_nothing(chat: Chat) -> Iterator[OmniSession]:
-    """Several calls of the session as one: if it is left by an exception, the conversation is as before."""
-    before = chat.session.fork()
+def _whole_or_nothing(session: OmniSession) -> Iterator[None]:
+    """Several calls that push one sound or video: if they do not all happen, nothing of it was pushed."""
     try:
-        yield chat.session
+        yield
+        session.push_text("")  # ends it, so that the next one is not taken for its continuation
     except BaseException:
-        chat.session = before
+        session.discard_input()
         raise
 
 
-def _close(session: OmniSession) -> None:
-    """End an open sound or video, so that the next one does not go on with it."""
-    session.push_text("")
-
-
 def _tell_read(chat: Chat, name: str, before: int) -> None:
-    chat.waiting = True
     tokens = len(chat.session.ids) - before
     chat.say(f"  {name}: {tokens} tokens read; ask about it, or press Enter to have it answered")
 
@@ -121,9 +119,8 @@ def audio(chat: Chat, argument: str) -> None:
     name = describe(source)
     samples, rate_hz = decode_audio(open_source(source, "audio"), name)
     check_samples(samples, name)
-    with _whole_or_nothing(chat) as session:
-        session.push_audio(samples, rate_hz)
-        _close(session)
+    with _whole_or_nothing(chat.session):
+        chat.session.push_audio(samples, rate_hz)
     _tell_read(chat, name, before)
 
 
@@ -131,20 +128,18 @@ def video(chat: Chat, argument: str) -> None:
     source, before = file_name(argument), len(chat.session.ids)
     session = chat.session
     pieces = in_time(read_video(session.processor, source, want_sound=session.use_audio_in_video))
-    with _whole_or_nothing(chat) as session, chat.progress.status("watching ...") as status:
+    with _whole_or_nothing(session), chat.progress.status("watching ...") as status:
         for piece in pieces:
             status.update(f"watching: {piece.time_s:.1f} of {pieces[-1].time_s:.1f} s")
             piece.push(session)
-        _close(session)
     _tell_read(chat, describe(source), before)
 
 
 def mic(chat: Chat, argument: str) -> None:
     if not chat.lines.interactive:
         raise ValueError("/mic needs a terminal, where Enter ends the recording; give a recording as /audio F")
-    with _whole_or_nothing(chat) as session:
-        seconds = record(session.push_audio, lambda: chat.lines.read("recording; Enter ends it, Ctrl-C drops it "))
-        _close(session)
+    with _whole_or_nothing(chat.session):
+        seconds = record(chat.session.push_audio, lambda: chat.lines.read("recording; Enter ends it, Ctrl-C drops it "))
     chat.say(f"  heard {seconds:.1f} s")
     chat.ask("")
 
@@ -172,19 +167,20 @@ def save(chat: Chat, argument: str) -> None:
 def load(chat: Chat, argument: str) -> None:
     folder = file_name(argument)
     with chat.progress.status("loading ..."):
-        chat.session = OmniSession.load(folder, chat.model, chat.session.processor)
-    chat.waiting = False
+        session = OmniSession.load(folder, chat.model, chat.session.processor)
+    chat.session = session
+    if chat.waiting:
+        session.push_text("")  # a sound or video that was open ends here
     chat.say(f"  goes on with the conversation in {folder}: {len(chat.session.ids)} tokens")
 
 
 def new(chat: Chat, argument: str) -> None:
     chat.session = chat.new_session()
-    chat.waiting = False
     chat.say("  a new conversation")
 
 
 def undo(chat: Chat, argument: str) -> None:
-    text = take_back(chat)
+    text = take_back(chat.session)
     chat.say(f"  took back {text!r}" if text else "  took back the last question")
 
 

@@ -18,6 +18,7 @@ from omni.cli.lines import Lines, open_lines
 from omni.cli.player import Player, open_player
 from omni.generation.streaming_config import StreamingConfig
 from omni.processing.audio_file import write_sound
+from omni.session.items import IN_PROGRESS
 from omni.session.session import OmniSession
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def converse(
     chat = Chat(new_session, model, console, progress, arguments, voice=args.speaker, out=args.out, open_player=player)
     for picture in args.image:
         chat.session.push_image(picture)
-    chat.waiting = bool(args.image)
     if args.model == NANO:
         chat.say(
             "omni-nano was taught questions that stand alone: before the next one let it forget the last with /new."
@@ -84,7 +84,6 @@ class Chat:
         self.model, self.console, self.progress = model, console, progress
         self.arguments, self.voice, self.out = arguments, voice, out
         self.lines: Lines
-        self.waiting = False  # media were given that nobody has asked about yet
         self.failed = False
         self._open_player, self._answers = open_player, 0
 
@@ -92,6 +91,12 @@ class Chat:
     def speaks(self) -> bool:
         """Whether answers have sound."""
         return bool(self.arguments.get("return_audio"))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether media were given that nobody has asked about yet."""
+        items = self.session.items
+        return bool(items) and items[-1].role == "user" and items[-1].status == IN_PROGRESS
 
     def run(self, lines: Lines) -> int:
         """Take lines until there are no more -> the exit code: 1 if a line of a pipe failed."""
@@ -153,7 +158,6 @@ class Chat:
         """
         if text:
             self.session.push_text(text)
-        self.waiting = False
         answer = self._answer()
         while answer.calls:
             with self._or_taken_back():
@@ -168,7 +172,7 @@ class Chat:
         except (Exception, KeyboardInterrupt) as error:
             if self.session.closed or not (self.lines.interactive or isinstance(error, Exception)):
                 raise
-            take_back(self)
+            take_back(self.session)
             self.say("what was asked is taken back")
             raise
 
