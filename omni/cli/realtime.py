@@ -140,7 +140,7 @@ def show_reply(
                 player(event)
         elif isinstance(event, TurnEnd):
             end = event
-        elif event.text:
+        elif isinstance(event, TextDelta) and event.text:
             if thinking and not event.reasoning:
                 progress.out()
             thinking = event.reasoning

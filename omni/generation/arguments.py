@@ -29,8 +29,8 @@ class TurnArguments:
     """Checked arguments of one batch of turns.
 
     speakers: ids of the voices, None without speech; voices: what the codec needs of each, None where it needs nothing.
-    options: of the texts; answers: rows a prompt; allow_long, speak_prefill: as in `generate`; warned: that positions
-    beyond the model's may be reached.
+    options: of the texts; answers: rows a prompt; allow_long, speak_prefill: as in `generate`; tools: calls of tools in
+    the replies are told from their text; warned: that positions beyond the model's may be reached.
     """
 
     max_new_tokens: int
@@ -46,6 +46,7 @@ class TurnArguments:
     answers: int = 1
     allow_long: bool = False
     speak_prefill: bool = False
+    tools: bool = False
     warned: bool = False
 
 
@@ -68,12 +69,13 @@ def resolve(
     logits_processor: PerRow = None,
     allow_long: bool = False,
     speak_prefill: bool = False,
+    tools: bool = False,
 ) -> TurnArguments:
     """Check and complete the arguments of `generate` for n answers a prompt. Raises ValueError or TypeError."""
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_frames", max_frames, 0), ("n", n, 1)):
         if not _whole(value) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    check_flags(allow_long=allow_long, speak_prefill=speak_prefill)
+    check_flags(allow_long=allow_long, speak_prefill=speak_prefill, tools=tools)
     rows = prompts * n
     if rows > _MOST_ROWS:
         raise ValueError(
@@ -102,6 +104,7 @@ def resolve(
         n,
         allow_long,
         speak_prefill,
+        tools,
     )
 
 

@@ -13,7 +13,7 @@ from omni.generation.graphs import GraphPool
 from omni.generation.rows import Rows
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling, SamplingConfig
 from omni.generation.steps import Steps, compiled_steps
-from omni.generation.turn import GREEDY
+from omni.generation.turn_request import GREEDY
 from omni.parts import ModelParts
 
 MODES = ("eager", "inductor", "graphs")

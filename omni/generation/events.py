@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 from torch import Tensor
 
@@ -23,8 +23,9 @@ class TokenLogprob(NamedTuple):
 class TextDelta:
     """Text that has become complete, and the ids drawn since the last delta (row of the batch first).
 
-    text never ends inside a character, nor in what may be the beginning of a stop string, and is "" for a reply without
-    a processor. reasoning: it belongs to what a thinking reply thinks before its answer, which is never spoken.
+    text never ends inside a character, nor in what may be the beginning of a stop string or of a tool call, and is ""
+    for a reply without a processor and for all that belongs to a tool call. reasoning: it belongs to what a thinking
+    reply thinks before its answer, which is never spoken.
     logprobs: one entry an id, if they were asked for.
     """
 
@@ -46,13 +47,28 @@ class AudioChunk:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that a row's reply calls, complete; it comes behind the `TextDelta` of the id that completes it.
+
+    id: `call_` and random digits, unique. name: as the model wrote it, which may be no tool that there is. arguments:
+    their JSON text as the model wrote it; parsed: what it says.
+    """
+
+    row: int
+    id: str
+    name: str
+    arguments: str
+    parsed: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class TurnEnd:
     """The last event of a row.
 
     reason: `stop`, `max_new_tokens`, `max_frames` (its speech was cut) or `interrupted`; `silence` or `code_loop` where
-    runaway speech was ended. What a part raises leaves the iterator. text: the whole answer. usage: prompt_tokens,
-    reply_tokens, frames.
-    timing: seconds, see `docs/streaming.md`.
+    runaway speech was ended; `error` where a row was ended by a malformed tool call or by the caller's function of the
+    logits (`Turn.error` says more). What a part raises leaves the iterator. text: the whole answer. usage:
+    prompt_tokens, reply_tokens, frames. timing: seconds, see `docs/streaming.md`.
     """
 
     row: int
@@ -62,4 +78,4 @@ class TurnEnd:
     timing: dict[str, float] = field(default_factory=dict)
 
 
-Event = Union[TextDelta, AudioChunk, TurnEnd]
+Event = Union[TextDelta, AudioChunk, ToolCall, TurnEnd]

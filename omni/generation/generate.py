@@ -18,7 +18,8 @@ from omni.generation.prompt import Prompt, encode_prompt, warn_beyond
 from omni.generation.reply import ANSWER, ReplyReader, assistant_head
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import OFFLINE, UNWATCHED, StreamingConfig
-from omni.generation.turn import Turn, TurnRequest
+from omni.generation.turn import Turn
+from omni.generation.turn_request import TurnRequest
 from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.processing.text_stream import TextStream
@@ -74,6 +75,8 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
     """Read each prompt once and begin a turn for each of its answers."""
     if model.processor is None and any(options.stop for options in args.options):
         raise ValueError("stop needs text: load the model with its tokenizer files, or set model.processor")
+    if model.processor is None and args.tools:
+        raise ValueError("tools need text: load the model with its tokenizer files, or set model.processor")
     began, prompts, speaks = time.perf_counter(), len(inputs.input_ids), args.speakers is not None
     rows = Rows(model, prompts)
     with rows.stage("encoders"):
@@ -94,7 +97,8 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
             spoken = given_texts(rows, spoken, prompt.embeds[row, : len(ids)], hidden[row, : len(ids)])
         for answer in range(row * args.answers, (row + 1) * args.answers):
             request = make_request(model, args, answer, streaming, ids, following[row], beginning.header, prompt_end)
-            turns.append(make_turn(request, copy.copy(beginning.reader), model.processor, spoken))
+            answered = ids[len(ids) - beginning.given :]
+            turns.append(make_turn(request, copy.copy(beginning.reader), model.processor, spoken, answered))
     rows = rows if args.answers == 1 else rows.repeated(args.answers)
     for row, turn in enumerate(turns):
         rows.begin(row, turn, began, {})
@@ -206,6 +210,7 @@ def make_request(
         header=tuple(header),
         prompt_end=prompt_end,
         voice=args.voices[row],
+        tools=args.tools,
     )
 
 
@@ -217,10 +222,20 @@ def _warn_once(args: TurnArguments, what: str, limit: int) -> None:
 
 
 def make_turn(
-    request: TurnRequest, reader: ReplyReader, processor: OmniProcessor | None, spoken: Sequence[Any] = ()
+    request: TurnRequest,
+    reader: ReplyReader,
+    processor: OmniProcessor | None,
+    spoken: Sequence[Any] = (),
+    given: Sequence[int] = (),
 ) -> Turn:
-    """A turn at its beginning; its text is decoded by `processor`, if any."""
-    return Turn(request, reader, None if processor is None else TextStream(processor), spoken)
+    """A turn at its beginning; its text is decoded by `processor`, if any.
+
+    given: the ids of the answer that the prompt holds, in which a call of a tool may be open.
+    """
+    turn = Turn(request, reader, None if processor is None else TextStream(processor), spoken)
+    if turn.text.call_reader is not None and processor is not None and given:
+        turn.text.call_reader.go_on_from(processor.decode(given))
+    return turn
 
 
 def _prefill_talker(

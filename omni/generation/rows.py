@@ -8,20 +8,23 @@ the next one, and the codec decodes the chunks that are due.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni.generation.events import Event, TextDelta, TurnEnd
+from omni.generation.events import Event, TextDelta, ToolCall, TurnEnd
 from omni.generation.prompt import Prompt
-from omni.generation.reply import ANSWER, REASONING
+from omni.generation.reply import ANSWER, MARKER, REASONING
 from omni.generation.runner import Runner
 from omni.generation.sampling import CODE_STREAM, RESIDUAL_STREAM, TEXT_STREAM, RowSampling
 from omni.generation.sound import decode_sound
 from omni.generation.text_options import token_logprob
-from omni.generation.turn import GREEDY, IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
+from omni.generation.tool_calls import Piece
+from omni.generation.turn import IN_RUNNER, SPEECH_RUNS, SPEECH_WAITS, Turn
+from omni.generation.turn_request import GREEDY
 from omni.parts import ModelParts
 from omni.talker.layout import PAD
 
@@ -96,7 +99,10 @@ class Rows:
         return events
 
     def raise_errors(self) -> None:
-        """Raise what a caller's function of the logits has raised; `tick` has ended that turn alone."""
+        """Raise what ended a turn by an error: a caller's function of the logits, or a malformed tool call.
+
+        `tick` has ended that turn alone.
+        """
         for turn in self.turns:
             if turn is not None and turn.error is not None:
                 raise turn.error
@@ -134,6 +140,9 @@ class Rows:
                             likely = (token_logprob(own, token, turn.request.options.logprobs or 0),)
                             turn.text.logprobs += likely
                         events.append(TextDelta(row, text, (token,), kinds[row] == REASONING, likely))
+                        if turn.request.tools:
+                            self._note_calls(row, turn, events)
+                            unread[row] &= not turn.over
                         if turn.text.rest and turn.request.text_by_hidden and turn.speech.expected:
                             self._read_rest(row, turn)
                 if any(unread):
@@ -176,9 +185,38 @@ class Rows:
         positions = self.text.decoder.next_position[row] - surplus + torch.arange(len(ids), device=ids.device)
         embeds = self.model.require("thinker").embed_tokens(ids)
         hidden = self.prefill_thinker(row, text.rest, embeds, positions.expand(3, -1))
-        for vector in self.model.require("talker").text_vectors(embeds, hidden):
-            turn.append_vector(vector, ANSWER)
+        for i, vector in enumerate(self.model.require("talker").text_vectors(embeds, hidden)):
+            turn.append_vector(vector, MARKER if i < text.unspoken else ANSWER)
         text.read += len(ids)
+
+    def _note_calls(self, row: int, turn: Turn, events: list[Event]) -> None:
+        """Tell of the calls that have become complete; a malformed one ends the turn."""
+        calls, turn.text.calls = turn.text.calls, []
+        events += [ToolCall(row, f"call_{uuid.uuid4().hex}", *call) for call in calls]
+        if turn.error is not None:
+            events.append(self.end(row, turn, "error"))
+        elif turn.request.text_by_hidden and turn.speech.expected:
+            while torn := turn.torn:
+                self._read_torn(row, turn, [piece for piece in torn if piece.index == torn[0].index])
+
+    def _read_torn(self, row: int, turn: Turn, pieces: list[Piece]) -> None:
+        """Let the Thinker read texts that share one id of the reply with a call, in place of that id, for the Talker
+        alone: what the row had read before, it has read after."""
+        state, cache, start = self.text, self.text.decoder.cache, turn.request.prompt_tokens + pieces[0].index
+        length, kept = cache.lengths[row], (state.logits, state.seen, state.decoder.next_position)
+        slots = [each[:, row, :, start:length].clone() for each in (cache.keys, cache.values)]
+        values = [each[row].clone() for each in kept]
+        cache.truncate(row, start)
+        ids = torch.tensor([piece.token for piece in pieces], device=self.model.device)
+        positions = state.decoder.next_position[row] - (length - start) + torch.arange(len(ids), device=ids.device)
+        embeds = self.model.require("thinker").embed_tokens(ids)
+        hidden = self.prefill_thinker(row, ids.tolist(), embeds, positions.expand(3, -1))
+        turn.speak_torn(pieces, [v.clone() for v in self.model.require("talker").text_vectors(embeds, hidden)])
+        cache.grow(row, length)
+        for each, slot in zip((cache.keys, cache.values), slots):
+            each[:, row, :, start:length] = slot
+        for each, value in zip(kept, values):
+            each[row] = value
 
     # speech
 

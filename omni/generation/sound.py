@@ -16,7 +16,8 @@ from omni.code2wav.contract import CodecDecoder, CodecState
 from omni.generation.events import AudioChunk, Event
 from omni.generation.runner import Runner
 from omni.generation.sampling import SOUND_STREAM, stream_seed
-from omni.generation.turn import IN_RUNNER, SPEECH_OVER, SPEECH_RUNS, Turn, TurnRequest
+from omni.generation.turn import IN_RUNNER, SPEECH_OVER, SPEECH_RUNS, Turn
+from omni.generation.turn_request import TurnRequest
 from omni.layers.state import join_rows, split_rows
 
 _Due = list[tuple[int, Turn]]  # rows and their turns

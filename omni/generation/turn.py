@@ -1,4 +1,4 @@
-"""One turn of one row: what was asked for, and how far its text, its speech and its sound have come.
+"""One turn of one row: how far its text, its speech and its sound have come.
 
 Host-side bookkeeping, no tensors of a model.
 """
@@ -8,56 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
 
 from omni.generation.events import TokenLogprob, TurnEnd
 from omni.generation.reply import ANSWER, REASONING, ReplyReader
-from omni.generation.sampling import SamplingConfig
 from omni.generation.stop_strings import Decided, StopStrings
-from omni.generation.streaming_config import StreamingConfig
-from omni.generation.text_options import TextOptions
+from omni.generation.tool_calls import CALL_TOKENS, CallReader, MalformedCallError, Piece, WrittenCall
+from omni.generation.turn_request import TurnRequest
 from omni.processing.text_stream import TextStream
-from omni.talker.layout import PromptEnd, TurnLayout
 
-GREEDY = SamplingConfig(temperature=0.0)
 IN_RUNNER = object()  # a turn's codec state once the runner decodes its frames as it draws them
 SPEECH_OFF, SPEECH_WAITS, SPEECH_RUNS, SPEECH_OVER = "off", "waits", "runs", "over"
-
-
-@dataclass(frozen=True)
-class TurnRequest:
-    """What was asked for.
-
-    prompt_tokens: ids that the Thinker has read; stop_ids end the reply; text_limit: reply ids at most, frame_limit:
-    frames at most. options: of its text; prompt_ids: those ids, for options that look at them. layout: the family's
-    (None without a Talker); speaker: None for a silent turn; header: the ids of `<|im_start|>assistant\\n` as the
-    prefix needs them; prompt_end: where the Talker's prompt ends; voice: what the codec needs of the speaker, if
-    anything.
-    """
-
-    prompt_tokens: int
-    stop_ids: frozenset[int]
-    text_limit: int
-    frame_limit: int
-    seed: int
-    streaming: StreamingConfig
-    text_sampling: SamplingConfig = GREEDY
-    code_sampling: SamplingConfig = GREEDY
-    residual_sampling: SamplingConfig = GREEDY
-    options: TextOptions = TextOptions()
-    prompt_ids: tuple[int, ...] = ()
-    layout: TurnLayout | None = None
-    speaker: int | None = None
-    header: tuple[int, ...] = ()
-    prompt_end: PromptEnd = PromptEnd()
-    voice: Any = None
-
-    @property
-    def text_by_hidden(self) -> bool:
-        """Whether a reply token has to be read by the Thinker before it is spoken."""
-        return self.layout is not None and self.layout.text_by_hidden
 
 
 @dataclass
@@ -68,7 +32,9 @@ class TextProgress:
     many of them the Thinker has read; vectors [Di]: of those, where text enters the Talker by hidden states too;
     reason: why the reply ended, "" while it goes on. stops: the search for stop strings, None without any; decided:
     tokens of the answer that are certain to stay and have not been given to the Talker; cut: whether a stop string was
-    found, rest: the ids of what stays of the token in which it begins; logprobs: of all ids, if asked for.
+    found, rest: the ids of what stays of the token in which it begins, the first `unspoken` of them in front of the
+    text; logprobs: of all ids, if asked for. call_reader: None without tools; pieces: of the text beside calls, new,
+    and waiting: those that the search for stop strings holds; calls: that are complete, new; error: a malformed one.
     """
 
     request: TurnRequest
@@ -84,19 +50,34 @@ class TextProgress:
     decided: int = 0
     cut: bool = False
     rest: list[int] = field(default_factory=list)
+    unspoken: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    call_reader: CallReader | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    waiting: list[Piece] = field(default_factory=list)
+    calls: list[WrittenCall] = field(default_factory=list)
+    error: MalformedCallError | None = None
 
     def __post_init__(self) -> None:
         if self.request.options.stop and self.stream is not None:
             self.stops = StopStrings(self.request.options.stop)
+        if self.request.tools and self.stream is not None:
+            self.call_reader = CallReader(self.stream)
 
     @property
     def kept(self) -> list[int]:
-        """The ids that count: of what a stop string has not cut off, and cannot any more."""
+        """The ids that count: of what a stop string has not cut off, and cannot any more, without an open call."""
+        if self.call_reader is not None and self.stream is not None:
+            first, before = self.call_reader.undecided or (len(self.ids), "")
+            if self.waiting:
+                first, before = self.waiting[0].index, self.waiting[0].before
+            return [*self.ids[:first], *(self.rest if self.cut else self.stream.processor.encode_text(before))]
         return self.ids if self.stops is None else [*self.ids[: self._whole(self.stops)], *self.rest]
 
     def _whole(self, stops: StopStrings) -> int:
         """How many ids count whole."""
+        if self.waiting:
+            return self.waiting[0].index
         return len(self.ids) - stops.tokens - (self.cut and self.ids[-1] in self.request.stop_ids)
 
     def wants_token(self, drawn: int, speech: SpeechProgress) -> bool:
@@ -107,12 +88,15 @@ class TextProgress:
             return drawn == 0
         if not speech.codes:  # nothing spoken yet: no further than the first word
             return not speech.spoken and drawn == 0
-        return len(speech.spoken) - len(speech.codes) < self.request.streaming.text_ahead
+        ahead = self.request.streaming.text_ahead
+        if drawn >= max(ahead, CALL_TOKENS) and self.call_reader is not None and self.call_reader.undecided:
+            return False
+        return len(speech.spoken) - len(speech.codes) < ahead
 
     def append(self, token: int) -> tuple[str, str]:
         """Record a drawn token: (what it is, "stop" for one that ends the reply; the text that it completes).
 
-        The text is empty while a character is incomplete, or while it may be the beginning of a stop string.
+        The text is empty while a character is incomplete, or while it may begin a stop string or a call.
         """
         self.ids.append(token)
         if token in self.request.stop_ids:
@@ -125,7 +109,9 @@ class TextProgress:
         if kind == REASONING:
             self.reasoning += text
             return kind, text
-        if self.stops is not None:
+        if self.call_reader is not None:
+            text = self._tell_calls(self.call_reader, token, text, kind)
+        elif self.stops is not None:
             text = self._search(self.stops, text, kind)
         else:
             self.decided += kind == ANSWER
@@ -142,13 +128,45 @@ class TextProgress:
             certain += self._take(stops.finish(self.stream.finish(), counts=counts))
         return certain
 
+    def _tell_calls(self, reader: CallReader, token: int, text: str, kind: str) -> str:
+        """Tell calls from text in what a token adds to the answer; the text that is certain to stay."""
+        assert self.stream is not None
+        counts, certain = len(self.ids) >= self.request.options.min_new_tokens, ""
+        found = reader.push(len(self.ids) - 1, token, text, whole=self.stream.whole) if kind == ANSWER else []
+        if self.reason and not (found and isinstance(found[-1], MalformedCallError)):
+            found += reader.finish(self.stream.finish(), self.reason)
+        for each in found:
+            if isinstance(each, MalformedCallError):
+                self.error = each
+            elif isinstance(each, WrittenCall):
+                self.calls.append(each)
+            elif each is None:  # a call begins: no stop string goes on behind it
+                if self.stops is not None:
+                    certain += self._take(self.stops.finish("", counts=counts))
+            elif self.stops is None:
+                self.pieces.append(each)
+                self.decided += 1
+                certain += each.text
+            else:
+                self.pieces.append(each)
+                self.waiting.append(each)
+                certain += self._take(self.stops.push(each.text, whole=each.whole, counts=counts))
+            if self.cut:
+                return certain
+        if self.reason and self.stops is not None:
+            certain += self._take(self.stops.finish("", counts=counts))
+        return certain
+
     def _take(self, decided: Decided) -> str:
         """Note what has been decided; its text."""
         self.decided += decided.tokens
+        del self.waiting[: decided.tokens]
         if decided.cut is not None:
             assert self.stops is not None and self.stream is not None
             self.cut, self.reason = True, "stop"
-            self.rest = self.stream.processor.encode_text(decided.cut)
+            before = self.waiting[0].before if self.waiting else ""
+            first, rest = (self.stream.processor.encode_text(text) for text in (before, decided.cut))
+            self.rest, self.unspoken = first + rest, len(first)
             whole = self._whole(self.stops)
             self.read = min(self.read, whole)
             del self.vectors[whole:]
@@ -266,8 +284,9 @@ class Turn:
     """A row's turn: the request, and the progress of text, speech and sound.
 
     spoken: the part of the reply that the prompt already holds and that is to be spoken, `given` texts; held: texts of
-    the answer that are not decided. paused: its events are not read fast enough; over: no step is left to do; error:
-    what the caller's function of the logits raised. interruption: the last event of a turn that was interrupted.
+    the answer that are not decided (pieces whose vectors are still to come, too). paused: its events are not read fast
+    enough; over: no step is left to do; error: what the caller's function of the logits raised, or a malformed call.
+    interruption: the last event of a turn that was interrupted.
     delivered_ids, delivered_frames and delivered_end: what of the reply has reached the reader of its events. timing:
     seconds by name.
     """
@@ -313,11 +332,14 @@ class Turn:
         """
         by_hidden, text = self.request.text_by_hidden, self.text
         kind, certain = text.append(token)
-        if kind == ANSWER and not by_hidden:
+        if text.call_reader is not None:
+            self.held += text.pieces if by_hidden else [piece.token for piece in text.pieces]
+            text.pieces, self.error = [], text.error
+        elif kind == ANSWER and not by_hidden:
             self.held.append(token)
         if text.cut:
-            self.held[text.decided :] = [] if by_hidden else text.rest
-            text.decided += len(text.rest)
+            self.held[text.decided :] = [] if by_hidden else text.rest[text.unspoken :]
+            text.decided += len(text.rest) - text.unspoken
         self._speak_decided()
         read_to_speak = kind == ANSWER and by_hidden and self.speech.expected and not text.cut
         reads = not text.reason or read_to_speak
@@ -327,13 +349,34 @@ class Turn:
     def append_vector(self, vector: Tensor, kind: str) -> None:
         """Record the vector of a reply token that the Thinker has read, where text enters by hidden states too."""
         self.text.vectors.append(vector)
-        if kind == ANSWER:
+        if self.text.call_reader is not None:
+            self.held += [vector] if kind == ANSWER and self.text.cut else []
+            self._speak_decided()
+        elif kind == ANSWER:
             self.held.append(vector)
             self._speak_decided()
 
+    @property
+    def torn(self) -> list[Piece]:
+        """Texts that share their id with a call, and whose vectors are still to come."""
+        return [text for text in self.held if isinstance(text, Piece) and not text.own and text.vector is None]
+
+    def speak_torn(self, pieces: Sequence[Piece], vectors: Sequence[Tensor]) -> None:
+        """The vectors of such texts are there."""
+        for piece, vector in zip(pieces, vectors):
+            piece.vector = vector
+        self._speak_decided()
+
+    def _ready(self, text: Any) -> Any:
+        """What the Talker takes of a held text; None while the Thinker has not read it."""
+        if not isinstance(text, Piece):
+            return text
+        vectors = self.text.vectors[text.index :][:1] if text.own else [text.vector]
+        return vectors[0] if vectors else None
+
     def _speak_decided(self) -> None:
         """Give the Talker the texts that are certain to stay."""
-        free = self.held[: self.text.decided]
+        free = list(takewhile(lambda text: text is not None, map(self._ready, self.held[: self.text.decided])))
         self.speech.spoken += free
         self.text.decided -= len(free)
         del self.held[: len(free)]

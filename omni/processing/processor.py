@@ -27,6 +27,7 @@ from omni.processing.messages import Medium, located, read_conversation, split_b
 from omni.processing.sources import describe, is_source
 from omni.processing.template import ChatTokenizer, built_in_template
 from omni.processing.token_budget import TokenBudget
+from omni.processing.tool_turns import ToolTurns
 from omni.processing.video_file import DEFAULT_FPS
 from omni.processing.vision import PixelBudget, VisionProcessor
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
@@ -87,6 +88,7 @@ class OmniProcessor:
         family = files.family
         self.chat = ChatTokenizer(tokenizer, usual or built_in_template(family.tokens))
         self.tool_chat = self.chat if tools is None else ChatTokenizer(tokenizer, tools)
+        self._tool_turns = ToolTurns(self.chat, self.tool_chat, family.tokens)
         self.vision = VisionProcessor(files.image_settings, files.video_settings, family.frame_pixels)
         audio = files.audio_settings
         self.log_mel = LogMel(
@@ -281,15 +283,22 @@ class OmniProcessor:
         """Ids of a text. Added tokens in it become their ids; those that control the chat only if `control_tokens`."""
         return self.chat.encode_text(text, control_tokens)
 
-    def beginning_ids(self, system: str | None, turn_start_id: int) -> list[int]:
+    def beginning_ids(self, system: str | None, turn_start_id: int, tools: Sequence[Any] | None = None) -> list[int]:
         """What the chat template writes before the first user's turn, which begins with `turn_start_id`.
 
-        system: text of the system message, None without one.
+        system: text of the system message, None without one. tools: JSON schemas or documented functions, which the
+        template for tools describes (the built-in one where the checkpoint has none). Raises ValueError or TypeError.
         """
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        conversation = read_conversation([*messages, {"role": "user", "content": "?"}])
-        ids = self.chat.encode_chat(conversation.messages, add_generation_prompt=False)
-        return ids[: max((i for i, token in enumerate(ids) if token == turn_start_id), default=0)]
+        return self._tool_turns.beginning(system, turn_start_id, tools)
+
+    def tool_results_ids(self, outputs: Sequence[str]) -> list[int]:
+        """Ids of the whole turn, its closing line break included, that holds the texts of consecutive tool messages."""
+        return self._tool_turns.results(outputs)
+
+    def assistant_ids(self, content: str, tool_calls: Sequence[Any]) -> list[int]:
+        """Ids of an assistant's message between its header and `<|im_end|>`; calls are dicts with name and arguments (a
+        dict, or JSON text, which is kept as it is)."""
+        return self._tool_turns.assistant(content, tool_calls)
 
     @property
     def think_token_ids(self) -> tuple[int, int] | None:
