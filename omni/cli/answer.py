@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from omni.cli.interrupts import Interrupts
-from omni.generation.events import AudioChunk, Event, TextDelta, TurnEnd
+from omni.generation.events import AudioChunk, Event, TextDelta, ToolCall, TurnEnd
 from omni.session.replies import Kept
 from omni.session.session import OmniSession
 
@@ -28,7 +28,7 @@ class Answer:
     played_samples: how much of the sound was played, None without a player."""
 
     chunks: list[AudioChunk] = field(default_factory=list)
-    calls: list[Any] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     end: TurnEnd | None = None
     kept: Kept | None = None
     played_samples: int | None = None
@@ -109,10 +109,10 @@ class Answering:
             self.answer.chunks.append(event)
             if self.player is not None:
                 self.player(event)
-        elif isinstance(event, TurnEnd):
-            self.answer.end = event
-        else:
+        elif isinstance(event, ToolCall):
             self.answer.calls.append(event)
+        else:
+            self.answer.end = event
 
     def _print(self, event: TextDelta) -> None:
         if not event.text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,8 @@ def how_to_call(command: str) -> str:
     beside = Path(sys.executable).with_name("omni")  # an environment that is not active, such as that of `make demo`
     with suppress(ValueError):  # elsewhere: its whole path
         beside = beside.relative_to(Path.cwd())
-    return f"{beside} {command}" if beside.exists() else f"{sys.executable} -m omni.cli {command}"
+    words = [str(beside)] if beside.exists() else [sys.executable, "-m", "omni.cli"]
+    return shlex.join([*words, command])
 
 
 def numbered(path: Path, number: int) -> Path:

@@ -82,14 +82,15 @@ def take_back(session: OmniSession) -> str:
     Raises ValueError if there is none, or if what stays would have to be read again and was not kept.
     """
     items = session.items
-    last = max((i for i, item in enumerate(items) if item.role == "user"), default=None)
+    last = max((place for place, item in enumerate(items) if item.role == "user"), default=None)
     if last is None:
         raise ValueError("there is no question to take back")
-    if items[last].status == IN_PROGRESS:
-        session.delete(items[last].id)
+    question = items[last]
+    if question.status == IN_PROGRESS and question.id is not None:
+        session.delete(question.id)
     else:
         session.become(items[:last])
-    return items[last].text
+    return question.text
 
 
 @contextmanager

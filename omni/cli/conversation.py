@@ -16,6 +16,7 @@ from omni.cli.commands import complete, obey, take_back
 from omni.cli.failures import one_line
 from omni.cli.lines import Lines, open_lines
 from omni.cli.player import Player, open_player
+from omni.generation.events import ToolCall
 from omni.generation.streaming_config import StreamingConfig
 from omni.processing.audio_file import write_sound
 from omni.session.items import IN_PROGRESS
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 WELCOME = "Type a question. /help lists the commands, Ctrl-C interrupts a reply, Ctrl-D leaves."
 PROMPT = "> "
+MAKE_ROOM = 0.25  # a full conversation forgets its oldest turns until this share of its positions is free
 
 
 def converse(
@@ -44,6 +46,7 @@ def converse(
         system=args.system,
         streaming=StreamingConfig(audio_window_s=args.audio_window),
         use_audio_in_video=args.use_audio_in_video,
+        make_room=MAKE_ROOM,
     )
     player = None
     if args.play and arguments["return_audio"]:
@@ -86,6 +89,7 @@ class Chat:
         self.lines: Lines
         self.failed = False
         self._open_player, self._answers = open_player, 0
+        self._oldest: tuple[OmniSession, str | None] = (self.session, None)
 
     @property
     def speaks(self) -> bool:
@@ -104,24 +108,27 @@ class Chat:
         if lines.interactive:
             self.say(WELCOME)
         try:
-            while True:
-                try:
-                    line = lines.read(PROMPT)
-                except KeyboardInterrupt:
-                    if not lines.interactive:
-                        raise
-                    self.progress.out()
-                    self.say("Ctrl-D (or /quit) leaves the conversation.")
-                    continue
-                if line is None or not self._take(line):
-                    break
-            if not lines.interactive and self.waiting:  # a pipe that ends after a spoken question
-                self._take("")
+            while self._go_on():
+                pass
         finally:
             lines.close()
-        if lines.interactive and line is None:
-            self.progress.out()  # the shell goes on in a line of its own
         return int(self.failed and not lines.interactive)
+
+    def _go_on(self) -> bool:
+        """Take the next line -> whether there was one, and none that leaves."""
+        try:
+            line = self.lines.read(PROMPT)
+            if line is None and self.lines.interactive:
+                self.progress.out()  # the shell goes on in a line of its own
+            elif line is None and self.waiting:  # a pipe that ends after a spoken question
+                self._take("")
+            return line is not None and self._take(line)
+        except KeyboardInterrupt:
+            if not self.lines.interactive:
+                raise
+            self.progress.out()
+            self.say("Ctrl-D (or /quit) leaves the conversation.")
+            return True
 
     def say(self, text: str) -> None:
         """A line about the conversation, which is no part of it."""
@@ -133,7 +140,15 @@ class Chat:
 
     def _take(self, line: str) -> bool:
         """Obey a command or answer a question, whatever comes of it -> whether the conversation goes on."""
-        line = line.strip()
+        goes_on = self._try(line.strip())
+        ids = [item.id for item in self.session.items if item.role != "system"]
+        session, oldest = self._oldest
+        if session is self.session and ids and oldest is not None and oldest not in ids:
+            self.say("  the conversation was full, and its oldest turns are forgotten")
+        self._oldest = self.session, ids[0] if ids else None
+        return goes_on
+
+    def _try(self, line: str) -> bool:
         try:
             if line.startswith("/") and not line.startswith("//"):
                 return obey(self, line)
@@ -183,6 +198,8 @@ class Chat:
         answering = Answering(self.session, self.console, self.progress, player, interactive=self.lines.interactive)
         with self._or_taken_back():
             answer = answering.give({**self.arguments, "speaker": self.voice})
+            if answer.end is not None and answer.end.reason == "error":
+                raise ValueError("the model wrote the call of a tool in a form that cannot be read; ask again")
         if player is not None and player.error is not None:
             self.say(f"the sound device failed ({one_line(player.error, 'chat')})")
         self._tell(answer, played=player is not None)
@@ -203,12 +220,12 @@ class Chat:
             notes.append(note)
         if answer.kept is not None:
             notes.append(f"interrupted; the conversation keeps {answer.kept.text!r}")
-        elif answer.end is not None and answer.end.reason not in ("stop", "tool_calls"):
+        elif answer.end is not None and answer.end.reason != "stop":
             notes.append(f"ended by {answer.end.reason}")
         if notes:
             self.say("  " + "; ".join(notes))
 
-    def _push_results(self, calls: Sequence[Any]) -> None:
+    def _push_results(self, calls: Sequence[ToolCall]) -> None:
         """Show what the model calls and ask for each result, then hand all of them on."""
         results = []
         for call in calls:

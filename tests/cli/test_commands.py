@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,9 @@ import pytest
 import torch
 from talking import REPLY, PlayerDouble, SoundDevice, Talk
 
-from omni import OmniModel, OmniSession, TextDelta, TurnEnd
+from omni import Item, OmniModel, OmniSession, TextDelta, TurnEnd
 from omni.cli.commands import COMMANDS, complete, file_name
+from omni.generation.events import ToolCall
 from omni.packaged.toy import TOY_DATA
 
 PICTURE, SOUND, CLIP = TOY_DATA / "picture.png", TOY_DATA / "question.wav", TOY_DATA / "clip.mp4"
@@ -201,10 +200,7 @@ def test_no_microphone(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> Non
 
 # ---- taking back ----
 
-EDITS = pytest.mark.skipif(not hasattr(OmniSession, "become"), reason="sessions cannot be edited yet")
 
-
-@EDITS
 @pytest.mark.parametrize(
     "lines", [["two"], [f"/image {PICTURE}", "two"], [f"/audio {SOUND}", ""], [f"/image {PICTURE}"]]
 )
@@ -218,7 +214,6 @@ def test_undo_takes_back_the_last_question(model: OmniModel, lines: list[str]) -
     assert talk.chat.session.ids == direct.ids and "took back" in talk.err and "error" not in talk.err
 
 
-@EDITS
 def test_undo_goes_back_to_the_beginning(model: OmniModel) -> None:
     talk = Talk(model, session={"system": "Be brief."}).run("one", "two", "/undo", "/undo", "/undo")
     assert talk.chat.session.ids == OmniSession(model, system="Be brief.").ids
@@ -226,71 +221,58 @@ def test_undo_goes_back_to_the_beginning(model: OmniModel) -> None:
     assert "there is no question to take back" in talk.err
 
 
-@dataclass(frozen=True)
-class ItemDouble:
-    role: str
-    parts: Any
-
-
-def test_undo_makes_the_items_what_they_were(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything from the last question on goes, calls of tools and their results too, in one step."""
-    call = ItemDouble("assistant", [{"type": "tool_call", "id": "a", "name": "f", "arguments": {}}])
-    result = ItemDouble("tool", [{"type": "tool_result", "call_id": "a", "output": "1"}])
-    first = [ItemDouble("system", "s"), ItemDouble("user", "one"), ItemDouble("assistant", "1")]
-    question = ItemDouble("user", [{"type": "image", "image": "x.png"}, {"type": "text", "text": "two"}])
-    held: list[tuple[ItemDouble, ...]] = [(*first, question, call, result, ItemDouble("assistant", "2"))]
-    monkeypatch.setattr(OmniSession, "items", property(lambda session: held[-1]), raising=False)
-    monkeypatch.setattr(OmniSession, "become", lambda session, items: held.append(tuple(items)), raising=False)
-    talk = Talk(model).run("/undo", "/undo", "/undo")
-    assert held[1:] == [tuple(first), tuple(first[:1])]
-    assert "took back 'two'" in talk.err and "took back 'one'" in talk.err
-    assert "there is no question to take back" in talk.err
-
-
 # ---- tools ----
-
-
-@dataclass(frozen=True)
-class CallDouble:
-    id: str
-    name: str
-    arguments: str
-    parsed: dict[str, Any]
-    row: int = 0
 
 
 SCHEMA = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
-def calling(monkeypatch: pytest.MonkeyPatch, *turns: list[Any]) -> SimpleNamespace:
-    """Let sessions give these replies one after the other, and note what they are told."""
-    notes = SimpleNamespace(tools=[], results=[], became=[], left=list(turns))
+def calling(monkeypatch: pytest.MonkeyPatch, *replies: list[Any], reason: str = "stop") -> None:
+    """Let sessions give these replies one after the other: events, which the history holds as it holds real ones."""
+    left = list(replies)
 
     def respond(session: OmniSession, **arguments: Any) -> Iterator[Any]:
-        yield from notes.left.pop(0)
-        yield TurnEnd(0, "stop", "")
-
-    def push(session: OmniSession, call_id: str, output: str) -> None:
-        notes.results.append((call_id, output))
+        events = left.pop(0)
+        items = list(session.items)
+        if items[-1].status == "in_progress":
+            session.delete(items[-1].id)  # type: ignore[arg-type]
+            items[-1] = Item(role="user", parts=items[-1].text)
+        calls = [event for event in events if isinstance(event, ToolCall)]
+        parts: list[Any] = [{"type": "tool_call", "id": c.id, "name": c.name, "arguments": c.arguments} for c in calls]
+        parts += [event.text for event in events if isinstance(event, TextDelta)]
+        session.become([*items, Item(role="assistant", parts=parts)])
+        yield from [*events, TurnEnd(0, reason, "")]
 
     monkeypatch.setattr(OmniSession, "respond", respond)
-    monkeypatch.setattr(OmniSession, "push_tool_result", push, raising=False)
-    configure = lambda session, tools: notes.tools.append(tools)  # noqa: E731
-    monkeypatch.setattr(OmniSession, "configure", configure, raising=False)
-    user = (ItemDouble("user", "q"),)
-    monkeypatch.setattr(OmniSession, "items", property(lambda session: user), raising=False)
-    monkeypatch.setattr(OmniSession, "become", lambda session, items: notes.became.append(items), raising=False)
-    return notes
 
 
-CALLS = [CallDouble("a", "weather", '{"city": "Zürich"}', {"city": "Zürich"}), CallDouble("b", "time", "{}", {})]
+WEATHER = ToolCall(0, "a", "weather", '{"city": "Zürich"}', {"city": "Zürich"})
+TIME, LATER = (ToolCall(0, name, "time", "{}", {}) for name in ("b", "c"))
 
 
-def test_tools_are_offered_and_dropped(model: OmniModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = calling(monkeypatch)
+def said(text: str) -> list[Any]:
+    return [TextDelta(0, text, (1,))]
+
+
+def results(talk: Talk) -> list[tuple[str, str]]:
+    parts = [item.parts[0] for item in talk.chat.session.items if item.role == "tool"]
+    return [(part["call_id"], part["output"]) for part in parts]
+
+
+def test_tools_are_offered_and_dropped(model: OmniModel, tmp_path: Path) -> None:
     (tmp_path / "my tools.json").write_text(json.dumps([SCHEMA]))
-    talk = Talk(model).run("/tools my tools.json", "/tools off")
-    assert notes.tools == [[SCHEMA], []] and "tools: weather;" in talk.err
+    talk = Talk(model).run("one", "/tools my tools.json")
+    direct = OmniSession(model, tools=[SCHEMA])
+    direct.push_text("one")
+    without = OmniSession(model)
+    without.push_text("one")
+    list(without.respond(**REPLY))
+    assert talk.chat.session.tools == [SCHEMA] and "tools: weather;" in talk.err
+    assert talk.chat.session.items[0].text == "one" and talk.chat.session.ids != without.ids
+    opening = OmniSession(model, tools=[SCHEMA]).ids
+    assert talk.chat.session.ids[: len(opening)] == opening
+    talk.run("/tools off")
+    assert talk.chat.session.ids == without.ids and not talk.chat.session.tools
 
 
 @pytest.mark.parametrize("interactive", [True, False])
@@ -298,19 +280,38 @@ def test_calls_get_their_results_from_the_next_lines(
     model: OmniModel, monkeypatch: pytest.MonkeyPatch, interactive: bool
 ) -> None:
     """Results are handed on together, then the reply goes on, with more calls or with an answer."""
-    notes = calling(monkeypatch, CALLS, [CALLS[1]], [TextDelta(0, "It rains.", (1,))], [TextDelta(0, "Yes.", (1,))])
+    calling(monkeypatch, [WEATHER, TIME], [LATER], said("It rains."), said("Yes."))
     talk = Talk(model).run("weather?", "rain", "/noon", "1 pm", "sure?", interactive=interactive)
-    assert notes.results == [("a", "rain"), ("b", "/noon"), ("b", "1 pm")] and not notes.became
+    assert results(talk) == [("a", "rain"), ("b", "/noon"), ("c", "1 pm")]
     assert talk.out == "It rains.\nYes.\n" and talk.code == 0
     assert 'calls weather({"city": "Zürich"})' in talk.err and "calls time({})" in talk.err
     assert talk.lines.prompts[1:4] == ["result of weather> ", "result of time> ", "result of time> "]
+    talk.run("/undo")
+    roles = [item.role for item in talk.chat.session.items]
+    assert roles == ["user", "assistant", "tool", "tool", "assistant", "tool", "assistant"]
+    talk.run("/undo")
+    assert talk.chat.session.ids == OmniSession(model).ids
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, None])
+def no_line() -> None:
+    """The input ends."""
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("end", [ctrl_c, no_line])
 def test_a_call_without_a_result_takes_the_question_back(
-    model: OmniModel, monkeypatch: pytest.MonkeyPatch, end: Any
+    model: OmniModel, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None]
 ) -> None:
-    notes = calling(monkeypatch, CALLS, [TextDelta(0, "Well.", (1,))])
-    talk = Talk(model).run("weather?", "rain", lambda: None if end is None else exec("raise KeyboardInterrupt"), "next")
-    assert notes.results == [] and notes.became == [()] and talk.out == "Well.\n"
-    assert "what was asked is taken back" in talk.err
+    calling(monkeypatch, [WEATHER, TIME], said("Well."))
+    talk = Talk(model).run("weather?", "rain", end, "next")
+    assert [item.text for item in talk.chat.session.items] == ["next", "Well."] and talk.out == "Well.\n"
+    assert "what was asked is taken back" in talk.err and not results(talk)
+
+
+def test_a_call_that_cannot_be_read_takes_the_question_back(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calling(monkeypatch, said("Well."), reason="error")
+    talk = Talk(model).run("weather?")
+    assert talk.chat.session.items == () and "cannot be read" in talk.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -304,16 +304,6 @@ def test_a_signal_elsewhere_is_not_ours(model: OmniModel) -> None:
     assert len(talk.out.splitlines()) == 1
 
 
-class Items:
-    """A double of the list of a session's messages: notes to what the session is made again."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.became = list[Any]()
-        items = (SimpleNamespace(role="system", parts="s"), SimpleNamespace(role="user", parts="q"))
-        monkeypatch.setattr(OmniSession, "items", property(lambda session: items), raising=False)
-        monkeypatch.setattr(OmniSession, "become", lambda session, items: self.became.append(items), raising=False)
-
-
 def cut_reading(session: OmniSession, **arguments: Any) -> Iterator[Any]:
     signal.raise_signal(signal.SIGINT)
     yield
@@ -321,29 +311,47 @@ def cut_reading(session: OmniSession, **arguments: Any) -> Iterator[Any]:
 
 def test_before_anything_came(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The question is taken back at once: nothing of an answer was heard."""
-    items = Items(monkeypatch)
     monkeypatch.setattr(OmniSession, "respond", cut_reading)
+    talk = Talk(model).run("one", f"/image {PICTURE}", "two")
+    assert talk.chat.session.ids == OmniSession(model).ids and talk.out == "" and talk.err.count("taken back") == 2
+
+
+@pytest.mark.parametrize("at", range(0, 60, 7))
+def test_an_exception_while_the_model_reads(model: OmniModel, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Wherever in the model's work it comes, the conversation is whole afterwards and goes on."""
+    calls = itertools.count()
+    step = type(model.thinker).forward  # type: ignore[union-attr]
+
+    def cut(*args: Any, **options: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    monkeypatch.setattr(type(model.thinker), "forward", cut)
     talk = Talk(model).run("one", "two")
-    assert [len(kept) for kept in items.became] == [1, 1] and talk.out == "" and talk.err.count("taken back") == 2
+    monkeypatch.undo()
+    roles = [item.role for item in talk.chat.session.items]
+    assert roles[-2:] == ["user", "assistant"] and len(roles) in (2, 4)
+    assert len(roles) == 4 or "taken back" in talk.err
 
 
 def test_twice_while_the_answer_comes(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one gives the reply up where the first has not ended it yet."""
-    items = Items(monkeypatch)
     respond = OmniSession.respond
 
     def impatient(session: OmniSession, **arguments: Any) -> Iterator[Any]:
         events = respond(session, **arguments)
         yield next(events)
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        yield next(events)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # as if it had come inside the step
+            session._forget(session._reply, error)  # type: ignore[arg-type]
+            raise
 
     monkeypatch.setattr(OmniSession, "respond", impatient)
-    talk = Talk(model)
-    monkeypatch.setattr(type(talk.chat.session), "responding", False)
-    talk.run("one")
-    assert [len(kept) for kept in items.became] == [1] and "taken back" in talk.err
+    talk = Talk(model).run("one")
+    assert talk.chat.session.ids == OmniSession(model).ids and "taken back" in talk.err
 
 
 # ---- failures ----
@@ -355,12 +363,21 @@ def test_a_failed_reply_takes_its_question_back(model: OmniModel, monkeypatch: p
     def full(session: OmniSession, **arguments: Any) -> Iterator[Any]:
         raise ValueError("the session is full")
 
-    items = Items(monkeypatch)
     monkeypatch.setattr(OmniSession, "respond", full)
     talk = Talk(model).run("one")
-    assert [len(kept) for kept in items.became] == [1] and "omni: error: the session is full" in talk.err
+    assert talk.chat.session.ids == OmniSession(model).ids and "omni: error: the session is full" in talk.err
     piped = Talk(model).run("one", interactive=False)
-    assert piped.code == 1 and piped.out == "" and len(items.became) == 2
+    assert piped.code == 1 and piped.out == "" and piped.chat.session.ids == OmniSession(model).ids
+
+
+def test_a_full_conversation_forgets_its_oldest_turns(model: OmniModel) -> None:
+    """And says so; what is taken back or begun anew is not called forgotten."""
+    talk = Talk(model, session={"make_room": 0.5})
+    talk.chat.session._conversation.limit = 160
+    talk.run(*["a question of some length"] * 8)
+    assert "oldest turns are forgotten" in talk.err and "error" not in talk.err and len(talk.out.splitlines()) == 8
+    other = Talk(model).run("one", "two", "/undo", "/undo", "three", "/save s", "/new", "four", "/load s", "five")
+    assert "forgotten" not in other.err and "error" not in other.err
 
 
 def test_a_closed_session_ends_it(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
