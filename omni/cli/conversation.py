@@ -157,6 +157,7 @@ class Chat:
         except KeyboardInterrupt:
             if not self.lines.interactive:
                 raise
+            self.progress.out()  # behind the ^C that the terminal shows
             self.say("stopped; the conversation is as it was before")
         except Exception as error:
             if os.environ.get("OMNI_DEBUG") or self.session.closed:
