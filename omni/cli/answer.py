@@ -144,3 +144,4 @@ class Answering:
             self.player.finish()
             played_ms, self.answer.played_samples = self.player.played_ms, self.player.played_samples
         self.answer.kept = self.session.interrupt(played_ms)
+        self.answer.calls.clear()  # whoever interrupts a reply does not want what it calls

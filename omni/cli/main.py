@@ -20,6 +20,7 @@ _DESCRIPTION = "Talk to Thinker-Talker models: text, audio, images and video in;
 _EXAMPLES = """\
 examples:
   omni demo
+  omni chat --play
   omni chat --model Qwen/Qwen3-Omni-30B-A3B-Instruct --audio question.wav --out answer.wav
   omni chat --model ./checkpoint --image picture.png --no-audio "What is in the picture?"
   omni chat --model ./checkpoint --video clip.mp4 --use-audio-in-video "What happens, and what is said?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,6 +310,13 @@ def test_a_call_without_a_result_takes_the_question_back(
     talk = Talk(model).run("weather?", "rain", end, "next")
     assert [item.text for item in talk.chat.session.items] == ["next", "Well."] and talk.out == "Well.\n"
     assert "what was asked is taken back" in talk.err and not results(talk)
+
+
+def test_an_interrupted_reply_calls_nothing(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calling(monkeypatch, [*said("Let me see."), WEATHER])
+    device = PlayerDouble(during=lambda: signal.raise_signal(signal.SIGINT))
+    talk = Talk(model, open_player=lambda: device).run("weather?", "/quit")
+    assert talk.lines.prompts == ["> ", "> "] and "interrupted" in talk.err
 
 
 def test_a_call_that_cannot_be_read_takes_the_question_back(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
