@@ -53,8 +53,9 @@ class Conversation:
 
     @property
     def ids(self) -> list[int]:
-        """All token ids, those of the open turn's text as they are if no more text follows."""
-        return ids_of([*self.entries, *([] if self.open is None else self.open.writing.tail_entries())])
+        """All token ids; open media and text are not among them."""
+        closed = [*self.beginning, *(entry for message in self.messages for entry in message.entries)]
+        return ids_of(closed if self.open is None else closed + self.open.entries)
 
     @property
     def end(self) -> PromptEnd:

@@ -19,10 +19,9 @@ from omni.generation.streaming_config import StreamingConfig
 from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
-from omni.session.replies import begin_reply
 from omni.session.options import check_parts
+from omni.session.replies import Kept, begin_reply
 from omni.session.reply_events import ReplyEvents
-from omni.session.replies import Kept
 from omni.session.session import OmniSession
 from omni.session.undo import whole
 

@@ -1,7 +1,7 @@
-"""What a conversation is made of, as a model reads it: pieces of text, media as embeddings, and steps of the position.
+"""What a conversation is made of, as a model reads it: pieces of text, media as embeddings, steps of the position.
 
-The position rules are those of `omni.rope.positions`, carried from entry to entry by a `PromptEnd`: `start` is where the
-next segment begins, `highest` the largest position so far, after which a reply begins.
+The position rules are those of `omni.rope.positions`, carried from entry to entry by a `PromptEnd`: `start` is where
+the next segment begins, `highest` the largest position so far, after which a reply begins.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,9 @@ class Entry:
         return Entry(self.ids[:first], self.by_user), Entry(self.ids[first:], self.by_user)
 
 
+NOTHING = PromptEnd()
+
+
 def after(end: PromptEnd, entry: Entry) -> PromptEnd:
     """Where a prompt ends once this entry is read."""
     if entry.offsets is not None:
@@ -76,7 +80,7 @@ def after(end: PromptEnd, entry: Entry) -> PromptEnd:
     return PromptEnd(end.start + tokens, max(end.highest, last), end.tokens + tokens)
 
 
-def end_of(entries: Iterable[Entry], end: PromptEnd = PromptEnd()) -> PromptEnd:
+def end_of(entries: Iterable[Entry], end: PromptEnd = NOTHING) -> PromptEnd:
     """Where a prompt ends after these entries, which follow one that ended at `end`."""
     for entry in entries:
         end = after(end, entry)
@@ -89,27 +93,29 @@ def ids_of(entries: Iterable[Entry]) -> list[int]:
 
 
 Encode = Callable[[str], list[int]]
+Piece = str | Sequence[int]  # text, or tokens by their ids
 
 
 class Writing:
     """Entries while they are written. Texts in a row become tokens together, so text at the end waits.
 
-    entries: what is decided; tail: text that waits for what follows it.
+    entries: what is decided; tail: pieces that wait for what follows them.
     """
 
     def __init__(self, model: ModelParts, encode: Encode, *, by_user: bool = False) -> None:
         self.model, self.encode, self.by_user = model, encode, by_user
         self.entries: list[Entry] = []
-        self.tail: tuple[str, ...] = ()
+        self.tail: tuple[Piece, ...] = ()
 
-    def write_text(self, text: str | Sequence[int]) -> None:
-        """Append text, or tokens by their ids."""
-        if isinstance(text, str):
-            self.tail += (text,) if text else ()
-            return
-        self.flush()
-        if text:
-            self.entries.append(Entry(tuple(text), self.by_user))
+    def wait(self, piece: Piece) -> None:
+        """Append a piece that is not decided before something else follows."""
+        self.tail += (piece,) if piece else ()
+
+    def write_text(self, piece: Piece) -> None:
+        """Append text, or tokens by their ids, which decide the text before them."""
+        self.wait(piece)
+        if not isinstance(piece, str):
+            self.flush()
 
     def write_at(self, ids: Sequence[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None = None) -> None:
         """Append a piece of the current media segment: offsets [3, n], embeds [n, D], taps [n_taps, n, D].
@@ -145,9 +151,17 @@ class Writing:
         self.tail = ()
 
     def tail_entries(self) -> list[Entry]:
-        """The text that waits, as it is if no more text follows."""
-        ids = self.encode("".join(self.tail)) if self.tail else []
-        return [Entry(tuple(ids), self.by_user)] if ids else []
+        """What waits, as it is if no more text follows."""
+        return self.encoded(self.tail)
+
+    def encoded(self, pieces: Sequence[Piece]) -> list[Entry]:
+        """Pieces as entries; texts in a row become tokens together."""
+        out = []
+        for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+            group: list[Any] = list(run)
+            decided = [self.encode("".join(group))] if is_text else group
+            out += [Entry(tuple(ids), self.by_user) for ids in decided if ids]
+        return out
 
     def clone(self) -> Writing:
         """An independent copy."""

@@ -196,7 +196,7 @@ def _take_parts(values: list[Any], entries: Sequence[Entry]) -> tuple[dict[str, 
             return value
         check(value, {"kept": str, "first": int, "count": int}, "a kept medium")
         first, count = value["first"], value["count"]
-        require(0 <= first and 0 < count and first + count <= len(entries), "a part names entries that are not there")
+        require(first >= 0 and count > 0 and first + count <= len(entries), "a part names entries that are not there")
         return KeptMedia(value["kept"], tuple(entries[first : first + count]))
 
     parts = [{key: take(value) for key, value in part.items()} for part in values]
@@ -252,10 +252,13 @@ def _put_turn(turn: OpenTurn, tensors: Tensors) -> dict[str, Any]:
 def _take_turn(session: OmniSession, values: dict[str, Any], tensors: Tensors) -> OpenTurn:
     turn = OpenTurn(session._encoders, id=values["id"])
     entries = turn.writing.entries = _take_entries("open", values["entries"], tensors, session)
+    for piece in [*values["tail"], *values["before_medium"][1]]:
+        check_ids([] if isinstance(piece, str) else piece, session.model.config.thinker.text_config.vocab_size, "tail")
     turn.writing.tail, turn.parts = tuple(values["tail"]), _take_parts(values["parts"], entries)
     before, tail = values["before_medium"]
     require(
-        0 <= before <= values["medium_start"] <= len(entries), "open.before_medium names entries that are not there"
+        0 <= before <= values["medium_start"] <= len(entries) + len(tail),
+        "open.before_medium names entries that are not there",
     )
     turn.before_medium, turn.medium_start = (before, tuple(tail)), values["medium_start"]
     if values["clip"] is not None:

@@ -8,35 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omni.session import options
+from omni.session.attached import Attached
 from omni.session.conversation import lay_out_results
-from omni.session.entries import Entry
 from omni.session.items import IN_PROGRESS, INCOMPLETE, Item, Message, new_id
 from omni.session.render import render
 from omni.session.replies import Kept, cut_undelivered, fill
 from omni.session.undo import whole
 
-if TYPE_CHECKING:
-    from omni.session.session import OmniSession
-
 UNCHANGED: Any = object()  # an argument that was left out
 
 
-class History:
+class History(Attached):
     """The editing half of a session."""
 
-    tools: list[Any] | None
-
     @property
-    def system(self: OmniSession) -> str | None:
-        """The system text that opens the conversation, None without one."""
-        first = self._conversation.system
-        return None if first is None else first.item.text
-
-    @property
-    def items(self: OmniSession) -> tuple[Item, ...]:
+    def items(self) -> tuple[Item, ...]:
         """The messages of the conversation: the system message if there is one, turns, replies and tool results.
 
         The turn that the user is writing and the reply that is being given are in_progress. What media hold is not
@@ -45,7 +34,7 @@ class History:
         return tuple(message.item for message in self._conversation.all)
 
     @whole
-    def become(self: OmniSession, items: Sequence[Item]) -> None:
+    def become(self, items: Sequence[Item]) -> None:
         """Let these be the conversation. Items of a session stand for what it has read; others are read anew.
 
         An open turn of the user's stays open, after them. A reply that is being given must be among them. Raises
@@ -55,7 +44,7 @@ class History:
         self._become_items(items)
 
     @whole
-    def insert(self: OmniSession, item: Item, after: str | None = None) -> str:
+    def insert(self, item: Item, after: str | None = None) -> str:
         """Add an item behind that with the id `after`; returns its id.
 
         None is the end: behind all but the turn that the user is writing. "root" is the beginning, where a system item
@@ -72,8 +61,11 @@ class History:
         return message.id
 
     @whole
-    def replace(self: OmniSession, id: str, item: Item) -> str:
-        """Put another item in the place of one, under its id unless it has its own; returns the id. Raises as `insert`."""
+    def replace(self, id: str, item: Item) -> str:
+        """Put another item in the place of one, under its id unless it has its own; returns the id.
+
+        Raises as `insert`.
+        """
         self._editable(id)
         message = self._message(item)
         if message is None:
@@ -83,8 +75,11 @@ class History:
         return message.id
 
     @whole
-    def delete(self: OmniSession, id: str) -> None:
-        """Take an item out; the user's open turn is discarded. Raises as `insert`, and for a reply that is being given."""
+    def delete(self, id: str) -> None:
+        """Take an item out; the user's open turn is discarded.
+
+        Raises as `insert`, and for a reply that is being given.
+        """
         if self._conversation.open is not None and self._conversation.open.id == id:
             self._conversation.open = None
             self._read_ahead()
@@ -93,7 +88,7 @@ class History:
         self._become(self._conversation.replaced(id))
 
     @whole
-    def truncate(self: OmniSession, id: str, played_ms: float | None) -> Kept:
+    def truncate(self, id: str, played_ms: float | None) -> Kept:
         """Cut a reply, also an earlier one, to what was heard after so many milliseconds of its sound; returns that.
 
         At or beyond its end all of it is kept, and so it is of a silent one that is complete. Raises ValueError for an
@@ -105,7 +100,7 @@ class History:
         return self._truncate(message, played_ms)
 
     @whole
-    def interrupt(self: OmniSession, played_ms: float | None = None) -> Kept:
+    def interrupt(self, played_ms: float | None = None) -> Kept:
         """Cut the last reply to what was heard and return that; input may have been pushed since.
 
         played_ms: how much of its sound was played (None: all that was yielded). A reply counts as heard by words, see
@@ -118,7 +113,7 @@ class History:
         return self._truncate(replies[-1], played_ms)
 
     @whole
-    def configure(self: OmniSession, *, system: Any = UNCHANGED, tools: Any = UNCHANGED) -> None:
+    def configure(self, *, system: Any = UNCHANGED, tools: Any = UNCHANGED) -> None:
         """Change the system text, or the tools that the model may call; what is left out stays as it is.
 
         system: None or "" removes it. tools: JSON schemas or documented functions, None or [] removes them. Raises as
@@ -140,7 +135,7 @@ class History:
         self._put_messages([*opening, *rest], before)
 
     @whole
-    def push_tool_result(self: OmniSession, call_id: str, output: str) -> str:
+    def push_tool_result(self, call_id: str, output: str) -> str:
         """Answer a call of a tool; returns the item's id. `respond` goes on from there.
 
         Raises ValueError for an id that no reply has called, or that has been answered.
@@ -155,7 +150,7 @@ class History:
         return message.id
 
     @whole
-    def drop_oldest_turns(self: OmniSession, count: int = 1) -> int:
+    def drop_oldest_turns(self, count: int = 1) -> int:
         """Make room: forget the oldest user turns with what follows each, read the rest again, return the ids freed.
 
         What follows equals a session that never had those turns. The system text stays. Raises ValueError while it
@@ -170,12 +165,12 @@ class History:
 
     # the one operation
 
-    def _become_items(self: OmniSession, items: Sequence[Item]) -> None:
+    def _become_items(self, items: Sequence[Item]) -> None:
         if isinstance(items, (str, Item)) or not isinstance(items, Sequence):
             raise TypeError(f"the items of a conversation must be a list of Item, got {type(items).__name__}")
         self._become([message for item in items if (message := self._message(item)) is not None])
 
-    def _message(self: OmniSession, item: Item) -> Message | None:
+    def _message(self, item: Item) -> Message | None:
         """An item as a message of this session; None for the turn that is being written here."""
         if not isinstance(item, Item):
             raise TypeError(f"an item of a conversation must be an Item, got {type(item).__name__}")
@@ -189,19 +184,19 @@ class History:
             return own
         return render(self, item)
 
-    def _fits(self: OmniSession, message: Message) -> bool:
+    def _fits(self, message: Message) -> bool:
         """Whether another session's message can be read here: it is no beginning, and its width is the model's."""
         width = self.model.config.thinker.text_config.hidden_size
         return all(entry.embeds is None or entry.embeds.shape[1] == width for entry in message.entries)
 
-    def _editable(self: OmniSession, id: str) -> None:
+    def _editable(self, id: str) -> None:
         """Raise ValueError for an unknown item, or one that is being written."""
         if self._conversation.open is not None and self._conversation.open.id == id:
             raise ValueError(f"item {id!r} is the turn that the user is writing; respond first, or delete it")
         if self._conversation.messages[self._conversation.index(id)].status == IN_PROGRESS:
             raise ValueError(f"item {id!r} is the reply that is being given; interrupt it first")
 
-    def _become(self: OmniSession, messages: Sequence[Message]) -> None:
+    def _become(self, messages: Sequence[Message]) -> None:
         """Let these be the messages, and the row be made equal to them."""
         before = self._conversation.end
         seen: set[str] = set()
@@ -215,7 +210,7 @@ class History:
         _check_calls(messages)
         self._put_messages(messages, before)
 
-    def _put_messages(self: OmniSession, messages: Sequence[Message], before: Any) -> None:
+    def _put_messages(self, messages: Sequence[Message], before: Any) -> None:
         self._forget_media()
         conversation = self._conversation
         own = [self._in_place(message, opens=place == 0) for place, message in enumerate(messages)]
@@ -230,7 +225,7 @@ class History:
             )
         self._read_ahead()
 
-    def _in_place(self: OmniSession, message: Message, *, opens: bool) -> Message:
+    def _in_place(self, message: Message, *, opens: bool) -> Message:
         """A message in its place: the system message that opens a conversation is written by the chat template."""
         if message.role != "system" or opens == (not message.entries):
             return message
@@ -238,13 +233,7 @@ class History:
             return dataclasses.replace(message, entries=())
         return dataclasses.replace(render(self, message.item), id=message.id)
 
-    def _beginning(self: OmniSession, system: str | None) -> tuple[Entry, ...]:
-        """What the chat template writes before the first turn."""
-        start, tools = self.model.config.im_start_token_id, self.tools
-        ids = self.processor.beginning_ids(system, start, **({"tools": tools} if tools else {}))
-        return (Entry(tuple(ids)),) if ids else ()
-
-    def _truncate(self: OmniSession, message: Message, played_ms: float | None) -> Kept:
+    def _truncate(self, message: Message, played_ms: float | None) -> Kept:
         """Cut a reply; see `truncate`."""
         options.check_played(played_ms)
         reply = self._reply

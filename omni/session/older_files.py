@@ -1,4 +1,4 @@
-"""Saved sessions of formats 1 to 3, which were one list of what had been read, as sessions of today: a list of messages.
+"""Saved sessions of formats 1 to 3, one list of what had been read, as sessions of today: a list of messages.
 
 Formats 1 and 2 did not name the model, and had nothing queued: it was read before saving. Format 1 had no media of the
 past, and other names for what is open.
@@ -34,7 +34,7 @@ class _Turn:
     by_user: bool
     entries: list[tuple[list[int], bool, float, bool]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    tail: list[str] = field(default_factory=list)
+    tail: list[Any] = field(default_factory=list)
 
     def add(self, ids: list[int], length: float = 0.0, *, media: bool = False, name: str = "") -> None:
         self.entries.append((ids, self.by_user, length, media))
@@ -103,14 +103,10 @@ class OlderSession:
             text(older["owed"], False)
         for piece, by_user in [*older["queued"], *((piece, True) for piece in older["text"])]:
             begun = begun or not piece
-            if isinstance(piece, str) and begun and turns:
+            if piece and begun and turns and (isinstance(piece, str) or start not in piece):
                 turns[-1].tail.append(piece)
             elif piece:
-                ids = session.processor.encode_text(piece) if isinstance(piece, str) else piece
-                if turns and turns[-1].tail:
-                    waiting, turns[-1].tail = turns[-1].tail, []
-                    turns[-1].add(session.processor.encode_text("".join(waiting)))
-                text(ids, by_user)
+                text(session.processor.encode_text(piece) if isinstance(piece, str) else piece, by_user)
         return beginning, turns
 
     def _open(self, session: OmniSession, turn: _Turn) -> dict[str, Any]:
@@ -160,8 +156,8 @@ def older_session(values: dict[str, Any], found: int, tensors: Tensors) -> Older
 
 def _offsets(past: list[Any], place: int) -> Tensor:
     """Positions of media that were not kept: what counts of them is the largest, right before the next segment."""
-    ids, (_, length, *_) = past[place][0], next((e for e in past[place + 1 :] if not e[0] and not e[4]), [[], 0.0])
-    offsets = torch.zeros(3, len(ids))
+    length = next((float(entry[1]) for entry in past[place + 1 :] if not entry[0] and not entry[4]), 0.0)
+    offsets = torch.zeros(3, len(past[place][0]))
     offsets[:, -1:] = max(0.0, length - 1)
     return offsets
 
@@ -184,8 +180,9 @@ def _move(name: str, turn: _Turn, tensors: Tensors) -> None:
 
 
 def _message(session: OmniSession, turn: _Turn) -> dict[str, Any]:
-    if turn.tail:
-        turn.add(session.processor.encode_text("".join(turn.tail)))
+    for is_text, run in groupby(turn.tail, key=lambda piece: isinstance(piece, str)):
+        for own in [session.processor.encode_text("".join(run))] if is_text else run:
+            turn.add(own)
     ids = [token for entry in turn.entries for token in entry[0]]
     config, end = session.model.config, session._closing()
     role = "user" if turn.by_user else "assistant" if config.assistant_token_id in ids[1:2] else "system"

@@ -15,9 +15,8 @@ from omni.config.positions import PositionRule
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import VideoPixels
-from omni.rope.positions import Image
-from omni.rope.positions import segment_positions
-from omni.session.entries import Writing
+from omni.rope.positions import Image, segment_positions
+from omni.session.entries import Entry, Piece, Writing
 from omni.session.items import IN_PROGRESS, KeptMedia, Message, forget, forget_parts, new_id
 from omni.session.live_media import AudioFrontEnd, OpenClip, OpenVideo
 
@@ -56,16 +55,16 @@ class OpenTurn:
         self.parts: tuple[dict[str, Any], ...] = ()
         self.clip: OpenClip | None = None
         self.video: OpenVideo | None = None
-        self.before_medium: tuple[int, tuple[str, ...]] = (0, ())
+        self.before_medium: tuple[int, tuple[Piece, ...]] = (0, ())
         self.medium_start = 0
         self.writing.write_text([encoders.model.config.im_start_token_id])
         self.writing.write_text(f"{role}\n")  # may become tokens together with the text that follows
 
-    def add_text(self, text: str, pieces: Sequence[str | Sequence[int]] | None = None) -> None:
+    def add_text(self, text: str, pieces: Sequence[Piece] | None = None) -> None:
         """Text, and the pieces that it is made of (None: itself). Consecutive texts are one text."""
         self.close_media()
         for piece in [text] if pieces is None else pieces:
-            self.writing.write_text(piece)
+            self.writing.wait(piece)
         if text:
             before = self.parts[-1]["text"] if self.parts and self.parts[-1]["type"] == "text" else ""
             rest = self.parts[:-1] if before else self.parts
@@ -196,6 +195,14 @@ class OpenTurn:
             media = self._medium(kind) or KeptMedia(kind, ())
             parts = (*parts, {"type": kind, kind: media})
         return Message(self.id, self.role, parts, (*self.writing.entries, *self.writing.tail_entries()), IN_PROGRESS)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Its entries without the text and the media that are open."""
+        writing, tail = self.writing, self.writing.tail
+        if self.clip is None and self.video is None:  # the text is open, but for the header's
+            tail = tail[: len(writing.entries) == 1]
+        return [*writing.entries, *writing.encoded(tail)]
 
     @property
     def empty(self) -> bool:

@@ -97,7 +97,7 @@ def share(make_room: Any) -> float | None:
         return None
     if not isinstance(make_room, Real) or isinstance(make_room, bool):
         raise TypeError(f"make_room must be a share between 0 and 1 or None, got {make_room!r}")
-    if not 0 < make_room < 1:
+    if not 0 < float(make_room) < 1:
         raise ValueError(f"make_room must be a share between 0 and 1, got {make_room}; 0.2 frees a fifth")
     return float(make_room)
 

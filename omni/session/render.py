@@ -15,7 +15,7 @@ from omni.session.items import COMPLETED, IN_PROGRESS, Item, KeptMedia, Message,
 from omni.session.open_turn import OpenTurn
 
 if TYPE_CHECKING:
-    from omni.session.session import OmniSession
+    from omni.session.attached import Attached
 
 _PARTS = {  # which kinds of parts a role may have beside those of the processor
     "assistant": ("tool_call",),
@@ -23,7 +23,7 @@ _PARTS = {  # which kinds of parts a role may have beside those of the processor
 }
 
 
-def render(session: OmniSession, item: Item) -> Message:
+def render(session: Attached, item: Item) -> Message:
     """A message of its own for an item. Raises TypeError or ValueError, naming the part and the remedy."""
     status = COMPLETED if item.status == IN_PROGRESS else item.status
     own = [part for part in item.parts if part.get("type") in _PARTS.get(item.role, ())]
@@ -39,7 +39,7 @@ def render(session: OmniSession, item: Item) -> Message:
     return turn.finish(status)
 
 
-def _add(session: OmniSession, turn: OpenTurn, part: Mapping[str, Any], role: str) -> None:
+def _add(session: Attached, turn: OpenTurn, part: Mapping[str, Any], role: str) -> None:
     """Add a content item as the processor takes it, or media that a session has read."""
     kept = [value for value in part.values() if isinstance(value, KeptMedia)]
     if kept:
@@ -57,7 +57,7 @@ def _add(session: OmniSession, turn: OpenTurn, part: Mapping[str, Any], role: st
     _add_medium(session, turn, conversation.media[0])
 
 
-def _add_medium(session: OmniSession, turn: OpenTurn, medium: Medium) -> None:
+def _add_medium(session: Attached, turn: OpenTurn, medium: Medium) -> None:
     processor, own = session.processor, medium.options
     if medium.kind == "audio":
         span = own.get("audio_start", 0.0), own.get("audio_end")
@@ -74,9 +74,7 @@ def _add_medium(session: OmniSession, turn: OpenTurn, medium: Medium) -> None:
         session.model.require("vision_encoder")
         limits = PixelBudget(own.get("min_pixels"), own.get("max_pixels"))
         want_sound = own.get("use_audio_in_video", session.use_audio_in_video)
-        film = processor.vision.video(
-            medium.source, own, limits, bool(want_sound), media_budget=processor.media_budget
-        )
+        film = processor.vision.video(medium.source, own, limits, bool(want_sound), media_budget=processor.media_budget)
         turn.add_film(film)
 
 
@@ -108,7 +106,7 @@ def _call(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reply(
-    session: OmniSession, id: str, texts: Sequence[Mapping[str, Any]], calls: Sequence[dict[str, Any]], status: str
+    session: Attached, id: str, texts: Sequence[Mapping[str, Any]], calls: Sequence[dict[str, Any]], status: str
 ) -> Message:
     """An assistant's message, as the chat template writes one."""
     if any(part["type"] != "text" for part in texts if isinstance(part, Mapping)):

@@ -19,7 +19,7 @@ from omni.session.row_reader import Job
 from omni.session.undo import Undo, put_back
 
 if TYPE_CHECKING:
-    from omni.session.session import OmniSession
+    from omni.session.attached import Attached
 
 
 class Kept(NamedTuple):
@@ -53,9 +53,12 @@ class Reply:
         return self.turn.delivered_end or self.left or self.failed is not None
 
 
-def begin_reply(session: OmniSession, arguments: dict[str, Any]) -> tuple[Reply, Job[None]]:
-    """Write the beginning of the reply that `OmniSession.respond` asks for into the list -> the reply, and what is to be
-    done in the row: read the prompt and start the turn. Raises ValueError or TypeError."""
+def begin_reply(session: Attached, arguments: dict[str, Any]) -> tuple[Reply, Job[None]]:
+    """Write the beginning of the reply that `OmniSession.respond` asks for into the list.
+
+    Returns the reply, and what is to be done in the row: read the prompt and start the turn. Raises ValueError or
+    TypeError.
+    """
     model, processor = session.model, session.processor
     streaming, prefill = arguments.pop("streaming"), arguments.pop("prefill")
     streaming = session.streaming if streaming is None else streaming
@@ -107,7 +110,7 @@ def _entries(*texts: Sequence[int]) -> tuple[Entry, ...]:
     return tuple(Entry(tuple(ids)) for ids in texts if ids)
 
 
-def record(session: OmniSession, reply: Reply, kept: Sequence[int] | None = None) -> None:
+def record(session: Attached, reply: Reply, kept: Sequence[int] | None = None) -> None:
     """Take a turn out of its row and let its message hold it, or the ids that are kept of it. Row-side.
 
     If this fails for a reply that is cut, it runs on.
@@ -130,7 +133,7 @@ def record(session: OmniSession, reply: Reply, kept: Sequence[int] | None = None
     message.status, reply.recorded = status, True
 
 
-def fill(session: OmniSession, message: Message, ids: Sequence[int], times: ReplyTimes, status: str) -> Message:
+def fill(session: Attached, message: Message, ids: Sequence[int], times: ReplyTimes, status: str) -> Message:
     """A reply's message with these ids, closed."""
     closing = session._closing()
     closed = bool(ids) and ids[-1] in session._stop_ids
@@ -144,8 +147,7 @@ def _texts(text: str) -> tuple[dict[str, Any], ...]:
     return ({"type": "text", "text": text},) if text else ()
 
 
-
-def end_early(session: OmniSession, reply: Reply, played_ms: float | None) -> Generator[None, None, list[int] | None]:
+def end_early(session: Attached, reply: Reply, played_ms: float | None) -> Generator[None, None, list[int] | None]:
     """End a reply that is being given and keep what was heard of it; None if it has ended in the meantime. Row-side."""
     if reply.recorded:
         return None
@@ -158,7 +160,7 @@ def end_early(session: OmniSession, reply: Reply, played_ms: float | None) -> Ge
     yield  # it is one piece
 
 
-def cut_undelivered(session: OmniSession, reply: Reply, played_ms: float | None) -> list[int]:
+def cut_undelivered(session: Attached, reply: Reply, played_ms: float | None) -> list[int]:
     """What was heard of a reply that is complete, but not all of whose events were taken; no more will be."""
     turn = reply.turn
     kept = heard_ids(turn, session.model.code2wav, played_ms)
@@ -167,7 +169,7 @@ def cut_undelivered(session: OmniSession, reply: Reply, played_ms: float | None)
     return kept
 
 
-def settle_reply(session: OmniSession) -> None:
+def settle_reply(session: Attached) -> None:
     """Finish what a reply has left undone: one that failed is forgotten, one that nobody reads is interrupted."""
     reply = session._reply
     if reply is None or session._undo is not None or session.closed:
@@ -186,7 +188,7 @@ def settle_reply(session: OmniSession) -> None:
         _forget(session, reply)
 
 
-def _forget(session: OmniSession, reply: Reply) -> None:
+def _forget(session: Attached, reply: Reply) -> None:
     """Put the session back to where it was before a reply; where it was changed since, take the reply out."""
     conversation = session._conversation
     if conversation.messages is reply.listed and conversation.open is None:
@@ -199,7 +201,7 @@ def _forget(session: OmniSession, reply: Reply) -> None:
     put_back(session, reply.failed)
 
 
-def cut_to_delivered(session: OmniSession, reply: Reply) -> None:
+def cut_to_delivered(session: Attached, reply: Reply) -> None:
     """Cut a complete reply, whose last events nobody took, to what was yielded."""
     message, times = reply.message, reply.message.times
     kept = heard_ids(reply.turn, session.model.code2wav, None)

@@ -216,7 +216,9 @@ class RowReader:
         """A piece of a media segment; what was read of it counts once it is whole."""
         assert entry.offsets is not None
         if entry.embeds is None:
-            raise ValueError("sound or pictures that must be read again were not kept; make the session with keep_media")
+            raise ValueError(
+                "sound or pictures that must be read again were not kept; make the session with keep_media"
+            )
         device = self.model.device
         for first in range(0, len(entry.ids), self.prefill_tokens):
             part = slice(first, first + self.prefill_tokens)
@@ -237,9 +239,7 @@ class RowReader:
             new.append(Read(entry, thinker, talker))
         self.done += new
 
-    def _prefill_thinker(
-        self, ids: Sequence[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None
-    ) -> Tensor:
+    def _prefill_thinker(self, ids: Sequence[int], offsets: Tensor, embeds: Tensor, taps: Tensor | None) -> Tensor:
         """The Thinker reads a piece -> hidden states [n, D]."""
         positions = offsets + torch.tensor(self.thinker.start, dtype=torch.float32)
         with self.rows.stage("thinker_prefill"):
@@ -309,7 +309,9 @@ class RowNote:
         self.done, self.given = list(reader.done), reader.given
         first = (kept[-1].thinker.tokens, kept[-1].talker.tokens) if kept else (0, 0)
         states = zip((reader.rows.text, reader.rows.speech), first)
-        self.states = [(state, slot, self._take(state, reader.row, slot)) for state, slot in states if state is not None]
+        self.states = [
+            (state, slot, self._take(state, reader.row, slot)) for state, slot in states if state is not None
+        ]
 
     def _take(self, state: Any, row: int, first: int) -> tuple[int, dict[str, Tensor]]:
         cache, kept = state.decoder.cache, {}

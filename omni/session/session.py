@@ -14,46 +14,40 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omni.config.keywords import check_flags, names_keywords, takes_arguments_of
-from omni.generation.arguments import stop_ids
 from omni.generation.events import Event
 from omni.generation.rows import Rows
 from omni.generation.sampling import SamplingConfig
 from omni.generation.streaming_config import StreamingConfig
 from omni.generation.text_options import LogitsProcessor
-from omni.generation.turn import Turn
 from omni.parts import ModelParts
-from omni.processing.audio_file import read_piece
 from omni.processing.processor import OmniProcessor
-from omni.processing.token_budget import TokenBudget
-from omni.processing.vision import PixelBudget
 from omni.session import options
-from omni.session.conversation import Conversation
 from omni.session.file import SavedSession, save_session
 from omni.session.heard import ReplyTimes, heard_ids
 from omni.session.history import History
-from omni.session.items import COMPLETED, INCOMPLETE, Item, Message, new_id
-from omni.session.open_turn import Encoders, OpenTurn
-from omni.session.replies import Reply, begin_reply, end_early, fill, record, settle_reply
+from omni.session.input import Input
+from omni.session.items import INCOMPLETE, Item
+from omni.session.open_turn import Encoders
+from omni.session.replies import Reply, begin_reply, fill, record
 from omni.session.reply_events import ReplyEvents
 from omni.session.row_reader import Job, RowReader
 from omni.session.saved_values import naming
-from omni.session.undo import Undo, settle, whole
-from omni.talker.layout import PromptEnd
+from omni.session.undo import settle, whole
 
 Sampling = SamplingConfig | Mapping[str, Any] | None
 T = TypeVar("T")
 
 
-class OmniSession(History):
+class OmniSession(Input, History):
     """A conversation with a model.
 
     speaker: default voice of its replies. system: text of a system turn. tools: JSON schemas or documented functions
     that the model may call. streaming: knobs of latency. use_audio_in_video: sound pushed while a video is open belongs
     to the video. keep_media: keep the embeddings of media (one vector of the Thinker's width a token) on the host, so
-    that edits may read them again, up to `media_bytes`; what was read first is forgotten first. make_room: drop the oldest turns once the session is full, until this share of its
-    positions is free (None: a full session is an error). A session takes one call at a time. A call that fails or is
-    cut changes nothing; where it cannot be undone the session is `closed`, and every later call raises ValueError with
-    the reason.
+    that edits may read them again, up to `media_bytes`; what was read first is forgotten first. make_room: drop the
+    oldest turns once the session is full, until this share of its positions is free (None: a full session is an
+    error). A session takes one call at a time. A call that fails or is cut changes nothing; where it cannot be undone
+    the session is `closed`, and every later call raises ValueError with the reason.
     """
 
     def __init__(
@@ -74,170 +68,6 @@ class OmniSession(History):
         self._set_up(model, processor, speaker, tools, streaming, use_audio_in_video, *kept)
         self._open(Rows(model, 1), 0)
         self._write_beginning(system)
-
-    def _set_up(
-        self,
-        model: ModelParts,
-        processor: OmniProcessor | None,
-        speaker: str | None,
-        tools: Sequence[Any] | None,
-        streaming: StreamingConfig | None,
-        use_audio_in_video: bool,
-        keep_media: bool,
-        media_bytes: int,
-        make_room: float | None,
-    ) -> None:
-        """Check and keep the options."""
-        options.check_parts(model, processor, streaming)
-        options.check_speaker(model, speaker)
-        check_flags(use_audio_in_video=use_audio_in_video, keep_media=keep_media)
-        found = processor if processor is not None else model.processor
-        if found is None:
-            raise ValueError("a session needs a processor: OmniSession(model, OmniProcessor.from_pretrained(folder))")
-        self.model, self.processor, self.speaker = model, found, speaker
-        self.streaming = streaming or StreamingConfig()
-        options.check_window(model, self.streaming)
-        self.tools, self.use_audio_in_video = options.tool_list(tools), use_audio_in_video
-        self.keep_media, self.media_bytes = keep_media, options.byte_count(media_bytes)
-        self.make_room = options.share(make_room)
-        self._lock: Any = threading.RLock()  # of the one call
-        self._stop_ids = stop_ids(model)
-        self._reply: Reply | None = None  # that is being given, or was given last
-        self._undo: Undo | None = None  # of the call that runs, or was cut
-        self.closed_because: str | None = None
-
-    def _open(self, rows: Rows, row: int) -> None:
-        """Make the conversation, in an empty row."""
-        self._conversation = Conversation(self.model.config.thinker.text_config.max_position_embeddings)
-        self._reader = RowReader(rows, row, self.streaming.prefill_tokens)
-        self._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
-
-    def _write_beginning(self, system: str | None) -> None:
-        """Write what comes before the first user turn: what the chat template writes there."""
-        options.check_text("system", system)
-        if self.model.talker is not None:
-            self.processor.check_speech_system(system)
-        if system is not None:
-            part = {"type": "text", "text": system}
-            self._conversation.messages = (Message(new_id(), "system", (part,), ()),)
-        self._conversation.beginning = self._beginning(system)
-
-    # what the session holds
-
-    @property
-    def ids(self) -> list[int]:
-        """All ids of the conversation so far, those still to be read included (open media are not)."""
-        self._settle_reply()
-        return self._conversation.ids
-
-    @property
-    def closed(self) -> bool:
-        """Whether the session cannot be used any more; every call then raises ValueError with the reason."""
-        return self.closed_because is not None
-
-    @property
-    def responding(self) -> bool:
-        """Whether a reply is being given."""
-        return self._reply is not None and not self._reply.over
-
-    @property
-    def _turn(self) -> Turn | None:
-        """Of the last reply."""
-        return None if self._reply is None else self._reply.turn
-
-    # input
-
-    @whole
-    def push_text(self, text: str, control_tokens: bool = False) -> None:
-        """Add text to the user's turn. Consecutive texts are one text.
-
-        control_tokens: special tokens and the markup of reasoning and tool calls in it become their ids; by default
-        they are text, and other added tokens become their ids.
-        """
-        if not isinstance(text, str):
-            raise TypeError(f"push_text takes a string, got {type(text).__name__}")
-        positions = self._conversation.limit
-        TokenBudget(positions, allow_long=None).check_text(text, self.processor.encode_text, short=32)  # else: respond
-        pieces = self.processor.chat.pieces(text, control_tokens)  # what is no text is refused here
-        before = self._conversation.end
-        turn = self._user_turn()
-        self._check_room(before)  # of the text itself it is the reply that must have room
-        turn.add_text(text, pieces)
-        self._read_ahead()
-
-    @whole
-    def push_audio(self, samples: Any, sample_rate: int = 16000) -> None:
-        """Add sound: samples [n], [channels, n] or [n, channels] at any rate. Consecutive calls are one clip.
-
-        Floats in -1 .. 1, or integers, which are PCM. A piece may be empty. Raises TypeError or ValueError.
-        """
-        wave = read_piece(samples)
-        sample_rate = options.whole_rate(sample_rate)
-        before = self._conversation.end
-        self._user_turn().add_sound(wave, sample_rate)
-        self._added(before)
-
-    @whole
-    def push_image(self, image: Any, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
-        """Add a picture: a path, address, bytes, array or PIL image. Its size is kept within the limits (None: the
-        checkpoint's)."""
-        self.model.require("vision_encoder")
-        limits = PixelBudget(min_pixels, max_pixels)
-        pixels, grid = self.processor.vision.image(image, limits, media_budget=self.processor.media_budget)
-        before = self._conversation.end
-        self._user_turn().add_picture(pixels, grid)
-        self._added(before)
-
-    @whole
-    def push_video_frame(self, frame: Any, time_s: float) -> None:
-        """Add a frame of the open video (or begin one): a picture, and its time in seconds, which must grow."""
-        self.model.require("vision_encoder")
-        picture = self.processor.vision.frame(frame, self.processor.media_budget)
-        time_s = options.seconds(time_s)
-        before = self._conversation.end
-        self._user_turn().add_frame(time_s, picture, with_sound=self.use_audio_in_video)
-        self._added(before)
-
-    @whole
-    def discard_input(self) -> bool:
-        """Forget the clip or video that is open, as if nothing of it had been pushed; False if none is."""
-        turn = self._conversation.open
-        if turn is None or not turn.discard_medium():
-            return False
-        if turn.empty:
-            self._conversation.open = None
-        self._read_ahead()
-        return True
-
-    def _user_turn(self) -> OpenTurn:
-        """The user's turn; one is opened if none is."""
-        if self._conversation.open is None:
-            self._conversation.open = OpenTurn(self._encoders)
-        return self._conversation.open
-
-    def _close_user_turn(self) -> None:
-        """End the user's turn. Without input since the last reply it is empty."""
-        messages = self._conversation.messages
-        if self._conversation.open is None and messages and messages[-1].role in ("user", "tool"):
-            return
-        message = self._user_turn().finish(COMPLETED)
-        self._conversation.open, self._conversation.messages = None, (*messages, message)
-
-    def _added(self, before: PromptEnd) -> None:
-        """Something was added to the list: there must be room, and what is decided is read."""
-        self._check_room(before)
-        self._read_ahead()
-
-    def _check_room(self, before: PromptEnd) -> None:
-        """Raise ValueError if the list is too long and may not be made shorter."""
-        conversation = self._conversation
-        if self.make_room is not None and not conversation.allow_long and conversation.room() < 0:
-            while conversation.room() < self.make_room * conversation.limit:
-                try:
-                    conversation.messages = conversation.without_oldest(1)
-                except ValueError:
-                    break  # the last turn stays
-        conversation.check_room(before)
 
     # replies
 
@@ -333,10 +163,6 @@ class OmniSession(History):
                 reply.failed = reply.failed or error
                 self._settle_reply()
 
-    def _settle_reply(self) -> None:
-        """Finish what a reply has left undone."""
-        settle_reply(self)
-
     def _delivered(self, reply: Reply) -> None:
         """All events of a reply have been taken."""
         if reply.failed is not None:
@@ -367,56 +193,6 @@ class OmniSession(History):
                 yield event
         finally:
             events.close()
-
-    def _end_early(self, reply: Reply, played_ms: float | None) -> list[int] | None:
-        """End a reply that is being given and keep what was heard of it; None if it has ended in the meantime."""
-        return self._run(lambda: end_early(self, reply, played_ms))
-
-    # the row
-
-    def _run(self, job: Job[T]) -> T:
-        """Do what touches the row. Here it is done at once; an engine's session hands it to the engine's thread."""
-        steps = job()
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-
-    def _read_ahead(self) -> None:
-        """Let the row hold what is decided. A few words wait for what follows them, and all waits for a reply's end."""
-        reader, entries = self._reader, self._conversation.entries
-        if self.responding:
-            return
-        read = reader.read_entries(entries)
-        rest = entries[read:]
-        texts = sum(len(entry.ids) for entry in rest)
-        if len(reader.done) > read or any(e.media for e in rest) or texts >= reader.prefill_tokens:
-            self._run(lambda: reader.read(entries))
-        self._forget_media()
-
-    def _forget_media(self) -> None:
-        """Keep no more embeddings than `keep_media` allows."""
-        entries = self._conversation.entries
-        limit = self.media_bytes if self.keep_media else 0
-        self._conversation.forget_media(self._reader.read_entries(entries), limit)
-
-    def _settle_row(self) -> None:
-        """Let the row be sound after a call that failed or was cut."""
-
-        def settle_row() -> Any:
-            reader = self._reader
-            turn = reader.rows.turns[reader.row]
-            if turn is not None and (self._reply is None or self._reply.turn is not turn):
-                reader.rows.put(reader.row, None)
-            elif turn is None and self.responding and self._reply is not None and not self._reply.recorded:
-                reader.rows.put(reader.row, self._reply.turn)
-            reader.settle()
-            return
-            yield
-
-        self._run(settle_row)
 
     # copies
 
@@ -477,11 +253,3 @@ class OmniSession(History):
             session._open(Rows(model, 1), 0)
             saved.fill(session)
         return session
-
-    # tokens
-
-    def _header(self, role: str) -> list[int]:
-        return [self.model.config.im_start_token_id, *self.processor.encode_text(f"{role}\n")]
-
-    def _closing(self) -> list[int]:
-        return [self.model.config.im_end_token_id, *self.processor.encode_text("\n")]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from omni.session.session import OmniSession
+    from omni.session.attached import Attached
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OF_SESSION = ("tools", "_reply")
@@ -28,7 +28,7 @@ _OF_TURN = ("over", "interruption", "delivered_end", "delivered_ids", "delivered
 class Undo:
     """Where a session stands before a call."""
 
-    def __init__(self, session: OmniSession, call: str) -> None:
+    def __init__(self, session: Attached, call: str) -> None:
         self.session, self.call = session, call
         self.own = {name: getattr(session, name) for name in _OF_SESSION}
         conversation = session._conversation
@@ -53,7 +53,7 @@ def whole(method: F) -> F:
     """Let a method of a session happen as a whole or not at all, and one call at a time."""
 
     @wraps(method)
-    def run(session: OmniSession, *args: Any, **kwargs: Any) -> Any:
+    def run(session: Attached, *args: Any, **kwargs: Any) -> Any:
         with session._lock, torch.no_grad():
             settle(session)
             session._undo = Undo(session, method.__name__)
@@ -68,7 +68,7 @@ def whole(method: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def settle(session: OmniSession) -> None:
+def settle(session: Attached) -> None:
     """Finish what an earlier call left: put the session back if it was cut. Raises ValueError for a closed session."""
     if session._undo is not None and not session.closed:
         put_back(session, None)
@@ -77,7 +77,7 @@ def settle(session: OmniSession) -> None:
         raise ValueError(f"the session is closed: {session.closed_because}")
 
 
-def put_back(session: OmniSession, error: BaseException | None) -> None:
+def put_back(session: Attached, error: BaseException | None) -> None:
     """Undo the call that `error` has ended (None: it was cut), or close the session if that fails too."""
     undo = session._undo
     if undo is None or session.closed:

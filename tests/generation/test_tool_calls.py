@@ -393,12 +393,11 @@ def test_a_token_may_hold_text_and_a_part_of_a_call(either: OmniModel, said: lis
     assert silent.turn.text.ids == got.turn.text.ids and silent.shown == text
 
 
-@pytest.mark.parametrize("write", ["torn", "own"])
-def test_reading_a_text_again_leaves_no_trace(second: OmniModel, write: str) -> None:
-    """Without a script: the model's own choices behind a torn token are those of a silent reply."""
+def test_reading_a_text_again_leaves_no_trace(second: OmniModel) -> None:
+    """Behind a torn token the model's own choices, and all that its row has read, are those of a silent reply."""
     model = with_tokens(second, *TORN)
-    token = model.processor.tokenizer.convert_tokens_to_ids("?<tool_call>")
-    begin = [*spelled(second, "Hi"), token, *spelled(second, TIME[11:])] if write == "torn" else encode(second, TIME)
+    token = model.processor.tokenizer.convert_tokens_to_ids("!<")
+    begin = [*spelled(second, "Hi"), token, *spelled(second, TIME[1:])]
 
     def force(ids: Tensor, logits: Tensor) -> Tensor | None:
         drawn = len(ids) - prompt
@@ -407,15 +406,19 @@ def test_reading_a_text_again_leaves_no_trace(second: OmniModel, write: str) -> 
         return torch.full_like(logits, -1e4).index_fill(-1, torch.tensor([begin[drawn]]), 1e4)
 
     inputs = model.processor(chat("hi"))
-    prompt, ids = inputs.input_ids.shape[1], []
+    prompt, rows = inputs.input_ids.shape[1], []
     for audio in (True, False):
-        own = {"return_audio": audio, "max_new_tokens": 60, "logits_processor": force, "tools": True}
+        own = {"return_audio": audio, "max_new_tokens": 70, "logits_processor": force, "tools": True}
         args = resolve(model, 1, **{**ARGUMENTS, **own, "text_sampling": {"repetition_penalty": 1.3}})
-        rows = generation.start(model, inputs, args, OFFLINE)
-        while rows.running():
-            rows.tick()
-        ids.append(rows.turns[0].text.ids)
-    assert ids[0] == ids[1] and len(ids[0]) > len(begin) + 1
+        rows.append(generation.start(model, inputs, args, OFFLINE))
+        while rows[-1].running():
+            rows[-1].tick()
+    spoken, silent = (r.text for r in rows)
+    assert rows[0].turns[0].text.ids == rows[1].turns[0].text.ids and len(rows[0].turns[0].speech.spoken) > 3
+    read = min(spoken.decoder.cache.lengths[0], silent.decoder.cache.lengths[0])
+    assert read > prompt + len(begin) and torch.equal(spoken.seen, silent.seen)
+    assert torch.equal(spoken.decoder.cache.keys[:, :, :, :read], silent.decoder.cache.keys[:, :, :, :read])
+    assert torch.equal(spoken.decoder.cache.values[:, :, :, :read], silent.decoder.cache.values[:, :, :, :read])
 
 
 # ---- with everything else ----
@@ -475,6 +478,14 @@ def test_stop_strings_in_a_token_that_a_call_shares(either: OmniModel) -> None:
     assert got.shown == "Hello" and not got.calls and got.end.reason in ("stop", "max_frames")
     same_texts(got.turn.speech.spoken, reply(model, spelled(either, "Hello"), tools=False).turn.speech.spoken)
     assert model.processor.decode(got.turn.text.kept) == "Hello"
+
+
+def test_a_stop_string_inside_an_id_of_a_torn_token(model: OmniModel) -> None:
+    torn = with_tokens(model, "x speech<tool_call>")
+    script = [torn.processor.tokenizer.convert_tokens_to_ids("x speech<tool_call>"), *spelled(model, TIME[11:])]
+    got = reply(torn, script, stop="ech")
+    assert got.shown == "x spe" and not got.calls
+    assert torn.processor.decode(got.turn.speech.spoken) == torn.processor.decode(got.turn.text.kept) == "x spe"
 
 
 def test_reasoning_stays_reasoning(model: OmniModel) -> None:

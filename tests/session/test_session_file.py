@@ -151,7 +151,11 @@ def test_files_of_older_formats_are_read(model: OmniModel, stage: str, number: i
     for mine, theirs in zip(reply(session), reply(loaded)):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
     for one in (session, loaded):
-        with pytest.raises(ValueError, match="keep_media=True") if number == 1 and stage != "between turns" else nullcontext():
+        with (
+            pytest.raises(ValueError, match="keep_media=True")
+            if number == 1 and stage != "between turns"
+            else nullcontext()
+        ):
             one.drop_oldest_turns()
         one.push_text("more")
     assert reply(session)[0] == reply(loaded)[0]
