@@ -58,13 +58,12 @@ class Answering:
         """Ask for the reply and show it -> what came of it.
 
         After Ctrl-C the history holds what was heard. Raises KeyboardInterrupt if nothing had come yet, and what the
-        reply raises; the session is then as before, and what was asked is still in it.
+        reply raises; what was asked is then still in the session.
         """
         interrupts = Interrupts(self._silence)
         try:
             with self._listening(interrupts):
                 self._begin(arguments)
-                interrupts.begun = True
                 self._show(interrupts)
                 if self.player is not None:
                     self.player.finish()
@@ -74,6 +73,8 @@ class Answering:
             if not self.interactive or (self.answer.end is None and not self.session.responding):
                 raise
             self._interrupt()
+            if not self._begun:
+                raise
         finally:
             self._silence()
             if self.player is not None:
@@ -99,8 +100,14 @@ class Answering:
     def _show(self, interrupts: Interrupts) -> None:
         for event in self._events:
             self._take(event)
+            interrupts.begun = self._begun
             if interrupts.pressed:
                 return
+
+    @property
+    def _begun(self) -> bool:
+        """Whether anything has come that can be seen or heard."""
+        return self._printed or bool(self.answer.chunks) or self.answer.end is not None
 
     def _take(self, event: Event) -> None:
         if isinstance(event, TextDelta):

@@ -158,7 +158,8 @@ class Chat:
             if not self.lines.interactive:
                 raise
             self.progress.out()  # behind the ^C that the terminal shows
-            self.say("stopped; the conversation is as it was before")
+            what = "the conversation is as it was before" if line.startswith("/") else "what was asked is taken back"
+            self.say(f"stopped; {what}")
         except Exception as error:
             if os.environ.get("OMNI_DEBUG") or self.session.closed:
                 raise
@@ -189,7 +190,8 @@ class Chat:
             if self.session.closed or not (self.lines.interactive or isinstance(error, Exception)):
                 raise
             take_back(self.session)
-            self.say("what was asked is taken back")
+            if isinstance(error, Exception):
+                self.say("what was asked is taken back")
             raise
 
     def _answer(self) -> Answer:

@@ -339,6 +339,21 @@ def test_in_the_middle_of_the_models_work(model: OmniModel, monkeypatch: pytest.
     assert left in ("one", "two") and talk.chat.session.ids == direct.ids
 
 
+def test_between_the_first_event_and_the_first_word(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event that shows nothing is no answer yet: the question is taken back, and no empty answer stays."""
+    respond = OmniSession.respond
+
+    def press(session: OmniSession, **arguments: Any) -> Iterator[Any]:
+        events = respond(session, **arguments)
+        yield TextDelta(0, "", ())
+        signal.raise_signal(signal.SIGINT)
+        yield from events
+
+    monkeypatch.setattr(OmniSession, "respond", press)
+    talk = Talk(model).run("one")
+    assert talk.chat.session.items == () and "taken back" in talk.err and talk.out == ""
+
+
 def test_twice_while_the_answer_comes(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one gives the reply up where the first has not ended it yet."""
     respond = OmniSession.respond
