@@ -93,6 +93,20 @@ class TurnState:
         new.frames = self.frames.copy()
         return new
 
+    @property
+    def oldest(self) -> int:
+        """The first sample that is kept."""
+        return self.position - len(self.frames) * FRAME
+
+    def sound(self, start: int, end: int) -> Tensor:
+        """The kept samples of a range [n], as far as they are kept."""
+        first = max(start - self.oldest, 0)
+        frames = [
+            self.frames[i] for i in range(first // FRAME, min(-(-(end - self.oldest) // FRAME), len(self.frames)))
+        ]
+        skipped = first // FRAME * FRAME
+        return torch.cat((self.rest[:0], *frames))[first - skipped : end - self.oldest - skipped]
+
 
 def resume(state: TurnState, reason: str) -> ResumeReply:
     """The interrupted reply goes on from where it stopped."""
@@ -230,8 +244,8 @@ class Listening:
             return self.config.silence_duration_ms
         if silence_ms < run.judged_at_ms:
             return run.wait_ms or float("inf")
-        frames = list(self.state.frames)[-min((self.state.position - run.start) // FRAME + 1, _JUDGED_MS // FRAME_MS) :]
-        context = TurnContext(torch.cat(frames), run.start // PER_MS, self._at_ms, silence_ms)
+        samples = self.state.sound(max(run.start, self.state.position - _JUDGED_MS * PER_MS), self.state.position)
+        context = TurnContext(samples, run.start // PER_MS, self._at_ms, silence_ms)
         run.wait_ms = longest_silence(self.judge(context), self.config.eagerness, _FIRST_JUDGED_MS)
         run.judged_at_ms *= 2
         return run.wait_ms

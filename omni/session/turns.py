@@ -17,7 +17,7 @@ from omni.session.listening import PER_MS, Listening, TurnState, resume
 from omni.session.options import whole_rate
 from omni.session.playback import Playback
 from omni.session.turn_events import EndJudge, TurnConfig, TurnEvent, check_ms
-from omni.session.voice_activity import FRAME, FRAME_MS, VoiceDetector, default_detector
+from omni.session.voice_activity import FRAME, VoiceDetector, default_detector
 
 
 class TurnTaking:
@@ -86,19 +86,14 @@ class TurnTaking:
         Raises ValueError for sound that is not there: still to come, or longer ago than `keep_audio_ms`.
         """
         state = self.state
-        newest = state.position // PER_MS
-        oldest = newest - len(state.frames) * FRAME_MS
+        oldest, newest = state.oldest // PER_MS, state.position // PER_MS
         start, end = check_ms("start_ms", start_ms), newest if end_ms is None else check_ms("end_ms", end_ms)
         if not oldest <= start <= end <= newest:
             raise ValueError(
                 f"the sound from {start} to {end} ms is not kept, only {oldest} to {newest}; "
                 "ask sooner (push shorter pieces) or raise keep_audio_ms"
             )
-        skipped = (start - oldest) // FRAME_MS
-        frames = [state.frames[i] for i in range(skipped, len(state.frames))]
-        sound = torch.cat(frames) if frames else torch.zeros(0)
-        first = (start - oldest) * PER_MS - skipped * FRAME
-        return sound[first : first + (end - start) * PER_MS].clone()
+        return state.sound(start * PER_MS, end * PER_MS).clone()
 
     def reply_started(self) -> int:
         """A reply begins; returns its number, from 0. Sound of earlier ones that is still to be played comes first.
