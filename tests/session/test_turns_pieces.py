@@ -87,7 +87,7 @@ def sure_of_length(context: TurnContext) -> float:
 @pytest.mark.parametrize("judge", [None, sure_of_length])
 @pytest.mark.parametrize("detector", [LoudDetector, EnergyDetector, SileroDetector])
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=20)
 def test_streamed_equals_at_once(detector: Callable[[], VoiceDetector], judge: Any, data: st.DataObject) -> None:
     plan = data.draw(steps())
     sizes = data.draw(st.lists(st.sampled_from([1, 7, 31, 160, 511, 512, 513, 4000]), min_size=1, max_size=6))
