@@ -39,6 +39,7 @@ _GAP_MS = 256  # silence that ends a run of speech which is no turn yet; between
 _LEAST_BACKCHANNEL_MS = 128
 _FIRST_JUDGED_MS = 192  # silence: shorter than most pauses, longer than the closure of a plosive
 _JUDGED_MS = 8000  # of the turn's end
+_EDGE = 2 * PART  # 16 ms at the beginning that are too weak to be measured
 _PAUSE_PARTS = 8  # 64 ms: a longer quiet stretch separates an earlier sound from the beginning
 
 
@@ -191,7 +192,7 @@ class Listening:
             back, quiet = (place, 0) if loud else (back, quiet + 1)
             if place > PARTS and quiet > _PAUSE_PARTS:
                 break
-        return max(state.position - back * PART, state.turn_end)
+        return max(state.position - back * PART - _EDGE, state.turn_end)
 
     def _decide(self, run: Run) -> None:
         """Begin, interrupt, end."""

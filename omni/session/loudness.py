@@ -25,7 +25,7 @@ _CLEARLY_DB = 6.0  # above the noise: enough by itself
 _STEADILY_DB = 2.0  # above the noise for 32 ms, at least
 _STEADILY = 3.0  # and so many times what the noise varies by
 _BARELY_DB = 1.5  # above the noise in the part itself, at least, where it is so steadily
-_BELOW_PEAK_DB = 35.0  # quieter than the loudest part by more than this is no speech, but the room
+_BELOW_PEAK_DB = 32.0  # quieter than the loudest part by more than this is no speech, but the room
 
 
 @dataclass
@@ -59,8 +59,10 @@ class Loudness(State):
         if len(self.noise):
             noise = self.noise.quantile(torch.tensor([0.5, 0.1]), 0)
             varies = noise[0] - noise[1]
-            around = torch.cat((self.powers[:1], self.powers[:1], self.powers, self.powers[-1:])).unfold(0, 4, 1)
-            steady = decibels(around.mean(2)) - noise[0] >= (_STEADILY * varies).clamp(min=_STEADILY_DB)
+            # The 32 ms around a part: two before it and one behind, as far as they are there.
+            means = self.powers.unfold(0, PARTS, 1).mean(2)
+            around = torch.cat((means[:1], means[:1], means, means[-1:]))
+            steady = decibels(around) - noise[0] >= (_STEADILY * varies).clamp(min=_STEADILY_DB)
             barely = levels - noise[0] >= (2 * varies).clamp(min=_BARELY_DB)
             heard &= ((levels - noise[0] >= _CLEARLY_DB) | (steady & barely)).any(1)
         return heard.tolist()

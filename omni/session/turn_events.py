@@ -5,7 +5,6 @@ All times are whole milliseconds of the input: of all samples pushed so far, wha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Protocol
@@ -74,7 +73,7 @@ def check_ms(name: str, value: object, least: int = 0) -> int:
     """A whole number of milliseconds, at most an hour. Raises TypeError or ValueError."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number of milliseconds, got {value!r}")
-    if not least <= value <= _LONGEST_MS:
+    if not least <= int(value) <= _LONGEST_MS:
         raise ValueError(f"{name} must lie in {least}..{_LONGEST_MS} ms, got {value}")
     return int(value)
 
@@ -163,6 +162,6 @@ def longest_silence(probability: object, eagerness: str, least_ms: int) -> float
     by the square of the doubt. Raises TypeError or ValueError for what is no probability."""
     if not isinstance(probability, Real) or isinstance(probability, bool):
         raise TypeError(f"a judge of turns must give a number between 0 and 1, got {probability!r}")
-    if not (math.isfinite(probability) and 0 <= probability <= 1):
+    if not 0 <= float(probability) <= 1:  # NaN neither
         raise ValueError(f"a judge of turns must give a probability in 0..1, got {probability!r}")
     return least_ms + (MAX_WAIT_MS[eagerness] - least_ms) * (1 - float(probability)) ** 2

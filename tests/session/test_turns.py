@@ -117,7 +117,7 @@ def test_speech_over_a_reply_interrupts_it_after_the_least_speech() -> None:
     )
     assert interrupt.at_ms == started.at_ms == 960 + 320
     assert (interrupt.reply, interrupt.played_ms) == (0, 320 + 320)
-    assert started.speech_ms == 960 and stopped.is_turn
+    assert started.speech_ms == 960 - 16 and stopped.is_turn
     assert turns.played_ms == interrupt.played_ms  # the rest is not played
 
 

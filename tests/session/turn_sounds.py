@@ -47,17 +47,21 @@ def recording(name: str) -> Tensor:
     return torch.from_numpy(samples)
 
 
-def edges_ms(samples: Tensor) -> tuple[float, float]:
-    """Where speech begins and ends: the first and last sample over 2 % of the largest."""
-    loud = np.flatnonzero(samples.abs().numpy() > 0.02 * float(samples.abs().max()))
+def edges_ms(samples: Tensor, *, share: float = 0.02) -> tuple[float, float]:
+    """Where speech begins and ends: the first and last sample over 2 % (or another share) of the largest."""
+    loud = np.flatnonzero(samples.abs().numpy() > share * float(samples.abs().max()))
     return loud[0] / 16, (loud[-1] + 1) / 16
 
 
 def in_noise(speech: Tensor, snr_db: float | None, *, lead: int = RATE_HZ, seed: int = 0) -> Tensor:
-    """Speech between `lead` samples and 1.2 s of silence, in white noise; None: a noise of -80 dB."""
-    level = 1e-4 if snr_db is None else float(speech.square().mean().sqrt()) * 10 ** (-snr_db / 20)
-    sound = torch.cat((torch.zeros(lead), speech, torch.zeros(19_200)))
-    return sound + torch.randn(len(sound), generator=torch.Generator().manual_seed(seed)) * level
+    """Speech between `lead` samples and 1.2 s of silence, in white noise; None: noise as quiet as the recordings' own,
+    and around the speech only."""
+    level = 1.4e-3 if snr_db is None else float(speech.square().mean().sqrt()) * 10 ** (-snr_db / 20)
+    noise = torch.randn(lead + len(speech) + 19_200, generator=torch.Generator().manual_seed(seed)) * level
+    if snr_db is None:
+        noise[lead : lead + len(speech)] = 0
+    noise[lead : lead + len(speech)] += speech
+    return noise
 
 
 def echo(
