@@ -61,7 +61,7 @@ def end_points(speech: list[Tensor]) -> Iterator[str]:
     yield "| detector | noise | begin within a frame, worst | end within a frame, worst | stop - end - 500 ms | wrong |"
     yield "|---|---|---|---|---|---|"
     for name, detector in (("Silero", SileroDetector()), ("levels", EnergyDetector())):
-        for label, snr_db in (("none", None), ("20 dB", 20.0), ("10 dB", 10.0), ("5 dB", 5.0)):
+        for label, snr_db in (("none", None), ("20 dB", 20.0), ("10 dB", 10.0)):
             begins, ends, stops, wrong = errors(speech, detector, snr_db)
             yield (
                 f"| {name} | {label} | {within(begins)}, {worst(begins)} ms | {within(ends)}, {worst(ends)} ms | "

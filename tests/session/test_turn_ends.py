@@ -37,8 +37,8 @@ EARLY_MS = {
     (SILERO, 20): 32,
     (SILERO, 10): 80,
     (LEVELS, None): 32,
-    (LEVELS, 20): 48,
-    (LEVELS, 10): 208,
+    (LEVELS, 20): 56,
+    (LEVELS, 10): 216,
 }
 
 
