@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ from omni.parts import ModelParts
 from omni.talker.layout import PAD
 
 STEP_STAGES = ("thinker", "talker", "residual_codes", "codec", "frame")  # what every frame of a running reply costs
+
+
+class SavedRow(NamedTuple):
+    """All that a row has read, on the host: tensors by name of the Thinker's state and, if there is one, the Talker's.
+
+    keys, values [L, Hkv, n, hd] of the n tokens in the cache; seen [V], logits [V], next_position [].
+    """
+
+    states: tuple[dict[str, Tensor], ...]
 
 
 class Rows:
@@ -357,6 +366,36 @@ class Rows:
             target.grow(to, tokens)
             new.seen[to], new.logits[to] = own.seen[row], own.logits[row]
             new.decoder.next_position[to] = own.decoder.next_position[row]
+
+    @torch.no_grad()
+    def save_row(self, row: int) -> SavedRow:
+        """A copy on the host of all that a row has read, from which `load_row` goes on bit for bit."""
+        saved: list[dict[str, Tensor]] = []
+        for state in self._states():
+            tokens, cache = state.decoder.cache.lengths[row], state.decoder.cache
+            own = {"keys": cache.keys[:, row, :, :tokens], "values": cache.values[:, row, :, :tokens]}
+            own |= {"seen": state.seen[row], "logits": state.logits[row]}
+            own |= {"next_position": state.decoder.next_position[row]}
+            saved.append({name: value.to("cpu", copy=True) for name, value in own.items()})
+        return SavedRow(tuple(saved))
+
+    @torch.no_grad()
+    def load_row(self, row: int, saved: SavedRow) -> None:
+        """Put what `save_row` has copied into an empty row, where no turn may be running."""
+        assert self.turns[row] is None
+        for state, own in zip(self._states(), saved.states):
+            cache, tokens = state.decoder.cache, own["keys"].shape[2]
+            cache.truncate(row, 0)
+            cache.reserve(tokens)
+            cache.keys[:, row, :, :tokens] = own["keys"].to(cache.keys.device)
+            cache.values[:, row, :, :tokens] = own["values"].to(cache.values.device)
+            cache.grow(row, tokens)
+            for whole, name in ((state.seen, "seen"), (state.logits, "logits")):
+                whole[row] = own[name].to(whole.device)
+            state.decoder.next_position[row] = own["next_position"].to(state.decoder.next_position.device)
+
+    def _states(self) -> list[Any]:
+        return [state for state in (self.text, self.speech) if state is not None]
 
     @torch.no_grad()
     def repeated(self, times: int) -> Rows:

@@ -100,10 +100,15 @@ class Attached:
         """Whether a reply is being given."""
         return self._reply is not None and not self._reply.over
 
+    _turn_is_own = True  # the turn of its reply moves in its own calls alone
+
     @property
     def _turn(self) -> Turn | None:
         """Of the last reply."""
         return None if self._reply is None else self._reply.turn
+
+    def _check_usable(self) -> None:
+        """Raise if no call can be made any more, whatever the session holds. Takes no lock."""
 
     def _user_turn(self) -> OpenTurn:
         """The user's turn; one is opened if none is."""
@@ -157,18 +162,33 @@ class Attached:
         reader, entries = self._reader, self._conversation.entries
         if self.responding:
             return
+        if self._worth_reading(entries):
+            self._run(lambda: reader.read(entries))
+        self._forget_media()
+
+    def _worth_reading(self, entries: Sequence[Entry]) -> bool:
+        """Whether so much is decided that the row should hold it."""
+        reader = self._reader
         read = reader.read_entries(entries)
         rest = entries[read:]
         texts = sum(len(entry.ids) for entry in rest)
-        if len(reader.done) > read or any(e.media for e in rest) or texts >= reader.prefill_tokens:
-            self._run(lambda: reader.read(entries))
-        self._forget_media()
+        return len(reader.done) > read or any(e.media for e in rest) or texts >= reader.prefill_tokens
 
     def _forget_media(self) -> None:
         """Keep no more embeddings than `keep_media` allows."""
         entries = self._conversation.entries
         limit = self.media_bytes if self.keep_media else 0
         self._conversation.forget_media(self._reader.read_entries(entries), limit)
+
+    def _media_lost(self, entries: Sequence[Entry]) -> bool:
+        """Whether media among these would have to be read again and were not kept."""
+        return self._reader.lost(entries)
+
+    def _encoders_to(self, rows: Rows) -> None:
+        """Let the encoders note their times where these rows do."""
+        self._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
+        if self._conversation.open is not None:
+            self._conversation.open.move(self._encoders)
 
     def _settle_row(self) -> None:
         """Let the row be sound after a call that failed or was cut."""

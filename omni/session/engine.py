@@ -1,41 +1,49 @@
 """OmniEngine: many sessions in one process share the batched steps of the Thinker, the Talker and the codec.
 
-Each session has a row. One thread ticks all rows that have a turn running; sessions are used from any other threads or
-from asyncio. A lock guards the rows: a push holds it for one piece of the prompt at a time and yields a tick between
-pieces, so that running streams do not wait for a long prompt. A turn whose events are not read pauses.
+One thread moves all rows that have a turn running; sessions are used from any other threads or from asyncio. A call
+changes the session's list of messages in its own thread, where the encoders run too, and hands what touches the rows to
+the engine's thread, which does it in bounded pieces between two ticks. A turn whose events are not read pauses.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import queue
-import threading
-from typing import Any
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
-from omni.config.keywords import names_keywords
-from omni.generation.events import Event, TurnEnd
+from omni.config.keywords import names_keywords, takes_arguments_of
+from omni.generation.events import Event
 from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
-from omni.generation.turn import Turn
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
-from omni.session.options import check_parts
-from omni.session.replies import Kept, begin_reply
+from omni.session import options
+from omni.session.entries import Entry
+from omni.session.places import EngineFullError, Place
+from omni.session.replies import Reply
 from omni.session.reply_events import ReplyEvents
+from omni.session.row_reader import Job
+from omni.session.scheduler import Cancelled, Steps, Task
 from omni.session.session import OmniSession
-from omni.session.undo import whole
+from omni.session.shared_rows import MAX_WAITING_EVENTS, Outlet, Seat, SharedRows
 
-MAX_WAITING_EVENTS = 64  # of one turn; it pauses until they are read
+__all__ = ["MAX_WAITING_EVENTS", "EngineFullError", "EngineSession", "OmniEngine"]
 
-
-class EngineFullError(RuntimeError):
-    """All rows of an engine are taken."""
+T = TypeVar("T")
+_NO_ROW = 1 << 30  # of a session without one: whatever uses it fails
 
 
 class OmniEngine:
-    """Sessions side by side. `max_sessions` rows are reserved; the engine's thread ends with `close` or the process.
+    """Sessions side by side.
 
-    Use it as a context manager, or call `close`.
+    max_sessions: rows that are reserved; so many sessions speak at once. max_parked: sessions beyond that, whose caches
+    wait in host memory while others are in the rows; where all rows are busy a reply waits for one in order of arrival.
+    A prompt is read in pieces of `streaming.prefill_tokens`, one between two steps of the replies that run.
+
+    The engine's thread ends with `close`, with the last reference to the engine and its sessions, or before the process
+    does. If it dies, every call and every reader gets RuntimeError with the reason, as they do in a forked child.
     """
 
     def __init__(
@@ -44,23 +52,36 @@ class OmniEngine:
         processor: OmniProcessor | None = None,
         *,
         max_sessions: int = 8,
+        max_parked: int = 0,
         streaming: StreamingConfig | None = None,
     ) -> None:
-        if type(max_sessions) is not int or max_sessions < 1:
-            raise ValueError(f"max_sessions must be a whole number of at least 1, got {max_sessions!r}")
-        check_parts(model, processor, streaming)
+        for name, number, least in (("max_sessions", max_sessions, 1), ("max_parked", max_parked, 0)):
+            if type(number) is not int or number < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
+        options.check_parts(model, processor, streaming)
         self.model, self.processor, self.streaming = model, processor, streaming
         try:
-            self.rows = Rows(model, max_sessions)
+            self._shared = SharedRows(model, max_sessions, max_parked)
         except (RuntimeError, OverflowError, MemoryError) as error:  # of the allocator
             reason = str(error).partition("\n")[0] or "no memory"
             raise ValueError(f"an engine of max_sessions = {max_sessions} cannot be made: {reason}") from error
-        self.sessions: list[EngineSession | None] = [None] * max_sessions
-        self.changed = threading.Condition(threading.RLock())
-        self.ticks = 0
-        self.closed = False
-        self._thread = threading.Thread(target=self._work, name="omni-engine", daemon=True)
-        self._thread.start()
+        weakref.finalize(self, self._shared.scheduler.stop).atexit = False  # the thread knows rows, and no engine
+        self._shared.scheduler.start()
+
+    @property
+    def rows(self) -> Rows:
+        """The states of all rows; only the engine's thread may touch them."""
+        return self._shared.rows
+
+    @property
+    def ticks(self) -> int:
+        """Steps of the replies so far; a step is at most one frame of each."""
+        return self._shared.scheduler.ticks
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine cannot be used any more."""
+        return self._shared.scheduler.stopped
 
     @names_keywords
     def session(
@@ -68,51 +89,49 @@ class OmniEngine:
         *,
         speaker: str | None = None,
         system: str | None = None,
+        tools: Sequence[Any] | None = None,
         streaming: StreamingConfig | None = None,
         use_audio_in_video: bool = False,
-        keep_media: bool = False,
+        keep_media: bool = True,
+        media_bytes: int = options.MEDIA_BYTES,
+        make_room: float | None = None,
     ) -> EngineSession:
         """A new session with the options of `OmniSession` (streaming: None is the engine's).
 
-        Raises EngineFullError when all rows are taken.
+        Raises EngineFullError when there are max_sessions + max_parked already.
         """
-        with self.changed:
-            row = self.free_row()
-            try:
-                return EngineSession(
-                    self,
-                    row,
-                    speaker=speaker,
-                    system=system,
-                    streaming=self.streaming if streaming is None else streaming,
-                    use_audio_in_video=use_audio_in_video,
-                    keep_media=keep_media,
-                )
-            except BaseException:
-                self.rows.clear(row)
-                self.sessions[row] = None
-                raise
+        self._shared.scheduler.check()
+        return EngineSession(
+            self,
+            speaker=speaker,
+            system=system,
+            tools=tools,
+            streaming=self.streaming if streaming is None else streaming,
+            use_audio_in_video=use_audio_in_video,
+            keep_media=keep_media,
+            media_bytes=media_bytes,
+            make_room=make_room,
+        )
 
-    def free_row(self) -> int:
-        """A free row. Raises EngineFullError or, after `close`, ValueError."""
-        if self.closed:
-            raise ValueError("the engine is closed")
-        if None not in self.sessions:
-            raise EngineFullError(
-                f"all {len(self.sessions)} sessions of the engine are taken; close one, or raise max_sessions"
-            )
-        return self.sessions.index(None)
+    def load(self, path: str | Path) -> EngineSession:
+        """A session that was saved, of this engine or alone, to go on here.
+
+        Raises FileNotFoundError, ValueError or EngineFullError.
+        """
+        self._shared.scheduler.check()
+        session = EngineSession.__new__(EngineSession)
+        session.engine = self
+        session._load(options.session_folder(path), self.model, self.processor)
+        session._move_in()
+        return session
 
     def close(self) -> None:
-        """End all turns and the engine's thread."""
-        with self.changed:
-            for session in self.sessions:
-                if session is not None:
-                    session.close()
-            self.closed = True
-            self.changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        """Interrupt all replies, close all sessions and end the engine's thread. It may be called again.
+
+        From the engine's own thread (a function that a reply calls) it does not wait for the end.
+        """
+        self._shared.scheduler.stop()
+        self._shared.scheduler.join()
 
     def __enter__(self) -> OmniEngine:
         return self
@@ -120,132 +139,214 @@ class OmniEngine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def yield_tick(self) -> None:
-        """Let running turns make a step; called with the lock held, between the pieces of a prompt."""
-        before = self.ticks
-        if threading.current_thread() is not self._thread:
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: self.ticks > before or not self._has_work(), timeout=1.0)
-
-    def _has_work(self) -> bool:
-        return any(not turn.paused for _, turn in self.rows.running())
-
-    def _fail(self, row: int, error: Exception) -> None:
-        """Undo the reply of a row, and let its reader know why."""
-        turn, session = self.rows.turns[row], self.sessions[row]
-        assert turn is not None and session is not None
-        session.fail(turn, error)
-        self.rows.put(row, None)
-
-    def _work(self) -> None:
-        """The engine's thread: tick while a turn runs."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.closed or self._has_work())
-                if self.closed:
-                    return
-                try:
-                    events = self.rows.tick()
-                except Exception as error:  # it ends the replies that run, not the engine
-                    events = []
-                    for row, _ in self.rows.running():
-                        self._fail(row, error)
-                self.ticks += 1
-                for event in events:
-                    session = self.sessions[event.row]
-                    if session is not None:
-                        session.deliver(event)
-                self.changed.notify_all()
-
 
 class EngineSession(OmniSession):
-    """A session of an engine: the same methods, from any thread; `close` gives its row back."""
+    """A session of an engine: the same methods, from any thread; `close` gives its place to another.
 
-    def __init__(self, engine: OmniEngine, row: int, *, system: str | None = None, **options: Any) -> None:
+    What is pushed is read in advance when the engine gets to it. `respond` returns once the reply has its place in the
+    conversation: what goes wrong while the prompt is read leaves the iterator of events.
+    """
+
+    _turn_is_own = False  # the engine's thread moves it
+    _seat: Seat | None = None  # None: it has a row of its own, while it is being loaded
+    _outlet: Outlet | None = None  # of the last reply
+    _task: Task[Any] | None = None  # that a call waits for, or was waiting for when it was cut
+    _ahead: Task[None] | None = None  # that reads in advance
+    _decided: Sequence[Entry] = ()  # what it is to read
+    _closed_because: str | None = None
+
+    def __init__(self, engine: OmniEngine, **arguments: Any) -> None:
         self.engine = engine
-        self._events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
-        engine.sessions[row] = self  # reserved before the lock can be let go
-        names = ("speaker", "streaming", "use_audio_in_video", "keep_media")
-        unknown = [name for name in options if name not in names]
-        if unknown:
-            raise TypeError(f"a session has no option {unknown[0]!r}; it has system, {', '.join(names)}")
-        self._set_up(
-            engine.model,
-            engine.processor,
-            options.get("speaker"),
-            options.get("streaming"),
-            options.get("use_audio_in_video", False),
-        )
-        self._lock = engine.changed
-        self._open(engine.rows, row, options.get("keep_media", False))
-        self._conversation.between = self._between_pieces
-        self._write_beginning(system)
+        super().__init__(engine.model, engine.processor, **arguments)
+        self._take_seat()
 
-    def _respond(self, arguments: dict[str, Any]) -> ReplyEvents:
-        """The engine's thread does the work."""
-        events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
-        self._events = events
-        turn = begin_reply(self, arguments)
-        self.engine.changed.notify_all()
-        return self._events_of(turn, lambda: self._next_events(turn, events))
+    def _new_row(self) -> tuple[Rows, int]:
+        return self.engine.rows, _NO_ROW
 
-    def _next_events(self, turn: Turn, events: queue.SimpleQueue[Event | Exception | None]) -> list[Event]:
-        """The next event that the engine delivered; none after an interruption. Raises what the engine ran into."""
-        event = events.get()
-        if turn.paused and events.qsize() < MAX_WAITING_EVENTS // 2:
-            with self.engine.changed:
-                turn.paused = False
-                self.engine.changed.notify_all()
-        if isinstance(event, Exception):
-            raise RuntimeError(f"the reply failed ({type(event).__name__}: {event}) and was undone") from event
-        if isinstance(event, TurnEnd) and turn.error is not None:
-            raise turn.error
+    def _take_seat(self, saved: Any = None) -> None:
+        seat = Seat(self._shared)
+        self._shared.scheduler.run(Task(None, lambda: seat.take(saved)))
+        self._seat = seat
+
+    def _move_in(self) -> None:
+        """Move from a row of its own into the engine's."""
+        saved = self._reader.rows.save_row(0)
+        self._take_seat(saved)
+        self._reader.rows, self._reader.row = self._new_row()
+        self._encoders_to(self._reader.rows)
+
+    @property
+    def _shared(self) -> SharedRows:
+        return self.engine._shared
+
+    @property
+    def closed_because(self) -> str | None:
+        """Why the session cannot be used any more, None as long as it can."""
+        return self._closed_because or ("the engine was closed" if self.engine.closed else None)
+
+    @closed_because.setter
+    def closed_because(self, reason: str | None) -> None:
+        self._closed_because = reason
+
+    def _check_usable(self) -> None:
+        if self._closed_because is None:
+            self._shared.scheduler.check()
+
+    # what touches the rows
+
+    def _run(self, job: Job[T]) -> T:
+        """Let the engine's thread do it, once the session has a row."""
+        if self._seat is None:
+            return super()._run(job)
+        return self._hand_over(lambda: self._in_row(job))  # type: ignore[return-value]
+
+    def _in_row(self, job: Job[T], *, ahead: bool = False) -> Steps[T | None]:
+        """A job for the engine's thread that has the session's row."""
+        place = self._place
+
+        def located() -> Steps[T]:
+            assert place.row is not None
+            self._reader.row = place.row
+            return (yield from job())
+
+        return self._shared.places.with_row(place, located, ahead=ahead)
+
+    def _hand_over(self, job: Job[T]) -> T:
+        """Wait for a job of the engine's thread."""
+        task = Task(self._place, job)
+        self._task = task
+        try:
+            return self._shared.scheduler.run(task)
+        except Cancelled:
+            raise ValueError(f"the session is closed: {self.closed_because}") from None
+
+    @property
+    def _place(self) -> Place:
+        assert self._seat is not None and self._seat.place is not None
+        return self._seat.place
+
+    def _read_ahead(self) -> None:
+        if self._seat is None or self.responding:
+            return
+        self._decided = self._conversation.entries
+        task = self._ahead
+        if task is None or task.done or task.steps is not None:  # else: it will read this
+            self._ahead = task = Task(self._place, lambda: self._in_row(self._read_decided, ahead=True))
+            self._shared.scheduler.submit(task)
+        self._forget_media()
+
+    def _read_decided(self) -> Steps[None]:
+        reader, entries = self._reader, self._decided
+        if reader.rows.turns[reader.row] is None and self._worth_reading(entries):
+            yield from reader.read(entries)
+
+    def _forget_media(self) -> None:
+        """Only of a row that stands still is it known what it has read."""
+        busy = [self._ahead, self._task, None if self._outlet is None else self._outlet.task]
+        if all(task is None or task.done for task in busy):
+            super()._forget_media()
+
+    def _media_lost(self, entries: Sequence[Entry]) -> bool:
+        if not any(entry.media and entry.embeds is None for entry in entries):
+            return False
+        return self._hand_over(lambda: _result(lambda: self._reader.lost(entries)))
+
+    def _settle_row(self) -> None:
+        scheduler, outlet = self._shared.scheduler, self._outlet
+        if self._seat is None or not scheduler.alive:
+            return
+        if self._task is not None:
+            scheduler.let_go(self._task)
+        if outlet is not None and outlet.task is not None and outlet.reply is not self._reply:
+            scheduler.let_go(outlet.task)  # a call that was undone has begun this reply
+        self._hand_over(lambda: _result(self._settle_own_row))
+
+    def _settle_own_row(self) -> None:
+        place, rows = self._place, self._shared.rows
+        if place.row is None:
+            return
+        self._reader.row, turn = place.row, rows.turns[place.row]
+        if turn is not None and turn is not self._turn:
+            self._shared.outlets.pop(place.row, None)
+            rows.put(place.row, None)
+        self._reader.settle()
+
+    # replies
+
+    def _start(self, reply: Reply, job: Job[None]) -> ReplyEvents:
+        """The engine's thread reads the prompt and goes on from there."""
+        outlet = Outlet(self, reply)
+        place, shared = self._place, self._shared
+        outlet.task = Task(place, lambda: self._in_row(lambda: shared.begin(outlet, place, job)), outlet.begun)
+        self._outlet = outlet
+        shared.scheduler.submit(outlet.task)
+        return self._events_of(reply, lambda: self._next_events(outlet))
+
+    def _next_events(self, outlet: Outlet) -> list[Event]:
+        event = outlet.take(self._shared)
         return [] if event is None else [event]
 
-    def fail(self, turn: Turn, error: Exception) -> None:
-        """Undo a reply and hand the error to its reader; called by the engine with the lock held."""
-        self._abandon(turn, error)
-        self._events.put(error)
-
-    def deliver(self, event: Event) -> None:
-        """Queue an event of this session's row for its reader; called by the engine with the lock held."""
-        event = dataclasses.replace(event, row=0)
-        self._events.put(event)
-        assert self._turn is not None
-        if self._events.qsize() >= MAX_WAITING_EVENTS:
-            self._turn.paused = True
-
-    def interrupt(self, played_ms: float | None = None) -> Kept:
-        """As `OmniSession.interrupt`; events that were not read yet are dropped."""
-        kept = super().interrupt(played_ms)
-        self._events.put(None)  # wakes a reader
+    def _end_early(self, reply: Reply, played_ms: float | None) -> list[int] | None:
+        outlet = self._outlet
+        assert outlet is not None and outlet.reply is reply and outlet.task is not None
+        self._shared.scheduler.let_go(outlet.task)
+        kept = self._hand_over(lambda: self._shared.end(outlet, played_ms))
+        if reply.failed is not None:
+            raise ValueError(f"there is no reply to interrupt: it has failed ({reply.failed})") from reply.failed
         return kept
 
-    def _between_pieces(self) -> None:
-        """Let the engine tick between the pieces of a long prompt; the session may be closed meanwhile."""
-        undo = self._undo
-        assert undo is not None, "a session reads in its calls only"
-        undo.parked = True
-        try:
-            self.engine.yield_tick()
-        finally:
-            undo.parked = False
-        if self.closed:
-            raise ValueError("the session was closed while it was reading")
+    def _drop(self, reply: Reply) -> None:
+        super()._drop(reply)
+        outlet = self._outlet
+        if reply.left and self._seat is not None and outlet is not None and outlet.reply is reply:
+            assert outlet.task is not None
+            self._shared.scheduler.cancel(outlet.task)
+            self._shared.scheduler.post(self._place, lambda: self._shared.end(outlet, None))
 
-    @whole
-    def fork(self) -> EngineSession:
-        """A second session of the engine with the same past. Raises EngineFullError when no row is free."""
-        row = self.engine.free_row()
+    def _leave(self, reply: Reply) -> None:
+        scheduler = self._shared.scheduler
+        if scheduler.here or not scheduler.alive:
+            self._drop(reply)
+        else:
+            super()._leave(reply)
+
+    @takes_arguments_of(OmniSession.respond)
+    async def respond_async(self, **arguments: Any) -> AsyncIterator[Event]:
+        """As `respond`, for `async for`. No thread waits for the events.
+
+        Leaving the loop early interrupts the reply once the asynchronous iterator is closed (`aclose`, or the end of
+        its scope), without waiting for the step that is running.
+        """
+        begun = asyncio.ensure_future(asyncio.to_thread(self.respond, **arguments))
         try:
-            other: EngineSession = self._copy(self.engine.rows, row)  # type: ignore[assignment]
-            other._events, other._lock = queue.SimpleQueue(), self.engine.changed
-            other._conversation.between = other._between_pieces
-            self.engine.sessions[row] = other
-        except BaseException:
-            self.engine.rows.clear(row)
-            self.engine.sessions[row] = None
+            events = await asyncio.shield(begun)
+        except asyncio.CancelledError:
+            await asyncio.wait([begun])  # it is short, and then forgotten with its reply
             raise
+        outlet = events.session._outlet  # type: ignore[attr-defined]  # a reply aside is another session's
+        try:
+            while not events.done:
+                await outlet.ready(self._shared)
+                yield next(events)
+        finally:
+            events.drop()
+
+    # copies, and the end
+
+    def _fork(self) -> EngineSession:
+        other = self._twin(*self._new_row())
+        other._seat = other._outlet = other._task = other._ahead = None
+        seat = Seat(self._shared)
+
+        def copy() -> Steps[None]:
+            yield from seat.take()
+            assert seat.place is not None
+            place = self._place
+            seat.place.saved = place.saved if place.row is None else self._shared.rows.save_row(place.row)
+            other._reader.done = list(self._reader.done)
+
+        self._hand_over(copy)
+        other._seat = seat
         return other
 
     def __enter__(self) -> EngineSession:
@@ -255,17 +356,20 @@ class EngineSession(OmniSession):
         self.close()
 
     def close(self) -> None:
-        """End a running turn and give the row back; the session cannot be used any more."""
-        with self.engine.changed:
-            row = self._conversation.row
-            if self.engine.sessions[row] is not self:
-                return
-            if self._turn is not None and self.responding and not self.closed:
-                try:
-                    self.interrupt()
-                except Exception as error:  # the reply is lost, but the row is free
-                    self.fail(self._turn, error)
-            self.closed_because = self.closed_because or "close() was called"
-            self.engine.rows.put(row, None)
-            self.engine.rows.clear(row)
-            self.engine.sessions[row] = None
+        """Interrupt a reply that is being given and give the place up; the session cannot be used any more.
+
+        A call that waits in another thread ends with ValueError. From the engine's own thread it does not wait.
+        """
+        self._closed_because = self._closed_because or "close() was called"
+        scheduler, seat = self._shared.scheduler, self._seat
+        if seat is None or seat.place is None or seat.place.removed:
+            return
+        place = seat.place
+        scheduler.post(None, lambda: self._shared.leave(place))
+        scheduler.flush()
+
+
+def _result(function: Any) -> Steps[Any]:
+    """A job that is no work of the model's."""
+    return function()
+    yield

@@ -280,8 +280,8 @@ def _take_media(name: str, tensors: Tensors, tokens: int, session: OmniSession) 
 
 def _put_cache(name: str, cache: KVCache, row: int, tensors: Tensors) -> None:
     used = cache.lengths[row]
-    tensors[f"{name}.keys"] = cache.keys[:, row, :, :used]
-    tensors[f"{name}.values"] = cache.values[:, row, :, :used]
+    for part, whole in (("keys", cache.keys), ("values", cache.values)):
+        tensors[f"{name}.{part}"] = whole[:, row, :, :used].to("cpu", copy=True)  # others may go on meanwhile
 
 
 def _take_cache(name: str, cache: KVCache, row: int, tensors: Tensors, tokens: int) -> None:

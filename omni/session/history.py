@@ -219,7 +219,7 @@ class History(Attached):
         first = conversation.system
         conversation.beginning = self._beginning(None if first is None else first.item.text)
         self._check_room(before)
-        if self._reader.lost(conversation.entries):
+        if self._media_lost(conversation.entries):
             raise ValueError(
                 "the turns that stay hold sound or pictures, whose embeddings were not kept; make the session with "
                 "keep_media=True, or drop more turns"

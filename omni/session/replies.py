@@ -134,9 +134,12 @@ def record(session: Attached, reply: Reply, kept: Sequence[int] | None = None) -
         if kept is not None:
             reader.rows.put(reader.row, turn)
         raise
-    times = reply_times(turn, session.model.code2wav)
-    status = COMPLETED if kept is None and turn.reason == "stop" else INCOMPLETE
-    message = reply.message
+    _hold(session, reply, ids, COMPLETED if kept is None and turn.reason == "stop" else INCOMPLETE)
+
+
+def _hold(session: Attached, reply: Reply, ids: Sequence[int], status: str) -> None:
+    """Let the message of a reply hold these ids."""
+    message, times = reply.message, reply_times(reply.turn, session.model.code2wav)
     whole = fill(session, message, ids, times, status, reply.calls)
     message.entries, message.parts, message.times = whole.entries, whole.parts, whole.times
     message.status, reply.recorded = status, True
@@ -191,11 +194,22 @@ def end_early(session: Attached, reply: Reply, played_ms: float | None) -> Gener
         return None
     turn, reader = reply.turn, session._reader
     kept = heard_ids(turn, session.model.code2wav, played_ms)
-    turn.interruption = reader.rows.end(reader.row, turn, "interrupted")
+    turn.interruption = dataclasses.replace(reader.rows.end(reader.row, turn, "interrupted"), row=0)
     turn.delivered_end = True
-    record(session, reply, kept)
+    try:
+        record(session, reply, kept)
+    except BaseException:
+        turn.interruption, turn.delivered_end, turn.over = None, False, False
+        raise
     return kept
     yield  # it is one piece
+
+
+def end_unbegun(session: Attached, reply: Reply) -> None:
+    """End a reply whose turn has not begun: nothing of it was heard. It touches no row."""
+    interruption = reply.turn.end(0, "interrupted")
+    _hold(session, reply, [], INCOMPLETE)
+    reply.turn.interruption, reply.turn.delivered_end = interruption, True
 
 
 def cut_undelivered(session: Attached, reply: Reply, played_ms: float | None) -> list[int]:
@@ -212,17 +226,16 @@ def settle_reply(session: Attached) -> None:
     reply = session._reply
     if reply is None or session._undo is not None or session.closed:
         return
-    if reply.recorded:
-        if reply.left and not reply.turn.delivered_end:
-            reply.turn.delivered_end = True
-            cut_to_delivered(session, reply)
-        return
-    if reply.left and not reply.ticking and reply.failed is None:
+    if not reply.recorded and reply.left and not reply.ticking and reply.failed is None:
         try:
             session._end_early(reply, None)
         except Exception as error:  # the reply is lost
             reply.failed = error
-    if reply.ticking or reply.failed is not None:
+    if reply.recorded:
+        if reply.left and not reply.turn.delivered_end:
+            reply.turn.delivered_end = True
+            cut_to_delivered(session, reply)
+    elif reply.ticking or reply.failed is not None:
         _forget(session, reply)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ class ReplyEvents(Iterator[Event]):
     samples that all sound lacks of that, tell how many frames a chunk holds.
     """
 
+    _done = True  # until it is made
+
     def __init__(
         self,
         session: OmniSession,
@@ -29,7 +32,7 @@ class ReplyEvents(Iterator[Event]):
         samples_a_frame: int,
         missing: int,
     ) -> None:
-        self._session, self._reply, self._produce = session, reply, produce
+        self.session, self._reply, self._produce = session, reply, produce
         self._samples_a_frame, self._missing = samples_a_frame, missing
         self._waiting: deque[Event] = deque()
         self._done = False
@@ -44,7 +47,7 @@ class ReplyEvents(Iterator[Event]):
             return self._next()
         except BaseException as error:
             self._done = True
-            self._session._forget(self._reply, error)
+            self.session._forget(self._reply, error)
             raise
 
     def _next(self) -> Event:
@@ -68,16 +71,29 @@ class ReplyEvents(Iterator[Event]):
             turn.delivered_frames = samples // max(self._samples_a_frame, 1)
         elif isinstance(event, TurnEnd):
             self._done = turn.delivered_end = True
-            self._session._delivered(self._reply)
+            self.session._delivered(self._reply)
 
     def close(self) -> None:
         """Stop reading events; a turn whose end was not delivered is interrupted."""
         if not self._done:
             self._done = True
-            self._session._leave(self._reply)
+            self.session._leave(self._reply)
+
+    @property
+    def done(self) -> bool:
+        """Whether no event will follow."""
+        return self._done
+
+    def drop(self) -> None:
+        """As `close`, without waiting: the reply is interrupted a little later."""
+        if not self._done:
+            self.session._drop(self._reply)
+            self._done = True
 
     def __del__(self) -> None:
-        # It may run at any moment, in any thread: the session's next call interrupts the reply.
-        if not self._done:
-            self._done = True
-            self._session._drop(self._reply)
+        # It may run at any moment, in any thread, and be cut as anything else; nobody would hear what it raises.
+        try:
+            self.drop()
+        except BaseException:
+            with contextlib.suppress(BaseException):
+                self.drop()

@@ -1,7 +1,7 @@
 """What a row has read, and how its caches are made equal to a list of entries: keep what is the same, read the rest.
 
 All that is here touches the row's states, so in an engine it runs in the engine's thread. Work comes in pieces: the
-generators yield after each, and may be closed there. What has been read is noted after the caches hold it, so that the
+generators yield before each, and may be closed there. What has been read is noted after the caches hold it, so that the
 row is sound wherever a piece is cut: what lies beyond the note is written over.
 """
 
@@ -21,7 +21,7 @@ from omni.talker.layout import PromptEnd
 
 T = TypeVar("T")
 Steps = Generator[None, None, None]
-Job = Callable[[], Generator[None, None, T]]  # yields after each piece of the model's work
+Job = Callable[[], Generator[None, None, T]]  # yields before each piece of the model's work
 
 
 class Read(NamedTuple):
@@ -72,7 +72,7 @@ class RowReader:
 
     @torch.no_grad()
     def read(self, entries: Sequence[Entry]) -> Steps:
-        """Let the row hold exactly these entries, in as few passes as `prefill_tokens` allows; yields after each.
+        """Let the row hold exactly these entries, in as few passes as `prefill_tokens` allows; yields before each.
 
         If it fails or is closed, the row holds a beginning of what it held before or of the entries; media that could
         not be read again are put back.
@@ -192,12 +192,12 @@ class RowReader:
                 part, rest = rest.split(room) if len(rest.ids) > room else (rest, Entry())
                 parts.append(part)
                 if len(part.ids) == room:
+                    yield
                     self._read_text(parts)
                     parts = []
-                    yield
         if parts:
-            self._read_text(parts)
             yield
+            self._read_text(parts)
 
     def _read_text(self, parts: list[Entry]) -> None:
         """One pass over texts."""
@@ -225,13 +225,13 @@ class RowReader:
             )
         device = self.model.device
         for first in range(0, len(entry.ids), self.prefill_tokens):
+            yield
             part = slice(first, first + self.prefill_tokens)
             taps = None if entry.taps is None else entry.taps[:, part].to(device)
             embeds, offsets = entry.embeds[part].to(device), entry.offsets[:, part]
             hidden = self._prefill_thinker(entry.ids[part], offsets, embeds, taps)
             if self.in_talker_prompt(entry.by_user):
                 self._prefill_talker(offsets, self.model.require("talker").media_vectors(hidden))
-            yield
         self._note_read([entry])
 
     def _note_read(self, entries: Sequence[Entry]) -> None:
@@ -266,6 +266,7 @@ class RowReader:
         yield from self.read(entries)
         end, spoken = self.thinker, []
         if aloud:
+            yield
             entry = Entry(tuple(aloud))
             embeds = self.model.require("thinker").embed_tokens(torch.tensor(aloud, device=self.model.device))
             hidden = self._prefill_thinker(aloud, one_each(len(aloud)), embeds, None)

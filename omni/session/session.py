@@ -27,7 +27,6 @@ from omni.session.heard import ReplyTimes, heard_ids
 from omni.session.history import History
 from omni.session.input import Input
 from omni.session.items import INCOMPLETE, Item
-from omni.session.open_turn import Encoders
 from omni.session.replies import Reply, begin_reply, fill, note_events, record
 from omni.session.reply_events import ReplyEvents
 from omni.session.row_reader import Job, RowReader
@@ -35,7 +34,7 @@ from omni.session.saved_values import naming
 from omni.session.undo import settle, whole
 
 Sampling = SamplingConfig | Mapping[str, Any] | None
-T = TypeVar("T")
+S = TypeVar("S", bound="OmniSession")
 
 
 class OmniSession(Input, History):
@@ -66,8 +65,12 @@ class OmniSession(Input, History):
     ) -> None:
         kept = (keep_media, media_bytes, make_room)
         self._set_up(model, processor, speaker, tools, streaming, use_audio_in_video, *kept)
-        self._open(Rows(model, 1), 0)
+        self._open(*self._new_row())
         self._write_beginning(system)
+
+    def _new_row(self) -> tuple[Rows, int]:
+        """A row of its own."""
+        return Rows(self.model, 1), 0
 
     # replies
 
@@ -161,9 +164,13 @@ class OmniSession(Input, History):
     def _forget(self, reply: Reply, error: BaseException) -> None:
         """Forget a reply that failed or was cut: the session is as before `respond`, but for input since."""
         with self._lock:
-            if reply is self._reply and not reply.recorded:
+            if reply is not self._reply:
+                return
+            if reply.recorded:  # it is whole, but was not delivered to its end
+                reply.left = not reply.turn.delivered_end
+            else:
                 reply.failed = reply.failed or error
-                self._settle_reply()
+            self._settle_reply()
 
     def _delivered(self, reply: Reply) -> None:
         """All events of a reply have been taken."""
@@ -207,31 +214,30 @@ class OmniSession(Input, History):
         return self._fork()
 
     def _fork(self) -> OmniSession:
-        return self._copy(Rows(self.model, 1), 0)
-
-    def _copy(self, rows: Rows, row: int) -> OmniSession:
-        other = copy.copy(self)
-        other._lock, other._reply, other._undo = threading.RLock(), None, None
-        other._conversation = self._conversation.fork()
-        other._reader = RowReader(rows, row, self._reader.prefill_tokens)
-        other._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
-        if other._conversation.open is not None:
-            other._conversation.open.move(other._encoders)
-        if (reply := self._reply) is not None and self.responding:
-            kept = heard_ids(reply.turn, self.model.code2wav, None)
-            message = reply.message
-            cut = fill(self, message, kept, ReplyTimes(tuple(kept), (0.0,) * len(kept)), INCOMPLETE, reply.calls)
-            other._conversation.messages = other._conversation.replaced(message.id, cut)
+        other, rows = self._twin(*self._new_row()), self._reader.rows
 
         def copy_row() -> Any:
-            reader = self._reader
-            reader.rows.copy_row(reader.row, rows, row)
-            other._reader.done = list(reader.done)
+            rows.copy_row(self._reader.row, other._reader.rows, other._reader.row)
+            other._reader.done = list(self._reader.done)
             other._reader.set_lengths()
             return
             yield
 
         self._run(copy_row)
+        return other
+
+    def _twin(self: S, rows: Rows, row: int) -> S:
+        """A copy of this session, whose row is empty."""
+        other = copy.copy(self)
+        other._lock, other._reply, other._undo = threading.RLock(), None, None
+        other._conversation = self._conversation.fork()
+        other._reader = RowReader(rows, row, self._reader.prefill_tokens)
+        other._encoders_to(rows)
+        if (reply := self._reply) is not None and self.responding:
+            kept = heard_ids(reply.turn, self.model.code2wav, None)
+            message = reply.message
+            cut = fill(self, message, kept, ReplyTimes(tuple(kept), (0.0,) * len(kept)), INCOMPLETE, reply.calls)
+            other._conversation.messages = other._conversation.replaced(message.id, cut)
         return other
 
     @whole
@@ -249,9 +255,13 @@ class OmniSession(Input, History):
         folder = options.session_folder(path)
         options.check_parts(model, processor, None)
         session = OmniSession.__new__(OmniSession)
+        session._load(folder, model, processor)
+        return session
+
+    def _load(self, folder: Path, model: ModelParts, processor: OmniProcessor | None) -> None:
+        """Fill a session that has not been set up; it has a row of its own then."""
         with naming(folder):
             saved = SavedSession(folder)
-            session._set_up(model, processor, **saved.options)
-            session._open(Rows(model, 1), 0)
-            saved.fill(session)
-        return session
+            self._set_up(model, processor, **saved.options)
+            self._open(Rows(model, 1), 0)
+            saved.fill(self)

@@ -29,24 +29,24 @@ class Undo:
     """Where a session stands before a call."""
 
     def __init__(self, session: Attached, call: str) -> None:
-        self.session, self.call = session, call
+        self.call = call
         self.own = {name: getattr(session, name) for name in _OF_SESSION}
         conversation = session._conversation
         self.conversation = {f.name: getattr(conversation, f.name) for f in dataclasses.fields(conversation)}
         self.open = None if conversation.open is None else conversation.open.note()
-        reply = session._reply
-        self.turn = {} if reply is None else {name: getattr(reply.turn, name) for name in _OF_TURN}
+        turn = session._turn if session._turn_is_own else None
+        self.turn = {} if turn is None else {name: getattr(turn, name) for name in _OF_TURN}
 
-    def apply(self) -> None:
+    def apply(self, session: Attached) -> None:
         """Put the session back. It may be called again, if it was cut itself."""
-        session = self.session
         for name, value in self.own.items():
             setattr(session, name, value)
         for name, value in self.conversation.items():
             setattr(session._conversation, name, value)
         session._conversation.open = None if self.open is None else self.open.note()  # the note may be taken again
-        for name, value in self.turn.items():
-            setattr(session._reply.turn, name, value)  # type: ignore[union-attr]
+        reply = session._reply
+        for name, value in self.turn.items() if reply is not None and not reply.recorded else ():
+            setattr(reply.turn, name, value)  # type: ignore[union-attr]
 
 
 def whole(method: F) -> F:
@@ -54,6 +54,7 @@ def whole(method: F) -> F:
 
     @wraps(method)
     def run(session: Attached, *args: Any, **kwargs: Any) -> Any:
+        session._check_usable()
         with session._lock, torch.no_grad():
             settle(session)
             session._undo = Undo(session, method.__name__)
@@ -83,7 +84,7 @@ def put_back(session: Attached, error: BaseException | None) -> None:
     if undo is None or session.closed:
         return
     try:
-        undo.apply()
+        undo.apply(session)
         session._settle_row()
     except Exception as second:
         reason = "was cut" if error is None else f"failed ({type(error).__name__}: {error})"

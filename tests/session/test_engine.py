@@ -150,7 +150,7 @@ def test_a_reader_that_does_not_read_pauses_its_turn_alone(model: OmniModel) -> 
             if slow._turn.paused or slow._turn.over:
                 break
             threading.Event().wait(0.02)
-        assert slow._turn.paused and slow._events.qsize() < MAX_WAITING_EVENTS + 10
+        assert slow._turn.paused and slow._outlet.waiting < MAX_WAITING_EVENTS + 10
         got = outcome(list(events))
     alone = OmniSession(model, streaming=streaming)
     alone.push_text("slow")

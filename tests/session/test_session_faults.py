@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -339,33 +338,6 @@ def test_a_second_cut_while_the_first_is_undone(model: OmniModel) -> None:
             session.respond(**PLAIN)
         assert_alike(session, twin)
     assert_same_reply(session, twin)
-
-
-def test_a_session_takes_one_call_at_a_time(model: OmniModel) -> None:
-    """While a push of an engine's session waits between two pieces, another thread cannot push into it."""
-    said: list[str] = []
-    with OmniEngine(model, max_sessions=1, streaming=StreamingConfig(prefill_tokens=4)) as engine:
-        session = engine.session()
-        session.push_text("a text of several pieces")
-
-        def push() -> None:
-            try:
-                session.push_text("in between")
-                said.append("")
-            except ValueError as error:
-                said.append(str(error))
-            with engine.changed:
-                engine.changed.notify_all()
-
-        def push_meanwhile() -> None:
-            if not said:
-                thread = threading.Thread(target=push)
-                thread.start()
-                engine.changed.wait_for(lambda: bool(said), timeout=10)
-
-        engine.yield_tick = push_meanwhile  # type: ignore[method-assign]
-        session.respond(**PLAIN).close()
-    assert "one call at a time" in said[0]
 
 
 # every call, every part, any moment
