@@ -15,6 +15,7 @@ _QUIETEST_DB = -90.0
 _LOUDEST_DB = -35.0  # of full scale: speech is at least so loud
 _FORGETS_DB = 0.02  # in a hop: the loudest so far is forgotten slowly
 _LOWEST_HZ = 50.0
+_BRIGHTEST = 12.2  # log2 Hz, of an s: voices that are recorded up to higher frequencies are no brighter
 _WEIGHT = 0.3  # of a hop's marks: hops are not independent of each other
 _NEVER = 1e-6
 
@@ -54,7 +55,7 @@ class SpeechMarks:
         power = (wave.reshape(hops, size) ** 2).mean(1) + 10 ** (_QUIETEST_DB / 10)
         # A sine of frequency f has steps of 2 sin(pi f / rate) times its own size.
         angle = np.arcsin(np.minimum(1.0, np.sqrt((steps**2).mean(1) / power) / 2))
-        brightness = np.log2(sample_rate / math.pi * angle + _LOWEST_HZ)
+        brightness = np.minimum(np.log2(sample_rate / math.pi * angle + _LOWEST_HZ), _BRIGHTEST)
         level = 10 * np.log10(power)
         for i in range(hops):
             self._loudest = max(level[i], self._loudest - _FORGETS_DB)
