@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "checkpoint folder or Hub id"
 NANO = "omni-nano"  # as `omni.packaged.nano` says; not imported, so that `omni --help` answers at once
+ANSWER = Path("answer.wav")  # of a conversation, with the answer's number in its name
 
 
 def add_speech_arguments(parser: argparse.ArgumentParser, default_out: str | None) -> None:
@@ -61,6 +65,22 @@ def consoles() -> tuple[Console, Console]:
 
     out = Console() if sys.stdout.isatty() else Console(width=160)
     return out, Console(stderr=True)
+
+
+def how_to_call(command: str) -> str:
+    """What to type for a command of `omni` in the shell that this process was called from."""
+    if shutil.which("omni"):
+        return f"omni {command}"
+    beside = Path(sys.executable).with_name("omni")  # an environment that is not active, such as that of `make demo`
+    with suppress(ValueError):  # elsewhere: its whole path
+        beside = beside.relative_to(Path.cwd())
+    words = [str(beside)] if beside.exists() else [sys.executable, "-m", "omni.cli"]
+    return shlex.join([*words, command])
+
+
+def numbered(path: Path, number: int) -> Path:
+    """The file of an answer in a conversation: answer.wav -> answer_1.wav."""
+    return path.with_name(f"{path.stem}_{number}{path.suffix}")
 
 
 def check_sound_path(path: Path) -> None:

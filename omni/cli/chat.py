@@ -1,12 +1,14 @@
-"""`omni chat`: one question to a checkpoint, in text and media, and its answer in text and sound."""
+"""`omni chat`: one question to a checkpoint, in text and media, and its answer in text and sound; or a conversation."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni.cli.arguments import (
+    ANSWER,
     MODEL_HELP,
     NANO,
     add_speech_arguments,
@@ -15,6 +17,7 @@ from omni.cli.arguments import (
     consoles,
     count_value,
     load_model,
+    numbered,
     or_nano,
     pace_value,
     seconds_value,
@@ -23,21 +26,25 @@ from omni.cli.arguments import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from omni.cli.realtime import Player, Reply
+    from omni.cli.player import Player
+    from omni.cli.realtime import Reply
     from omni.model import OmniModel
 
-HELP = "ask a checkpoint about text, audio, images and video"
+HELP = "ask a checkpoint about text, audio, images and video, or talk with it"
 
 
 def add_arguments(chat: argparse.ArgumentParser) -> None:
     """The arguments of `omni chat`."""
     chat.description = (
         "Asks one question and prints the answer; a checkpoint that speaks also writes it as sound. Media "
-        "come before the text, audio first, then images, then videos; each option may be repeated. With --realtime "
+        "come before the text, audio first, then images, then videos; each option may be repeated. Without text, audio "
+        "and video it is a conversation: type /help in it for its commands; from a pipe each line is a question, and "
+        "only answers go to stdout. Its answers are written as answer_1.wav, answer_2.wav and so on (--out F: F with "
+        "that number), with --play they are played instead. With --realtime "
         "one sound file, one video or both are fed to a session as if they happened now, after the images and before "
         "the text; both together are a video with that sound."
     )
-    chat.add_argument("text", nargs="?", help="what to say; may be left out when there is audio")
+    chat.add_argument("text", nargs="?", help="what to say; without it, audio and video: a conversation")
     chat.add_argument("--model", metavar="DIR", help=f"{MODEL_HELP} (default: {NANO}, which is part of omni)")
     for kind in ("audio", "image", "video"):
         chat.add_argument(f"--{kind}", action="append", default=[], metavar="F", help=f"{kind} file or address")
@@ -56,17 +63,18 @@ def add_arguments(chat: argparse.ArgumentParser) -> None:
         "--audio-window",
         type=seconds_value,
         metavar="S",
-        help="attention window of the hearing (default: the checkpoint's)",
+        help="attention window of the hearing, also in a conversation (default: the checkpoint's)",
     )
     chat.set_defaults(run=run, misuse=chat.error)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Ask, print the answer and write its sound. Raises ValueError or OSError for what cannot be done."""
     _check_chat(args)
+    talks = _talks(args)
     speaks, path = not args.no_audio, args.out or Path("out.wav")
-    if speaks:
-        check_sound_path(path)
+    if speaks and not (talks and args.play and args.out is None):
+        check_sound_path(numbered(args.out or ANSWER, 1) if talks else path)
     check_media(audio=args.audio, image=args.image, video=args.video)
     console, progress = consoles()
     or_nano(args, progress)
@@ -85,7 +93,11 @@ def run(args: argparse.Namespace) -> None:
         "max_frames": args.max_frames or 4095,
         "seed": args.seed,
     }
-    from omni.cli.realtime import open_player
+    if talks:
+        from omni.cli.conversation import converse
+
+        return converse(args, model, console, progress, arguments)
+    from omni.cli.player import open_player
 
     player = None
     if args.play and speaks:
@@ -102,16 +114,24 @@ def run(args: argparse.Namespace) -> None:
         progress.print(line, markup=False, highlight=False, soft_wrap=True)
     if player is not None:
         player.finish()
+    return 0
+
+
+def _talks(args: argparse.Namespace) -> bool:
+    """Whether it is a conversation: nothing is asked yet, and there are lines to come."""
+    asked = args.text is not None or args.audio or args.video
+    return not (asked or args.realtime) and sys.stdin is not None
 
 
 def _check_chat(args: argparse.Namespace) -> None:
     """Options of `omni chat` that do not go together."""
-    if not (args.text or args.audio or args.video):
+    talks = _talks(args)
+    if not (talks or args.text or args.audio or args.video):
         args.misuse("nothing is asked: give a text, or a question as --audio or --video")
     if args.no_audio and (args.out or args.play):
         args.misuse("--no-audio makes no sound; leave --out and --play out")
     if not args.realtime:
-        if args.pace is not None or args.audio_window is not None:
+        if args.pace is not None or (args.audio_window is not None and not talks):
             args.misuse("--pace and --audio-window belong to --realtime")
         return
     if not (args.audio or args.video):

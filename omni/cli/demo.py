@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omni.cli.arguments import consoles
+from omni.cli.arguments import consoles, how_to_call
 from omni.config.writing import check_can_write
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def run_demo(console: Console, progress: Console, out_dir: Path) -> None:
     files = f"{out_dir / 'out.wav'} and {out_dir / 'out.png'}"
     console.print(f"\nall answers: {files}", markup=False, highlight=False, soft_wrap=True)
     console.print(latencies(replies))
+    line = f"\nTalk with it yourself: {how_to_call('chat')}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def latencies(replies: list[Reply]) -> Table:

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from omni.cli import bench, chat, demo, eval, info, speak, train
+from omni.cli.failures import one_line
 
 _DESCRIPTION = "Talk to Thinker-Talker models: text, audio, images and video in; text and speech out."
 _EXAMPLES = """\
 examples:
   omni demo
+  omni chat --play
   omni chat --model Qwen/Qwen3-Omni-30B-A3B-Instruct --audio question.wav --out answer.wav
   omni chat --model ./checkpoint --image picture.png --no-audio "What is in the picture?"
   omni chat --model ./checkpoint --video clip.mp4 --use-audio-in-video "What happens, and what is said?"
@@ -29,16 +31,6 @@ examples:
   omni train configs/train_speaker.toml model.checkpoint=./checkpoint
   omni eval test.jsonl --model ./checkpoint
 """
-
-_PLACES = "--device auto uses all devices"
-_LESS_MEMORY = {  # what each command offers to one who has too little
-    "chat": f"--no-audio loads less, {_PLACES}",
-    "speak": f"{_PLACES}, --quantize int8 halves the weights",
-    "eval": f"a smaller --batch takes less, {_PLACES}",
-    "train": "lower data.max_tokens (objective.batch_size where there is one) and raise train.accumulate instead, set "
-    "train.activation_checkpointing = true, model.dtype = 'bfloat16' for frozen weights, or spread the run over more "
-    "GPUs (docs/training.md)",
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,20 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("OMNI_DEBUG"):
             raise
-        print(f"omni: error: {_one_line(error, args.command)}", file=sys.stderr)
+        print(f"omni: error: {one_line(error, args.command)}", file=sys.stderr)
         return 1
-
-
-def _one_line(error: Exception, command: str) -> str:
-    """An error's message in one line; an unforeseen kind is named, with the way to see more."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    if isinstance(error, (ValueError, TypeError, OSError)) and text:
-        return text
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory ({text or 'no details'}); {_LESS_MEMORY.get(command, 'a smaller model needs less')}"
-    return f"{type(error).__name__}: {text} (unexpected; OMNI_DEBUG=1 shows where)"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

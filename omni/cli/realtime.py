@@ -6,8 +6,6 @@ serves the ordinary `omni chat` as well.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -195,43 +193,3 @@ def latency_table(reply: Reply) -> Table:
         table.add_row("real-time factor, end to end", f"{timing['rtf']:.2f}")
         table.add_row("real-time factor, step", f"{timing['rtf_step']:.2f}")
     return table
-
-
-class Player:
-    """Plays sound while more of it is made: a thread hands it to the device. Raises what `sounddevice` raises."""
-
-    def __init__(self, sample_rate: int) -> None:
-        import sounddevice
-
-        self._stream = sounddevice.OutputStream(samplerate=sample_rate, channels=1, dtype="float32")
-        self._stream.start()
-        self._waiting: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="omni-player", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        while (samples := self._waiting.get()) is not None:
-            self._stream.write(samples[:, None].numpy())
-
-    def __call__(self, chunk: AudioChunk) -> None:
-        """Play a chunk after those before it; returns at once."""
-        self._waiting.put(chunk.samples)
-
-    def finish(self) -> None:
-        """Wait until all has been played."""
-        self._waiting.put(None)
-        self._thread.join()
-        self._stream.stop()
-        self._stream.close()
-
-
-def open_player(sample_rate: int, progress: Console) -> Player | None:
-    """A player, or None and one line that says why there is none."""
-    try:
-        return Player(sample_rate)
-    except ModuleNotFoundError:
-        reason = "the package sounddevice is not installed (pip install 'thinker-talker[play]')"
-    except Exception as error:  # PortAudio missing, no device, a device that refuses the rate
-        reason = "no sound device answers (" + " ".join(str(error).split()) + ")"
-    progress.out(f"nothing is played: {reason}", highlight=False)
-    return None

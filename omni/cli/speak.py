@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from omni.cli.arguments import (
     MODEL_HELP,
@@ -13,6 +14,7 @@ from omni.cli.arguments import (
     load_model,
     or_nano,
 )
+from omni.cli.subtitles import check_srt_path, word_entries, write_srt
 
 HELP = "say a text"
 
@@ -25,6 +27,7 @@ def add_arguments(speak: argparse.ArgumentParser) -> None:
     speak.add_argument("text", help="what to say")
     speak.add_argument("--model", metavar="DIR", help=f"{MODEL_HELP} (default: {NANO}, which is part of omni)")
     add_speech_arguments(speak, None)
+    speak.add_argument("--srt", type=Path, metavar="F", help="subtitles to write: when each word is spoken, estimated")
     speak.set_defaults(run=run, misuse=speak.error)
 
 
@@ -33,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from omni.processing.audio_file import write_sound
 
     check_sound_path(args.out)
+    if args.srt is not None:
+        check_srt_path(args.srt, args.out)
     console, progress = consoles()
     or_nano(args, progress)
     model = load_model(args, progress, ("thinker", "talker", "code2wav"))
@@ -43,4 +48,9 @@ def run(args: argparse.Namespace) -> None:
     sample_rate = int(model.code2wav.sample_rate)  # type: ignore[arg-type]
     write_sound(args.out, samples, sample_rate)
     seconds = len(samples) / sample_rate
+    if args.srt is not None:
+        frames = (len(samples) + int(model.code2wav.missing_samples)) // int(model.code2wav.hop_length)  # type: ignore[arg-type]
+        entries = word_entries(args.text, samples, sample_rate, complete=frames < max_frames)
+        write_srt(args.srt, entries)
+        console.print(f"subtitles: {len(entries)} words in {args.srt}", highlight=False, soft_wrap=True)
     console.print(f"speech: {seconds:.2f} s at {sample_rate} Hz in {args.out}", highlight=False, soft_wrap=True)

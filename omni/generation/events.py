@@ -25,8 +25,9 @@ class TextDelta:
 
     text never ends inside a character, nor in what may be the beginning of a stop string or of a tool call, and is ""
     for a reply without a processor and for all that belongs to a tool call. reasoning: it belongs to what a thinking
-    reply thinks before its answer, which is never spoken.
-    logprobs: one entry an id, if they were asked for.
+    reply thinks before its answer, which is never spoken. logprobs: one entry an id, if they were asked for. time_ms:
+    where in the turn's sound the text is expected to begin, in milliseconds from its first sample, as estimated when it
+    was sent; None where nothing of it is spoken.
     """
 
     row: int
@@ -34,6 +35,7 @@ class TextDelta:
     token_ids: tuple[int, ...]
     reasoning: bool = False
     logprobs: tuple[TokenLogprob, ...] | None = None
+    time_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class AudioChunk:
     samples: Tensor
     sample_rate: int
     start_sample: int
+
+    @property
+    def start_ms(self) -> float:
+        """`start_sample` in milliseconds."""
+        return 1000 * self.start_sample / self.sample_rate
 
 
 @dataclass(frozen=True)

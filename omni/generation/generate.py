@@ -204,7 +204,7 @@ def make_request(
         text_limit=text_limit,
         frame_limit=frame_limit,
         options=args.options[row],
-        prompt_ids=tuple(ids) if args.options[row].logits_processor is not None else (),
+        prompt_ids=tuple(ids),
         seed=args.seeds[row],
         streaming=streaming,
         text_sampling=args.text[row],

@@ -70,6 +70,8 @@ class Rows:
         """
         assert self.turns[row] is None, "a turn is running in this row"
         self.turns[row] = turn
+        if self.model.code2wav is None:
+            turn.times = None
         self.runner.steps.begin_turn()
         self._samplings = None
         self.text.steps[row] = 0
@@ -152,7 +154,8 @@ class Rows:
                         if (own := log_probs.get(row)) is not None:
                             likely = (token_logprob(own, token, turn.request.options.logprobs or 0),)
                             turn.text.logprobs += likely
-                        events.append(TextDelta(row, text, (token,), kinds[row] == REASONING, likely))
+                        begin, reasoning = turn.time_text(text, kinds[row]), kinds[row] == REASONING
+                        events.append(TextDelta(row, text, (token,), reasoning, likely, begin))
                         if turn.request.tools:
                             self._note_calls(row, turn, events)
                             unread[row] &= not turn.over

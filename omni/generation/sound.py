@@ -101,6 +101,8 @@ def _emit(runner: Runner, row: int, turn: Turn, wave: Tensor, events: list[Event
     if sound.samples == 0:
         turn.record_times(runner.times.seconds)
         turn.timing["first_audio"] = time.perf_counter() - turn.started
+    if turn.times is not None:
+        turn.times.hear(wave.numpy(), rate)
     events.append(AudioChunk(row, wave.clone(), rate, sound.samples))
     sound.record(wave.numel(), quiet=float(wave.abs().max()) < 1e-3)  # 60 dB below full scale
     _watch_silence(turn, rate)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from omni.generation.events import TokenLogprob, TurnEnd
 from omni.generation.reply import ANSWER, REASONING, ReplyReader
+from omni.generation.speech_times import SpeechTimes
 from omni.generation.stop_strings import Decided, StopStrings
+from omni.generation.streaming_config import OFFLINE
 from omni.generation.tool_calls import CALL_TOKENS, CallReader, MalformedCallError, Piece, WrittenCall
 from omni.generation.turn_request import TurnRequest
 from omni.processing.text_stream import TextStream
@@ -35,6 +37,7 @@ class TextProgress:
     found, rest: the ids of what stays of the token in which it begins, the first `unspoken` of them in front of the
     text; logprobs: of all ids, if asked for. call_reader: None without tools; pieces: of the text beside calls, new,
     and waiting: those that the search for stop strings holds; calls: that are complete, new; error: a malformed one.
+    kinds: of all ids, as `append` tells.
     """
 
     request: TurnRequest
@@ -57,6 +60,7 @@ class TextProgress:
     waiting: list[Piece] = field(default_factory=list)
     calls: list[WrittenCall] = field(default_factory=list)
     error: MalformedCallError | None = None
+    kinds: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.request.options.stop and self.stream is not None:
@@ -105,6 +109,7 @@ class TextProgress:
             kind = self.reader.feed(token)
             if len(self.ids) >= self.request.text_limit:
                 self.reason = "max_new_tokens"
+        self.kinds.append(kind)
         text = self.stream.push(token) if self.stream is not None and kind in (ANSWER, REASONING) else ""
         if kind == REASONING:
             self.reasoning += text
@@ -286,7 +291,8 @@ class Turn:
     spoken: the part of the reply that the prompt already holds and that is to be spoken, `given` texts; held: texts of
     the answer that are not decided (pieces whose vectors are still to come, too). paused: its events are not read fast
     enough; over: no step is left to do; error: what the caller's function of the logits raised, or a malformed call.
-    interruption: the last event of a turn that was interrupted.
+    times: of its words, None where none are spoken or nobody reads its events. interruption: the last event of a turn
+    that was interrupted.
     delivered_ids, delivered_frames and delivered_end: what of the reply has reached the reader of its events. timing:
     seconds by name.
     """
@@ -299,6 +305,7 @@ class Turn:
         self.speech = SpeechProgress(request, list(spoken))
         self.sound = SoundProgress(request)
         self.given = len(spoken)
+        self.times = _times(request, stream, len(spoken))
         self.held: list[Any] = []
         self.error: Exception | None = None
         self.paused = False
@@ -381,6 +388,15 @@ class Turn:
         self.text.decided -= len(free)
         del self.held[: len(free)]
 
+    def time_text(self, text: str, kind: str) -> float | None:
+        """Where in the sound the text of a new delta is expected to begin; None where nothing of it is spoken."""
+        if self.times is None or kind == REASONING:
+            return None
+        begin = self.times.push_text(text) if text else None
+        if self.text.reason:
+            self.times.end_text()
+        return begin
+
     def next_text(self) -> Any:
         """The text that the Talker is to read now with the pending frame; None if it cannot or has none to read."""
         return self.speech.next_text(bool(self.text.reason)) if self.runs and self.speech.pending else None
@@ -417,6 +433,13 @@ class Turn:
         timing = {**self.timing, "total": time.perf_counter() - self.started}
         error = None if self.error is None else str(self.error)
         return TurnEnd(row, reason or self.reason, self.text.answer, usage, timing, error)
+
+
+def _times(request: TurnRequest, stream: TextStream | None, given: int) -> SpeechTimes | None:
+    """The times of a turn's words, of which the first `given` ids are the last ones of the prompt."""
+    if stream is None or request.speaker is None or request.streaming is OFFLINE:
+        return None
+    return SpeechTimes(stream.processor.decode(list(request.prompt_ids[-given:])) if given else "")
 
 
 def repeats(codes: list[int], frames: int | None, longest_period: int = 8) -> bool:

@@ -18,7 +18,7 @@ class TurnRequest:
     """What was asked for.
 
     prompt_tokens: ids that the Thinker has read; stop_ids end the reply; text_limit: reply ids at most, frame_limit:
-    frames at most. options: of its text; prompt_ids: those ids, for options that look at them. layout: the family's
+    frames at most. options: of its text; prompt_ids: those ids. layout: the family's
     (None without a Talker); speaker: None for a silent turn; header: the ids of `<|im_start|>assistant\\n` as the
     prefix needs them; prompt_end: where the Talker's prompt ends; voice: what the codec needs of the speaker, if
     anything. tools: whether calls of tools are told from the text of the reply.

@@ -222,9 +222,7 @@ def _take_message(name: str, values: dict[str, Any], tensors: Tensors, session: 
     require(values["role"] in ROLES and values["status"] in (COMPLETED, INCOMPLETE), f"{name} is of no known kind")
     times = values["times"]
     if times is not None:
-        ends = times["ends_ms"]
-        require(ends is None or len(ends) == len(times["token_ids"]), f"{name}.times has too few or too many times")
-        times = ReplyTimes(tuple(times["token_ids"]), None if ends is None else tuple(ends))
+        times = ReplyTimes(times["token_ids"], times["ends_ms"])
         inside = [token for entry in entries for token in entry.ids]
         require(len(times.token_ids) + len(values["given"]) <= len(inside), f"{name}.times has too many ids")
     require((times is None) == (values["role"] != "assistant"), f"{name}.times belong to a reply")

@@ -13,6 +13,7 @@ from typing import Any
 from omni.session import options
 from omni.session.attached import Attached
 from omni.session.conversation import lay_out_results
+from omni.session.heard import check_played
 from omni.session.items import IN_PROGRESS, INCOMPLETE, Item, Message, new_id
 from omni.session.render import render
 from omni.session.replies import Kept, cut_undelivered, fill
@@ -235,7 +236,7 @@ class History(Attached):
 
     def _truncate(self, message: Message, played_ms: float | None) -> Kept:
         """Cut a reply; see `truncate`."""
-        options.check_played(played_ms)
+        check_played(played_ms)
         reply = self._reply
         if message.status == IN_PROGRESS and reply is not None:
             kept = self._end_early(reply, played_ms)

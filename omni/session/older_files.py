@@ -194,7 +194,7 @@ def _message(session: OmniSession, turn: _Turn) -> dict[str, Any]:
         "parts": _parts(session, turn, len(turn.entries)),
         "entries": turn.entries,
         "given": [],
-        "times": {"token_ids": said, "ends_ms": None} if role == "assistant" else None,
+        "times": {"token_ids": said, "ends_ms": [0.0] * len(said)} if role == "assistant" else None,
     }
 
 

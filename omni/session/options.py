@@ -105,10 +105,3 @@ def share(make_room: Any) -> float | None:
 def tool_list(tools: Any) -> list[Any] | None:
     """The JSON schemas of tools, None for none. Raises TypeError or ValueError."""
     return tool_schemas(tools)
-
-
-def check_played(played_ms: Any) -> None:
-    """Raise ValueError unless it is a number of milliseconds or None."""
-    number = isinstance(played_ms, Real) and not isinstance(played_ms, bool)
-    if played_ms is not None and not (number and 0 <= played_ms < math.inf):
-        raise ValueError(f"played_ms must be a number of milliseconds, 0 or more, got {played_ms!r}")

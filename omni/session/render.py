@@ -122,4 +122,4 @@ def _reply(
     opened = opened or session._header("assistant")
     entries = tuple(Entry(tuple(own)) for own in (opened, ids, session._closing()) if own)
     parts = (*([{"type": "text", "text": text}] if text else []), *calls)
-    return Message(id, "assistant", tuple(parts), entries, status, times=ReplyTimes(tuple(ids), None))
+    return Message(id, "assistant", tuple(parts), entries, status, times=ReplyTimes(tuple(ids), (0.0,) * len(ids)))

@@ -174,7 +174,7 @@ def fill(
     entries = (message.entries[0], *_entries([*given, *ids], closing[1 if closed else 0 :]))
     parts = (*_texts(_answer(text, calls)), *(calls[: text.count(CLOSE)]))
     count = len(ids) - closed
-    times = ReplyTimes(times.token_ids[:count], None if times.ends_ms is None else times.ends_ms[:count])
+    times = ReplyTimes(times.token_ids[:count], times.ends_ms[:count])
     return dataclasses.replace(message, entries=entries, parts=parts, times=times, status=status)
 
 

@@ -58,7 +58,7 @@ _MESSAGE = {
     "parts": [dict],
     "entries": [_ENTRY],
     "given": [int],
-    "times": Maybe({"token_ids": [int], "ends_ms": Maybe([float])}),
+    "times": Maybe({"token_ids": [int], "ends_ms": [float]}),
 }
 _OPEN = {
     "id": str,

@@ -236,7 +236,7 @@ class OmniSession(Input, History):
         if (reply := self._reply) is not None and self.responding:
             kept = heard_ids(reply.turn, self.model.code2wav, None)
             message = reply.message
-            cut = fill(self, message, kept, ReplyTimes(tuple(kept), None), INCOMPLETE, reply.calls)
+            cut = fill(self, message, kept, ReplyTimes(tuple(kept), (0.0,) * len(kept)), INCOMPLETE, reply.calls)
             other._conversation.messages = other._conversation.replaced(message.id, cut)
         return other
 

@@ -179,7 +179,7 @@ def test_misuse_is_one_line_and_code_2(capsys: Capture) -> None:
     assert "command" in fails(capsys, code=2)
     assert "demo" in fails(capsys, "dmo", code=2)
     assert "--out" in fails(capsys, "speak", "Hello", code=2)
-    assert "nothing is asked" in fails(capsys, "chat", "--model", "x", code=2)
+    assert "nothing is asked" in fails(capsys, "chat", "--model", "x", "", code=2)
     assert "--no-audio" in fails(capsys, "chat", "--model", "x", "--no-audio", "--out", "a.wav", "Hi", code=2)
     assert "'0'" in fails(capsys, "speak", "Hi", "--out", "a.wav", "--max-frames", "0", code=2)
 

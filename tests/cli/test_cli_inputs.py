@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from pathlib import Path
 
 import pytest
 from build import ROOT
 
 from omni import OmniConfig, OmniModel, OmniProcessor
+from omni.cli.arguments import how_to_call
 from omni.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
@@ -77,3 +79,19 @@ def test_git_ignores_what_the_demo_writes() -> None:
     patterns = [line.lstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
     for name in ("out.wav", "out.png", "answer_1.wav", "answer_2.wav", "answer_3.wav"):
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+
+
+def test_how_to_call_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the demo says at its end: by its name where the shell finds it, else by a path that works from here."""
+    (tmp_path / "my env").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert how_to_call("chat") == f"'{tmp_path}/my env/python' -m omni.cli chat"
+    (tmp_path / "my env" / "omni").touch()
+    assert how_to_call("chat") == "'my env/omni' chat"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert how_to_call("chat") == f"'{tmp_path}/my env/omni' chat"
+    (tmp_path / "omni").touch(mode=0o755)
+    assert how_to_call("chat") == "omni chat"

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from rich.console import Console
+from talking import SoundDevice
 
 from omni import AudioChunk, OmniSession, TextDelta, TurnEnd
 from omni.cli.main import main
@@ -138,40 +139,18 @@ def test_text_is_printed_as_it_comes() -> None:
     assert reply.sound is not None and reply.sound.tolist() == [1, 1, 1, 0, 0] and len(played) == 2
 
 
-class FakeSoundDevice:
-    """Stands in for the package sounddevice."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.samples, self.closed = error, list[float](), False
-
-    def OutputStream(self, samplerate: int, channels: int, dtype: str) -> FakeSoundDevice:
-        if self.error is not None:
-            raise self.error
-        assert (samplerate, channels, dtype) == (24000, 1, "float32")
-        return self
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def write(self, samples: np.ndarray) -> None:
-        assert samples.shape[1] == 1
-        self.samples += samples[:, 0].tolist()
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def test_play(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    device = FakeSoundDevice()
+    device = SoundDevice()
     monkeypatch.setitem(sys.modules, "sounddevice", device)  # type: ignore[arg-type]
     out = tmp_path / "a.wav"
     ask = ["chat", "--model", str(tiny_checkpoint), "--play", "--max-new-tokens", "3", "--max-frames", "4", "Hi"]
     assert main([*ask, "--out", str(out)]) == 0
     written = soundfile.read(out, dtype="float32")[0]
-    assert device.closed and np.allclose(np.clip(device.samples, -1, 1), written, atol=1e-4)
+    assert device.calls == ["start", "stop", "close"] and np.allclose(
+        np.clip(device.samples, -1, 1), written, atol=1e-4
+    )
     assert "nothing is played" not in capsys.readouterr().err
-    for module, reason in ((None, "not installed"), (FakeSoundDevice(RuntimeError("no\ncard")), "(no card)")):
+    for module, reason in ((None, "not installed"), (SoundDevice(RuntimeError("no\ncard")), "(no card)")):
         monkeypatch.setitem(sys.modules, "sounddevice", module)  # type: ignore[arg-type]
         assert main([*ask, "--out", str(out)]) == 0
         lines = [line for line in capsys.readouterr().err.splitlines() if "nothing is played" in line]

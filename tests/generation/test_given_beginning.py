@@ -236,12 +236,13 @@ def test_an_interrupted_reply_counts_what_was_given_as_heard_first(either: OmniM
     session.push_text("Name a river.")
     list(session.respond(prefill=GIVEN, speak_prefill=True, **{**SPEECH, "max_new_tokens": 6}))
     turn = session._turn
-    words = len(either.processor.encode_text(GIVEN))
-    frames = len(turn.speech.codes)
-    played = frames - 2
-    kept = session.interrupt(played_ms=1000 * played / either.code2wav.frame_rate)
+    assert turn.times.text.startswith(GIVEN) and turn.times.given == len(GIVEN)
+    ends = turn.times.word_ends_ms()  # of the words given first
+    played = 1000 * (len(turn.speech.codes) - 2) / either.code2wav.frame_rate
+    kept = session.interrupt(played_ms=played)
     spoken = [token for token in turn.text.ids if token != 258]
-    assert kept.token_ids == spoken[: max(0, (words + len(spoken)) * played // frames - words)]
+    assert kept.token_ids == spoken[: len(kept.token_ids)] and len(kept.token_ids) < len(spoken)
+    assert not kept.token_ids or ends[len(GIVEN.split()) - 1] < played
     assert either.processor.decode(session.ids).endswith(GIVEN + kept.text + "\n")
     session.push_text("go on")
     events = list(session.respond(**SPEECH))

@@ -88,6 +88,7 @@ def test_the_demo(tmp_path: Path, capsys: Capture) -> None:
     printed = capsys.readouterr().out
     assert all(answer in printed for answer in DEMO_ANSWERS)
     assert "first sound" in printed and "real-time factor" in printed
+    assert printed.splitlines()[-1].startswith("Talk with it yourself: ") and printed.endswith(" chat\n")
     assert sorted(os.listdir(tmp_path / "new")) == [
         "answer_1.wav",
         "answer_2.wav",

@@ -22,6 +22,7 @@ from omni import (
     TurnEnd,
 )
 from omni.rope.positions import Audio, AudioVideo, MediaTokens, Video, placeholder_ids
+from omni.session.heard import heard_ids
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {**build.PLAIN, "max_new_tokens": 6, "max_frames": 8}
@@ -194,9 +195,9 @@ def test_interrupt_keeps_what_was_heard(model: OmniModel) -> None:
         if frames == 3:
             break
     turn = session._turn
-    drawn, reply = len(turn.speech.codes), list(turn.text.ids)
+    reply, heard = list(turn.text.ids), heard_ids(turn, model.code2wav, 2 * 80)
     kept = session.interrupt(played_ms=2 * 80)
-    assert kept.token_ids == reply[: len(reply) * 2 // drawn]
+    assert kept.token_ids == heard == reply[: len(heard)] and len(heard) < len(reply)
     assert kept.text == model.processor.decode(kept.token_ids)
     rest = list(events)
     assert [e.reason for e in rest] == ["interrupted"] and isinstance(rest[0], TurnEnd)

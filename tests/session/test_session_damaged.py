@@ -186,8 +186,8 @@ NAMED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "two items of one name": lambda v: v["messages"].append(v["messages"][0]),
     "a role that there is not": lambda v: v["messages"][0].update(role="robot"),
     "a reply that is being given": lambda v: v["messages"][1].update(status="in_progress"),
-    "more times than ids": lambda v: v["messages"][1]["times"].update(token_ids=[5] * 99),
-    "times of a question": lambda v: v["messages"][0].update(times={"token_ids": [], "ends_ms": None}),
+    "more times than ids": lambda v: v["messages"][1]["times"].update(token_ids=[5] * 99, ends_ms=[0.0] * 99),
+    "times of a question": lambda v: v["messages"][0].update(times={"token_ids": [], "ends_ms": []}),
     "a medium without entries": lambda v: v["messages"][0].update(
         parts=[{"type": "image", "image": {"kept": "image", "first": 0, "count": 99}}]
     ),
