@@ -189,9 +189,7 @@ def test_leaving_an_asynchronous_loop(model: OmniModel) -> None:
     asyncio.run(asyncio.wait_for(listen(), 60))
 
 
-def test_a_session_closed_while_it_reads_writes_nothing_more(
-    model: OmniModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_closed_while_it_reads_writes_nothing_more(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with OmniEngine(model, max_sessions=1, streaming=StreamingConfig(prefill_tokens=4)) as engine:
         session = engine.session()
         read, pieces, closers = engine.rows.prefill_thinker, [], []
