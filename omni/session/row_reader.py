@@ -8,7 +8,7 @@ row is sound wherever a piece is cut: what lies beyond the note is written over.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -85,7 +85,7 @@ class RowReader:
         self._cut(entries, whole, tokens)
         try:
             first = entries[whole].split(tokens)[1:] if tokens else ()
-            yield from self._read_on([*first, *entries[whole + bool(tokens) :]])
+            yield from self._in_pieces(self._read_on([*first, *entries[whole + bool(tokens) :]]))
         except BaseException:
             self.settle()
             raise
@@ -167,7 +167,20 @@ class RowReader:
         if self.rows.speech is not None:
             self.rows.speech.decoder.cache.grow(self.row, self.talker.tokens)
 
-    def _read_on(self, entries: Sequence[Entry]) -> Steps:
+    def _in_pieces(self, passes: Iterator[int]) -> Steps:
+        """Yield before so many passes as make a piece. passes: yields before each how many tokens it reads.
+
+        A piece has `prefill_tokens`; a short pass counts as a quarter of that, since it costs time of its own.
+        """
+        left = 0
+        for tokens in passes:
+            cost = max(tokens, self.prefill_tokens // 4)
+            if cost > left:
+                yield
+                left = self.prefill_tokens
+            left -= cost
+
+    def _read_on(self, entries: Sequence[Entry]) -> Iterator[int]:
         at = 0
         while at < len(entries):
             entry = entries[at]
@@ -182,7 +195,7 @@ class RowReader:
                 self._note_read([entry])
                 at += 1
 
-    def _read_texts(self, entries: Sequence[Entry]) -> Steps:
+    def _read_texts(self, entries: Sequence[Entry]) -> Iterator[int]:
         """Texts one after the other, several of them in one pass."""
         parts: list[Entry] = []
         for entry in entries:
@@ -192,11 +205,11 @@ class RowReader:
                 part, rest = rest.split(room) if len(rest.ids) > room else (rest, Entry())
                 parts.append(part)
                 if len(part.ids) == room:
-                    yield
+                    yield self.prefill_tokens
                     self._read_text(parts)
                     parts = []
         if parts:
-            yield
+            yield sum(len(part.ids) for part in parts)
             self._read_text(parts)
 
     def _read_text(self, parts: list[Entry]) -> None:
@@ -216,7 +229,7 @@ class RowReader:
             vectors = self.model.require("talker").text_vectors(embeds[at], hidden[at])
             self._prefill_talker(offsets[:, : len(own)], vectors)
 
-    def _read_media(self, entry: Entry) -> Steps:
+    def _read_media(self, entry: Entry) -> Iterator[int]:
         """A piece of a media segment; what was read of it counts once it is whole."""
         assert entry.offsets is not None
         if entry.embeds is None:
@@ -225,7 +238,7 @@ class RowReader:
             )
         device = self.model.device
         for first in range(0, len(entry.ids), self.prefill_tokens):
-            yield
+            yield min(len(entry.ids) - first, self.prefill_tokens)
             part = slice(first, first + self.prefill_tokens)
             taps = None if entry.taps is None else entry.taps[:, part].to(device)
             embeds, offsets = entry.embeds[part].to(device), entry.offsets[:, part]
