@@ -16,7 +16,7 @@ _LOUDEST_DB = -35.0  # of full scale: speech is at least so loud
 _FORGETS_DB = 0.02  # in a hop: the loudest so far is forgotten slowly
 _LOWEST_HZ = 50.0
 _BRIGHTEST = 12.2  # log2 Hz, of an s: voices that are recorded up to higher frequencies are no brighter
-_WEIGHT = 0.3  # of a hop's marks: hops are not independent of each other
+_WEIGHT = 0.22  # of a hop's marks: hops are not independent of each other
 _NEVER = 1e-6
 
 # kind -> how often so, decibels below the loudest so far and their deviation, brightness in log2 Hz and its deviation:

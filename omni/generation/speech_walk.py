@@ -16,7 +16,7 @@ from omni.generation.spoken_words import Sound
 _USUAL_MS = 1000.0  # of speech at the usual pace, which the estimate of the pace begins with
 _SLOWEST, _FASTEST = 2.5, 0.6  # paces that are believed: lengths, of the usual ones
 _REACH = 4  # sounds that one hop may go on by
-_THERE = 0.99  # no sound is more certain: letters may be silent, and speech ahead of what is believed
+_THERE = 0.97  # no sound is more certain: letters may be silent, and speech ahead of what is believed
 _LEAVES = 0.95  # chance of leaving half a sound in a hop, at most
 _UNLIKELY = 1e-6  # places that are forgotten
 _BLOCK, _LAG = 100, 150  # hops that are settled together, and how many more have to come before that

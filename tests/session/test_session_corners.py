@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from typing import Any
 
 import build
@@ -187,22 +189,28 @@ def test_leaving_an_asynchronous_loop(model: OmniModel) -> None:
     asyncio.run(asyncio.wait_for(listen(), 60))
 
 
-def test_a_session_closed_while_it_reads_writes_nothing_more(model: OmniModel) -> None:
+def test_a_session_closed_while_it_reads_writes_nothing_more(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with OmniEngine(model, max_sessions=1, streaming=StreamingConfig(prefill_tokens=4)) as engine:
         session = engine.session()
-        pieces = []
+        read, pieces, closers = engine.rows.prefill_thinker, [], []
 
-        def close_after_two() -> None:
+        def close_after_two(*arguments: Any) -> Any:
             pieces.append(1)
             if len(pieces) == 2:
-                session.close()
-            type(session)._between_pieces(session)
+                closers.append(threading.Thread(target=session.close))
+                closers[0].start()
+                while not session.closed:
+                    time.sleep(0.001)
+            return read(*arguments)
 
-        session._conversation.between = close_after_two
+        monkeypatch.setattr(engine.rows, "prefill_thinker", close_after_two)
         session.push_text("a text of several pieces that is never read to its end")
+        events = session.respond(**PLAIN)
+        assert [event.reason for event in events if isinstance(event, TurnEnd)] == ["interrupted"]
+        closers[0].join(10)
+        assert 2 <= len(pieces) <= 3 and engine.rows.text.decoder.cache.lengths == [0]
         with pytest.raises(ValueError, match="closed"):
-            session.respond(**PLAIN)
-        assert len(pieces) == 2 and engine.rows.text.decoder.cache.lengths == [0]
+            session.push_text("x")
         engine.session().push_text("the next owner")
 
 

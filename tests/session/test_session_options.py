@@ -109,7 +109,7 @@ def test_respond_shows_its_arguments(model: OmniModel) -> None:
         for session in (OmniSession(model), engine.session()):
             for method in (session.respond, session.respond_async):
                 parameters = inspect.signature(method).parameters
-                assert set(parameters) == {*offline, "prefill"} and "streaming" in offline
+                assert set(parameters) == {*offline, "prefill", "items", "remember"} and "streaming" in offline
                 assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
             with pytest.raises(TypeError, match=r"respond has no argument 'stops'; did you mean 'stop'\?"):
                 session.respond(stops="x")
