@@ -96,9 +96,9 @@ def test_reading_in_advance_that_fails_is_made_up_for(tmp_path: Any) -> None:
         session, twin = engine.session(), OmniSession(engine.model, streaming=QUICK)
         with fault(Rows, "prefill_thinker", 2) as calls:
             session.push_text("several pieces, " * 12)
-            session.push_audio(noise(9000))  # what comes before it is decided
+            session.push_audio(noise(20000))  # what comes before it is decided
             assert session._ahead is not None and session._ahead.wait(lambda: True)
         assert len(calls) == 2
         twin.push_text("several pieces, " * 12)
-        twin.push_audio(noise(9000))
+        twin.push_audio(noise(20000))
         assert_same_reply(session, twin)
