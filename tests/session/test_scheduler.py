@@ -165,6 +165,21 @@ def test_a_short_job_behind_a_long_one_waits_for_one_piece_of_it(clock: Clock) -
     assert clock.outcome(task) == "short" and task.ended - task.submitted == 2 and not long.done
 
 
+def test_parts_of_a_piece_go_together_in_turn(clock: Clock) -> None:
+    def parts(name: str, *shares: float) -> Iterator[Any]:
+        for share in shares:
+            yield share
+            clock.log.append(name)
+
+    clock.begin()
+    for name, shares in (("a", (0.25, 0.25)), ("b", (0.5, 0.25)), ("c", (7.0,))):
+        clock.submit(name, lambda name=name, shares=shares: parts(name, *shares))
+    assert clock.next() == ["a", "b"]  # c, which comes next, wants a whole one
+    assert clock.next() == ["c"]
+    assert clock.next() == ["a", "b"]
+    assert clock.next() == [] and clock.scheduler.pieces == 2.25
+
+
 def test_pieces_run_back_to_back_in_turn_while_nothing_ticks(clock: Clock) -> None:
     go = clock.hold()
     tasks = [clock.submit(owner, clock.pieces(owner, 3)) for owner in ("a", "b")]
