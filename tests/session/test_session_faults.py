@@ -192,12 +192,7 @@ def test_a_part_that_fails_while_it_answers(tmp_path: Any, family: str, where: s
         assert_same_reply(session, twin)
 
 
-def short_words(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Words of one letter, so that some of them are heard soon."""
-    return torch.full_like(logits, -1e4).index_fill(-1, torch.tensor([(97, 32)[len(ids) % 2]]), 1e4)
-
-
-def test_an_interruption_that_fails_leaves_the_reply_running(tmp_path: Any) -> None:
+def test_an_interruption_that_fails_leaves_the_reply_running(tmp_path: Any, monkeypatch: Any) -> None:
     """A Talker that reads the whole prompt reads what was heard of a reply when that is cut."""
     model = second_model(tmp_path / "files")
     windows = StreamingConfig(codec_schedule=ChunkSchedule(4, 2, 2), codec_ode=build.FAST, silence_s=None)
@@ -205,9 +200,10 @@ def test_an_interruption_that_fails_leaves_the_reply_running(tmp_path: Any) -> N
     streams = []
     for one in (session, twin):
         one.push_text("one")
-        streams.append(one.respond(**{**PLAIN, "max_new_tokens": 20, "max_frames": 200}, logits_processor=short_words))
-        while not (isinstance(event := next(streams[-1]), AudioChunk) and event.start_ms > 1000):
+        streams.append(one.respond(**{**PLAIN, "max_new_tokens": 20, "max_frames": 200}))
+        while not isinstance(next(streams[-1]), AudioChunk):
             pass
+    monkeypatch.setattr("omni.session.session.heard_ids", lambda turn, *_: turn.text.ids[:2])  # its words are too short
     for after in (False, True):
         with fault(Rows, "prefill_talker", after=after), pytest.raises(Broken):
             session.interrupt()
@@ -218,7 +214,7 @@ def test_an_interruption_that_fails_leaves_the_reply_running(tmp_path: Any) -> N
             torch.testing.assert_close(event.samples, other.samples, atol=1e-5, rtol=0)
     for stream in streams:
         stream.close()
-    assert session.ids == twin.ids and session.ids[-3] in (97, 32), "some of it was heard"
+    assert session.ids == twin.ids
 
 
 def test_turns_are_dropped_whole_or_not_at_all(model: OmniModel) -> None:
