@@ -52,19 +52,23 @@ class Undo:
 def whole(method: F) -> F:
     """Let a method of a session happen as a whole or not at all, and one call at a time."""
 
+    @torch.no_grad()
+    def attempt(session: Attached, *args: Any, **kwargs: Any) -> Any:
+        settle(session)
+        session._undo = Undo(session, method.__name__)
+        try:
+            result = method(session, *args, **kwargs)
+        except BaseException as error:
+            put_back(session, error)
+            raise
+        session._undo = None
+        return result
+
     @wraps(method)
     def run(session: Attached, *args: Any, **kwargs: Any) -> Any:
         session._check_usable()
-        with session._lock, torch.no_grad():
-            settle(session)
-            session._undo = Undo(session, method.__name__)
-            try:
-                result = method(session, *args, **kwargs)
-            except BaseException as error:
-                put_back(session, error)
-                raise
-            session._undo = None
-            return result
+        with session._lock:
+            return attempt(session, *args, **kwargs)
 
     return run  # type: ignore[return-value]
 
