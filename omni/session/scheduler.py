@@ -45,7 +45,8 @@ class Task(Generic[T]):
     """A job on its way: `done` once it is over, with a result or an error.
 
     owner: jobs of one owner run in order, one at a time; None is nobody. told: called once at its end with its error,
-    None if it has none, by the thread that ends it; it must not block. submitted, ended: ticks done by then.
+    None if it has none, by the thread that ends it; it must not block. submitted, received, ended: ticks done when it
+    was handed over, when the thread saw it, which is after the tick or the piece that runs then, and at its end.
     """
 
     def __init__(self, owner: object, job: Job[T], told: Callable[[BaseException | None], None] | None = None) -> None:
@@ -56,7 +57,7 @@ class Task(Generic[T]):
         self.cancelled = self.done = False
         self.result: T | None = None
         self.error: BaseException | None = None
-        self.submitted = self.ended = 0
+        self.submitted = self.received = self.ended = 0
         self._latch = threading.Lock()
         self._latch.acquire()
 
@@ -280,6 +281,7 @@ class Scheduler:
         for _ in range(self._inbox.qsize() or waits):  # what comes meanwhile is for the next time
             task = self._inbox.get()
             if task is not None:
+                task.received = self.ticks
                 line = self._lines.setdefault(id(task if task.owner is None else task.owner), deque())
                 line.append(task)
                 if len(line) == 1:

@@ -56,7 +56,7 @@ class Watch:
         self.tasks.clear()
         result = call()
         me = threading.get_ident()
-        return result, [task.ended - task.submitted for thread, task in self.tasks if thread == me]
+        return result, [task.ended - task.received for thread, task in self.tasks if thread == me]
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def test_a_long_input_holds_nobody_up_by_more_than_a_piece(model: OmniModel, mon
             events = short.respond(**SILENT)
             next(events)
             task = short._outlet.task  # type: ignore[union-attr]
-            assert task is not None and task.ended - task.submitted <= 4, (
+            assert task is not None and task.ended - task.received <= 4, (
                 "its turn comes after one piece of the long one"
             )
             list(events)
