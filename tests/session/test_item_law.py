@@ -105,6 +105,8 @@ class Edits(RuleBasedStateMachine):
             got.append(event)
             if push and number == 1:  # input and an edit while it speaks
                 self.session.push_text(push)
+        if got[-1].reason == "error":  # it has begun a call of a tool by chance, and was taken back
+            return
         ids = [i for event in got for i in getattr(event, "token_ids", ())]
         sound = torch.cat([torch.zeros(0), *(e.samples for e in got if isinstance(e, AudioChunk))])
         expected, expected_sound = fresh_reply(self.session)
