@@ -128,11 +128,15 @@ class Attached:
         """Raise ValueError if the list is too long and may not be made shorter."""
         conversation = self._conversation
         if self.make_room is not None and not conversation.allow_long and conversation.room() < 0:
-            while conversation.room() < self.make_room * conversation.limit:
+            reply, due = conversation.reply_in_progress, self.make_room * conversation.limit
+            while conversation.room() < due or self._media_lost(conversation.entries):
                 try:
-                    conversation.messages = conversation.without_oldest(1)
+                    shorter = conversation.without_oldest(1)
                 except ValueError:
                     break  # the last turn stays
+                if reply is not None and reply not in shorter:
+                    break
+                conversation.messages = shorter
         conversation.check_room(before)
 
     # the reply
@@ -178,7 +182,10 @@ class Attached:
         """Keep no more embeddings than `keep_media` allows."""
         entries = self._conversation.entries
         limit = self.media_bytes if self.keep_media else 0
+        reply, before = self._reply, self._conversation.messages
         self._conversation.forget_media(self._reader.read_entries(entries), limit)
+        if reply is not None and reply.listed is before:
+            reply.listed = self._conversation.messages  # nothing that a reply which fails must not undo
 
     def _media_lost(self, entries: Sequence[Entry]) -> bool:
         """Whether media among these would have to be read again and were not kept."""

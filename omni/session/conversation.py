@@ -34,6 +34,7 @@ class Conversation:
     open: OpenTurn | None = None
     allow_long: bool = False
     _counted: tuple[tuple[Message, ...], tuple[Entry, ...], int, PromptEnd] | None = field(default=None, repr=False)
+    _counted_open: tuple[PromptEnd, int, object, PromptEnd] | None = field(default=None, repr=False)
 
     @property
     def all(self) -> tuple[Message, ...]:
@@ -64,7 +65,18 @@ class Conversation:
         if self.open is None:
             return closed
         writing = self.open.writing
-        return end_of(writing.tail_entries(), end_of(writing.entries, closed))
+        return end_of(writing.tail_entries(), self._open_end(closed, writing.entries))
+
+    def _open_end(self, closed: PromptEnd, entries: Sequence[Entry]) -> PromptEnd:
+        """Where it ends after what is decided of the open turn, which grows at its end: what was counted is kept."""
+        known = self._counted_open
+        first, end = 0, closed
+        there = known is not None and known[0] == closed and known[1] <= len(entries)
+        if known is not None and there and entries[known[1] - 1].medium is known[2]:
+            first, end = known[1], known[3]
+        end = end_of(entries[first:], end)
+        self._counted_open = (closed, len(entries), entries[-1].medium, end) if entries else None
+        return end
 
     def _closed_end(self) -> PromptEnd:
         """Where it ends before the open turn; the same list is counted once."""
@@ -145,6 +157,19 @@ class Conversation:
 def reach(end: PromptEnd) -> int:
     """Positions that a prompt with this end uses."""
     return max(end.tokens, math.ceil(max(end.start, end.highest + 1)))
+
+
+def without_orphans(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The list without results of tools whose call was cut off."""
+    waiting: list[str] = []
+    out = []
+    for message in messages:
+        waiting += message.calls
+        answered = [part["call_id"] for part in message.parts if part["type"] == "tool_result"]
+        if all(call in waiting for call in answered):
+            waiting = [call for call in waiting if call not in answered]
+            out.append(message)
+    return tuple(out)
 
 
 def lay_out_results(

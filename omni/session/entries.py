@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, groupby
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from omni.parts import ModelParts
@@ -42,7 +43,13 @@ class Entry:
         """Whether it is a piece of sound or a picture."""
         return self.offsets is not None
 
-    @property
+    @cached_property
+    def largest(self) -> np.float32:
+        """The largest offset of media."""
+        assert self.offsets is not None
+        return np.float32(float(self.offsets.max()))
+
+    @cached_property
     def bytes(self) -> int:
         """Of the embeddings that are kept."""
         kept = [tensor for tensor in (self.embeds, self.taps) if tensor is not None]
@@ -71,9 +78,11 @@ NOTHING = PromptEnd()
 
 def after(end: PromptEnd, entry: Entry) -> PromptEnd:
     """Where a prompt ends once this entry is read."""
-    if entry.offsets is not None:
-        start = torch.tensor(end.start, dtype=torch.float32)
-        return end.after(entry.offsets + start) if len(entry.ids) else end
+    if entry.offsets is not None:  # without tensors: this is asked of every entry of a long conversation
+        if not entry.ids:
+            return end
+        highest = float(entry.largest + np.float32(end.start))  # as the positions are, in fp32
+        return PromptEnd(end.start, max(end.highest, highest), end.tokens + len(entry.ids))
     if not entry.ids:
         return end.moved(entry.length)
     tokens, last = len(entry.ids), end.start + len(entry.ids) - 1

@@ -35,6 +35,7 @@ from omni.session.saved_values import (
     SESSION,
     check,
     check_ids,
+    check_message,
     check_model,
     model_values,
     require,
@@ -129,10 +130,6 @@ class SavedSession:
         require(len({message.id for message in made}) == len(made), "two messages have one id")
         if values["open"] is not None:
             conversation.open = _take_turn(session, values["open"], tensors)
-        require(
-            conversation.end.tokens <= conversation.limit,
-            f"it has {conversation.end.tokens} ids, the model has positions for {conversation.limit}",
-        )
         rows = reader.rows
         require(
             (rows.speech is None) == ("speech.keys" not in tensors),
@@ -223,10 +220,14 @@ def _take_message(name: str, values: dict[str, Any], tensors: Tensors, session: 
     times = values["times"]
     if times is not None:
         times = ReplyTimes(times["token_ids"], times["ends_ms"])
+        vocabulary = session.model.config.thinker.text_config.vocab_size
+        check_ids([*times.token_ids, *values["given"]], vocabulary, f"{name}.times")
+        require(bool(entries), f"{name} has no beginning")
         inside = [token for entry in entries for token in entry.ids]
         require(len(times.token_ids) + len(values["given"]) <= len(inside), f"{name}.times has too many ids")
     require((times is None) == (values["role"] != "assistant"), f"{name}.times belong to a reply")
     parts, given = _take_parts(values["parts"], entries), tuple(values["given"])
+    check_message(values["id"], values["role"], parts, name)
     return Message(values["id"], values["role"], parts, tuple(entries), values["status"], given, times)
 
 
@@ -253,6 +254,7 @@ def _take_turn(session: OmniSession, values: dict[str, Any], tensors: Tensors) -
     for piece in [*values["tail"], *values["before_medium"][1]]:
         check_ids([] if isinstance(piece, str) else piece, session.model.config.thinker.text_config.vocab_size, "tail")
     turn.writing.tail, turn.parts = tuple(values["tail"]), _take_parts(values["parts"], entries)
+    check_message(turn.id, turn.role, turn.parts, "open")
     before, tail = values["before_medium"]
     require(
         0 <= before <= values["medium_start"] <= len(entries) + len(tail),

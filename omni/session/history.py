@@ -12,9 +12,9 @@ from typing import Any
 
 from omni.session import options
 from omni.session.attached import Attached
-from omni.session.conversation import lay_out_results
+from omni.session.conversation import lay_out_results, reach, without_orphans
 from omni.session.heard import check_played
-from omni.session.items import IN_PROGRESS, INCOMPLETE, Item, Message, new_id
+from omni.session.items import IN_PROGRESS, INCOMPLETE, Item, KeptMedia, Message, new_id
 from omni.session.render import render
 from omni.session.replies import Kept, cut_undelivered, fill
 from omni.session.undo import whole
@@ -92,7 +92,8 @@ class History(Attached):
     def truncate(self, id: str, played_ms: float | None) -> Kept:
         """Cut a reply, also an earlier one, to what was heard after so many milliseconds of its sound; returns that.
 
-        At or beyond its end all of it is kept, and so it is of a silent one that is complete. Raises ValueError for an
+        At or beyond its end all of it is kept, and so it is of a silent one that is complete. Calls of tools that are
+        cut off take their results with them. Raises ValueError for an
         unknown id, another role than assistant, or a time that is none.
         """
         message = self._conversation.messages[self._conversation.index(id)]
@@ -218,7 +219,8 @@ class History(Attached):
         conversation.messages = lay_out_results(own, lambda outputs: self.processor.tool_results_ids(outputs))
         first = conversation.system
         conversation.beginning = self._beginning(None if first is None else first.item.text)
-        self._check_room(before)
+        if reach(conversation.end) > reach(before):  # what makes a full session shorter may be done
+            self._check_room(before)
         if self._media_lost(conversation.entries):
             raise ValueError(
                 "the turns that stay hold sound or pictures, whose embeddings were not kept; make the session with "
@@ -230,6 +232,8 @@ class History(Attached):
         """A message in its place: the system message that opens a conversation is written by the chat template."""
         if message.role != "system" or opens == (not message.entries):
             return message
+        if opens and any(isinstance(value, KeptMedia) for part in message.parts for value in part.values()):
+            raise ValueError("the system item that opens a conversation holds text alone; put media into a user's item")
         if opens:
             return dataclasses.replace(message, entries=())
         return dataclasses.replace(render(self, message.item), id=message.id)
@@ -249,7 +253,8 @@ class History(Attached):
             kept = message.times.heard(played_ms)
         if message.times is not None and len(kept) < len(message.times.token_ids):
             cut = fill(self, message, kept, message.times, INCOMPLETE, message.call_parts)
-            self._put_messages(self._conversation.replaced(message.id, cut), self._conversation.end)
+            rest = without_orphans(self._conversation.replaced(message.id, cut))
+            self._put_messages(rest, self._conversation.end)
         return Kept(kept, self.processor.decode(kept))
 
 

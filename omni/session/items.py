@@ -38,6 +38,11 @@ class KeptMedia:
         """Whether it can be read again."""
         return all(entry.embeds is not None for entry in self.entries if entry.media)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is whole: not a clip or video that is still open."""
+        return any(entry.media for entry in self.entries) and bool(self.entries[-1].ids) and not self.entries[-1].media
+
     def forgotten(self, media: set[object]) -> KeptMedia:
         """The same without the embeddings of these pieces."""
         return KeptMedia(self.kind, forget(self.entries, media))

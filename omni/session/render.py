@@ -48,6 +48,7 @@ def _add(session: Attached, turn: OpenTurn, part: Mapping[str, Any], role: str) 
                 f"the {kept[0]!r} of a part was not kept and cannot be read again; give the medium itself, or make the "
                 "session with keep_media=True"
             )
+        _check_kept(session, kept[0])
         turn.add_kept(kept[0])
         return
     conversation = read_conversation([{"role": role, "content": [part]}])
@@ -55,6 +56,17 @@ def _add(session: Attached, turn: OpenTurn, part: Mapping[str, Any], role: str) 
         turn.add_text(conversation.messages[0]["content"])
         return
     _add_medium(session, turn, conversation.media[0])
+
+
+def _check_kept(session: Attached, media: KeptMedia) -> None:
+    """Raise ValueError for media that this model cannot read, or that are not whole."""
+    text = session.model.config.thinker.text_config
+    if not media.ended:
+        raise ValueError(f"the {media.kind} of a part is still open; push something else or respond, then use the item")
+    if any(entry.embeds is not None and entry.embeds.shape[1] != text.hidden_size for entry in media.entries):
+        raise ValueError(f"the {media!r} of a part is another model's; give the medium itself")
+    if any(token >= text.vocab_size for entry in media.entries for token in entry.ids):
+        raise ValueError(f"the {media!r} of a part has ids of another model; give the medium itself")
 
 
 def _add_medium(session: Attached, turn: OpenTurn, medium: Medium) -> None:

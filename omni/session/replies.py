@@ -15,6 +15,7 @@ from omni.generation.generate import assistant_header, make_request, make_turn, 
 from omni.generation.streaming_config import StreamingConfig
 from omni.generation.tool_calls import CLOSE, OPEN, MalformedCallError
 from omni.generation.turn import Turn
+from omni.session.conversation import lay_out_results, without_orphans
 from omni.session.entries import Entry, end_of
 from omni.session.heard import ReplyTimes, heard_ids, reply_times
 from omni.session.items import COMPLETED, IN_PROGRESS, INCOMPLETE, Message, new_id
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 THINK_END = "</think>"
-_CALL = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
+_CALL = re.compile(rf'{OPEN}(?:"(?:[^"\\]|\\.)*"|[^"])*?{CLOSE}', re.DOTALL)  # marks in a JSON string are part of it
 
 
 class Kept(NamedTuple):
@@ -40,14 +41,15 @@ class Kept(NamedTuple):
 class Reply:
     """A reply that is being given, or was given last.
 
-    message: its place in the list, which it fills when it ends. before: the session before `respond`; listed: the list
-    of messages right after. calls: parts of the tools that it has called. recorded: the message holds it. failed: why
-    it did not come to its end. left: nobody reads its events any more. ticking: a step is being made.
+    message: its place in the list, which it fills when it ends. before: the session before `respond`, as long as the
+    reply may be forgotten; listed: the list of messages right after. calls: parts of the tools that it has called.
+    recorded: the message holds it. failed: why it did not come to its end. left: nobody reads its events any more.
+    ticking: a step is being made.
     """
 
     turn: Turn
     message: Message
-    before: Undo
+    before: Undo | None
     listed: tuple[Message, ...]
     calls: list[dict[str, Any]] = field(default_factory=list)
     recorded: bool = False
@@ -143,6 +145,7 @@ def _hold(session: Attached, reply: Reply, ids: Sequence[int], status: str) -> N
     whole = fill(session, message, ids, times, status, reply.calls)
     message.entries, message.parts, message.times = whole.entries, whole.parts, whole.times
     message.status, reply.recorded = status, True
+    reply.before = None  # it holds the reply before this one
 
 
 def note_events(reply: Reply, events: Sequence[Event]) -> None:
@@ -168,11 +171,11 @@ def fill(
     closing, decode = session._closing(), session.processor.decode
     ids, given = list(ids), list(message.given)
     text = decode([*given, *ids])
-    while calls and text.count(OPEN) > text.count(CLOSE):
+    while calls and OPEN in _CALL.sub("", text):  # it was cut inside a call
         text = decode([*given, *(ids := ids[:-1])])
     closed = bool(ids) and ids[-1] in session._stop_ids
     entries = (message.entries[0], *_entries([*given, *ids], closing[1 if closed else 0 :]))
-    parts = (*_texts(_answer(text, calls)), *(calls[: text.count(CLOSE)]))
+    parts = (*_texts(_answer(text, calls)), *(calls[: len(_CALL.findall(text)) - len(_CALL.findall(decode(given)))]))
     count = len(ids) - closed
     times = ReplyTimes(times.token_ids[:count], times.ends_ms[:count])
     return dataclasses.replace(message, entries=entries, parts=parts, times=times, status=status)
@@ -242,7 +245,7 @@ def settle_reply(session: Attached) -> None:
 def _forget(session: Attached, reply: Reply) -> None:
     """Put the session back to where it was before a reply; where it was changed since, take the reply out."""
     conversation = session._conversation
-    if conversation.messages is reply.listed and conversation.open is None:
+    if conversation.messages is reply.listed and conversation.open is None and reply.before is not None:
         session._undo = reply.before
     else:
         session._undo = Undo(session, "respond")
@@ -258,4 +261,6 @@ def cut_to_delivered(session: Attached, reply: Reply) -> None:
     kept = heard_ids(reply.turn, session.model.code2wav, None)
     if times is not None and len(kept) < len(times.token_ids):
         cut = fill(session, message, kept, times, INCOMPLETE, message.call_parts)
-        session._conversation.messages = session._conversation.replaced(message.id, cut)
+        rest = without_orphans(session._conversation.replaced(message.id, cut))
+        results_ids = session.processor.tool_results_ids
+        session._conversation.messages = lay_out_results(rest, lambda outputs: results_ids(outputs))

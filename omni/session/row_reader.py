@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -113,7 +114,8 @@ class RowReader:
 
     def _common(self, entries: Sequence[Entry]) -> tuple[int, int]:
         """How much of what is read may stay: so many whole entries, and so many tokens of the text after them."""
-        done, whole = [read.entry for read in self.done], 0
+        done = [read.entry for read in self.done]
+        whole = _identical(entries, done)
         while whole < min(len(done), len(entries)) and entries[whole].same(done[whole]):
             whole += 1
         tokens, there = 0, 0  # of entries[whole], and of done[at]
@@ -144,12 +146,9 @@ class RowReader:
     def _ends(self, entries: Sequence[Entry], whole: int, tokens: int) -> list[Read]:
         """The notes of so many entries and tokens of the next one, which are read."""
         kept = [*entries[:whole], *([entries[whole].split(tokens)[0]] if tokens else [])]
-        same = 0
-        while same < min(len(kept), len(self.done)) and kept[same] is self.done[same].entry:
-            same += 1
-        done = self.done[:same]
+        done = self.done[: _identical(kept, [read.entry for read in self.done])]
         thinker, talker = (done[-1].thinker, done[-1].talker) if done else (PromptEnd(), PromptEnd())
-        for entry in kept[same:]:
+        for entry in kept[len(done) :]:
             thinker = after(thinker, entry)
             talker = after(talker, entry) if self.in_talker_prompt(entry.by_user) else talker
             done.append(Read(entry, thinker, talker))
@@ -235,8 +234,8 @@ class RowReader:
         for first in range(0, len(entry.ids), self.prefill_tokens):
             yield min(len(entry.ids) - first, self.prefill_tokens)
             part = slice(first, first + self.prefill_tokens)
-            taps = None if entry.taps is None else entry.taps[:, part].to(device)
-            embeds, offsets = entry.embeds[part].to(device), entry.offsets[:, part]
+            taps = None if entry.taps is None else entry.taps[:, part].to(device, self.model.dtype)
+            embeds, offsets = entry.embeds[part].to(device, self.model.dtype), entry.offsets[:, part]
             hidden = self._prefill_thinker(entry.ids[part], offsets, embeds, taps)
             if self.in_talker_prompt(entry.by_user):
                 self._prefill_talker(offsets, self.model.require("talker").media_vectors(hidden))
@@ -357,6 +356,11 @@ class RowNote:
 def one_each(tokens: int) -> Tensor:
     """Offsets fp32 [3, n] of text: one position a token."""
     return torch.arange(tokens, dtype=torch.float32).expand(3, -1)
+
+
+def _identical(entries: Sequence[Entry], others: Sequence[Entry]) -> int:
+    """How many entries at the beginning of both are one object; quick, since it is asked with every push."""
+    return next((i for i, same in enumerate(map(is_, entries, others)) if not same), min(len(entries), len(others)))
 
 
 def _is_text(entry: Entry) -> bool:

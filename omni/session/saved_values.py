@@ -135,6 +135,23 @@ def require(fits: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_PARTS = {  # what a part of a type holds, and the role that alone may have it
+    "text": ({"text": str}, None),
+    "tool_call": ({"id": str, "name": str, "arguments": str}, "assistant"),
+    "tool_result": ({"call_id": str, "output": str}, "tool"),
+}
+
+
+def check_message(id: str, role: str, parts: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raise ValueError for an id that none can have, or parts that do not belong to a role."""
+    require(id not in ("", "root"), f"{where}.id is {id!r}")
+    for part in parts:
+        kinds, only = _PARTS.get(part["type"], ({}, None))
+        check(part, kinds, f"{where}.parts")
+        require(only in (None, role), f"{where} of the {role} has a part of type {part['type']!r}")
+    require(role != "tool" or [part["type"] for part in parts] == ["tool_result"], f"{where} is no result of a tool")
+
+
 def check_ids(ids: Sequence[int], vocabulary: int, where: str) -> None:
     """Raise ValueError for an id outside the vocabulary."""
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)

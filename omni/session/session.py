@@ -127,7 +127,9 @@ class OmniSession(Input, History):
         """A reply of a copy of this session, which goes with it."""
         aside = self._fork()
         if items is not None:
-            aside._conversation.open = None
+            open_turn = aside._conversation.open
+            if open_turn is not None and not _holds(items, open_turn.id):
+                aside._conversation.open = None
             aside.become(items)
         return aside.respond(**arguments)
 
@@ -265,3 +267,8 @@ class OmniSession(Input, History):
             self._set_up(model, processor, **saved.options)
             self._open(Rows(model, 1), 0)
             saved.fill(self)
+
+
+def _holds(items: Any, id: str) -> bool:
+    """Whether an item of this id is among these."""
+    return any(isinstance(item, Item) and item.id == id for item in (items if isinstance(items, Sequence) else ()))

@@ -34,6 +34,7 @@ class Undo:
         conversation = session._conversation
         self.conversation = {f.name: getattr(conversation, f.name) for f in dataclasses.fields(conversation)}
         self.open = None if conversation.open is None else conversation.open.note()
+        self.recorded = session._reply is not None and session._reply.recorded
         turn = session._turn if session._turn_is_own else None
         self.turn = {} if turn is None else {name: getattr(turn, name) for name in _OF_TURN}
 
@@ -45,7 +46,7 @@ class Undo:
             setattr(session._conversation, name, value)
         session._conversation.open = None if self.open is None else self.open.note()  # the note may be taken again
         reply = session._reply
-        for name, value in self.turn.items() if reply is not None and not reply.recorded else ():
+        for name, value in self.turn.items() if reply is not None and reply.recorded == self.recorded else ():
             setattr(reply.turn, name, value)  # type: ignore[union-attr]
 
 

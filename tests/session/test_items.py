@@ -415,3 +415,40 @@ def test_calls_and_results(model: OmniModel) -> None:
     session.delete(session.items[3].id)
     session.push_tool_result("c1", "a house")
     assert [item.role for item in session.items][2:4] == ["tool", "tool"]
+
+
+def test_an_open_clip_is_no_item_for_others(model: OmniModel) -> None:
+    """An answer aside hears it to its end, another session is told that it is open."""
+    session, other = (OmniSession(model, streaming=QUICK) for _ in range(2))
+    session.push_audio(noise(20000))
+    aside = list(session.respond(**SILENT, items=session.items, remember=False))[-1]
+    with pytest.raises(ValueError, match="audio of a part is still open"):
+        other.become(session.items)
+    assert other.ids == [] and session.items[-1].status == "in_progress"
+    assert list(session.respond(**SILENT))[-1].usage == aside.usage
+    other.become(session.items)
+    assert other.ids == session.ids
+
+
+def test_items_of_another_model(model: OmniModel) -> None:
+    """Of another width they are refused; of another precision they are read in the session's own."""
+    session, half = asked(model), build.tiny_model().to(torch.bfloat16)
+    session.push_image(speckle(64, 64))
+    answer(session)
+    with pytest.raises(ValueError, match="another model's"):
+        OmniSession(build.second_model()).become(session.items)
+    other = OmniSession(half, streaming=QUICK)
+    other.become(session.items)
+    other.push_text("and?")
+    assert answer(other)[0] and other.items[0].parts[0]["type"] == "image"
+
+
+def test_a_system_item_with_media(model: OmniModel) -> None:
+    session = asked(model, "one")
+    item = Item(role="system", parts=["s", {"type": "image", "image": speckle(32, 32)}])
+    with pytest.raises(ValueError, match="holds text alone"):
+        session.insert(item, after="root")
+    session.insert(item)
+    with pytest.raises(ValueError, match="holds text alone"):
+        session.become([session.items[-1]])
+    assert roles(session) == ["user", "assistant", "system"]

@@ -299,3 +299,30 @@ def test_a_small_difference_of_many_is_counted(tmp_path: Path) -> None:
             weight.mul_(1.1)
     with pytest.raises(ValueError, match=r"another model: \d+ of \d+ weights"):
         OmniSession.load(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (0, {"id": ""}),
+        (0, {"parts": [{"type": "text"}]}),
+        (0, {"parts": [{"type": "text", "text": None}]}),
+        (0, {"parts": [{"type": "tool_call"}]}),
+        (0, {"parts": [{"type": "tool_result", "call_id": "a", "output": "b"}]}),
+        (0, {"role": "tool"}),
+        (1, {"parts": [{"type": "tool_call", "id": "a", "name": "b"}]}),
+        (1, {"given": [10**6]}),
+        (1, {"times": {"token_ids": [10**6], "ends_ms": [0.0]}}),
+    ],
+)
+def test_messages_that_no_session_has(model: OmniModel, tmp_path: Path, message: int, change: dict[str, Any]) -> None:
+    session = OmniSession(model)
+    session.push_text("hi")
+    list(session.respond(**PLAIN))
+    session.save(tmp_path / "kept")
+    path = tmp_path / "kept" / "session.json"
+    values = json.loads(path.read_text())
+    values["messages"][message] |= change
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="does not hold a whole session"):
+        OmniSession.load(tmp_path / "kept", model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from build import second_model
 
-from omni import AudioChunk, OmniEngine, OmniModel, OmniSession, TextDelta, ToolCall, TurnEnd
+from omni import AudioChunk, Item, OmniEngine, OmniModel, OmniSession, TextDelta, ToolCall, TurnEnd
 
 pytestmark = pytest.mark.filterwarnings("ignore:the conversation does not begin")
 PLAIN = {**build.PLAIN, "max_new_tokens": 200, "max_frames": 4, "seed": 0}
@@ -183,3 +183,26 @@ def test_without_tools_a_call_is_text(either: OmniModel) -> None:
     session.push_text("hi")
     events = says(session, CALL)
     assert not any(isinstance(event, ToolCall) for event in events) and "look" in shown(events)
+
+
+@pytest.mark.parametrize("mark", ["<tool_call>", "</tool_call>", '\\"</tool_call>'])
+def test_a_mark_in_a_string_of_a_call_is_text(session: OmniSession, mark: str) -> None:
+    session.push_text("hi")
+    written = f'<tool_call>\n{{"name": "look", "arguments": {{"at": "{mark}"}}}}\n</tool_call>'
+    (call,) = [event for event in says(session, written) if isinstance(event, ToolCall)]
+    part = {"type": "tool_call", "id": call.id, "name": "look", "arguments": call.arguments}
+    assert list(session.items[-1].parts) == [part]
+    session.push_tool_result(call.id, "x")
+    assert shown(says(session, "done")) == "done"
+
+
+def test_results_go_with_the_calls_that_are_cut(session: OmniSession) -> None:
+    session.push_text("hi")
+    events = says(session, f"let me see {CALL}{OTHER}", return_audio=None, max_frames=30)
+    for call in [event for event in events if isinstance(event, ToolCall)][::-1]:
+        session.push_tool_result(call.id, "x")
+    assert [item.role for item in session.items] == ["user", "assistant", "tool", "tool"]
+    session.interrupt(0)
+    assert [item.role for item in session.items] == ["user", "assistant"]
+    session.insert(Item(parts="so?"))
+    assert shown(says(session, "done")) == "done"
