@@ -74,9 +74,8 @@ class TurnEnd:
 
     reason: `stop`, `max_new_tokens`, `max_frames` (its speech was cut) or `interrupted`; `silence` or `code_loop` where
     runaway speech was ended; `error` where a row was ended by a malformed tool call or by the caller's function of the
-    logits. What a part raises leaves the iterator. text: the whole answer. usage:
-    prompt_tokens, reply_tokens, frames. timing: seconds, see `docs/streaming.md`. error: what was
-    wrong, for the reason `error`.
+    logits. What a part raises leaves the iterator. text: the whole answer. usage: prompt_tokens, reply_tokens, frames.
+    timing: seconds, see `docs/streaming.md`. error: what was wrong, for the reason `error`.
     """
 
     row: int

@@ -95,12 +95,14 @@ class SavedSession:
 
     def __init__(self, folder: Path) -> None:
         recover(folder)
-        values, path = read_json(folder / "session.json"), folder / "session.safetensors"
+        path = folder / "session.safetensors"
+        for file in (folder / "session.json", path):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} does not exist; a saved session needs it")
+        values = read_json(folder / "session.json")
         found = values.get("format")
         if type(found) is not int or not 1 <= found <= FORMAT:
             raise ValueError(f"it is of format {found!r}; this version reads 1 to {FORMAT}")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a saved session needs it")
         self.tensors = load_file(path)
         self.older = older_session(values, found, self.tensors) if found < FORMAT else None
         self.values = values if self.older is None else self.older.values

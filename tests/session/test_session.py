@@ -383,7 +383,7 @@ def test_saved_sessions_that_cannot_be_read(model: OmniModel, tmp_path: Path) ->
     with pytest.raises(ValueError, match="responding"):
         session.save(tmp_path / "a")
     list(events)
-    with pytest.raises(FileNotFoundError, match=r"session\.json"):
+    with pytest.raises(FileNotFoundError, match=r"session\.json does not exist; a saved session"):
         OmniSession.load(tmp_path / "a", model)
     session.save(tmp_path / "a")
     path = tmp_path / "a" / "session.safetensors"
