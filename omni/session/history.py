@@ -19,7 +19,13 @@ from omni.session.render import render
 from omni.session.replies import Kept, cut_undelivered, fill
 from omni.session.undo import whole
 
-UNCHANGED: Any = object()  # an argument that was left out
+
+class _Unchanged:
+    def __repr__(self) -> str:
+        return "unchanged"
+
+
+UNCHANGED: Any = _Unchanged()  # an argument that was left out
 
 
 class History(Attached):
@@ -106,7 +112,7 @@ class History(Attached):
         """Cut the last reply to what was heard and return that; input may have been pushed since.
 
         played_ms: how much of its sound was played (None: all that was yielded). A reply counts as heard by words, see
-        `docs/streaming.md`; a silent one as far as it was yielded. During `respond` the turn ends, its iterator yields
+        `docs/heard.md`; a silent one as far as it was yielded. During `respond` the turn ends, its iterator yields
         `TurnEnd("interrupted")` and stops. Raises ValueError if no reply was given.
         """
         replies = [message for message in self._conversation.messages if message.role == "assistant"]
