@@ -28,7 +28,10 @@ _CAPACITY = 1024  # tokens a row at first: a cache that grows moves, and its gra
 
 
 def cuda_graph(step: Callable[[], Outputs]) -> Replay:
-    """Capture a step on the current device. It runs twice first, so that its kernels are loaded and tuned."""
+    """Capture a step on the current device. It runs twice first, so that its kernels are loaded and tuned.
+
+    Other threads may use the device meanwhile: those of an engine's sessions, in which the encoders run.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -36,7 +39,7 @@ def cuda_graph(step: Callable[[], Outputs]) -> Replay:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = step()
 
     def replay() -> Outputs:

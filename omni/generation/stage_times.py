@@ -34,10 +34,10 @@ class StageTimes:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds by stage so far; on a GPU this waits for what has been started."""
-        for name, first, last in self._pending:
+        pending, self._pending = self._pending, []  # another thread may be adding to them
+        for name, first, last in pending:
             last.synchronize()
             self._add(name, first.elapsed_time(last) / 1000)
-        self._pending.clear()
         return self._seconds
 
     def _add(self, name: str, seconds: float) -> None:

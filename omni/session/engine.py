@@ -228,12 +228,12 @@ class EngineSession(OmniSession):
     def _read_ahead(self) -> None:
         if self._seat is None or self.responding:
             return
+        self._forget_media()
         self._decided = self._conversation.entries
         task = self._ahead
         if task is None or task.done or task.steps is not None:  # else: it will read this
             self._ahead = task = Task(self._place, lambda: self._in_row(self._read_decided, ahead=True))
             self._shared.scheduler.submit(task)
-        self._forget_media()
 
     def _read_decided(self) -> Steps[None]:
         reader, entries = self._reader, self._decided

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from omni import (
     TextDelta,
     TurnEnd,
 )
+from omni.generation.rows import Rows
 from omni.generation.streaming_config import StreamingConfig
-from omni.session.engine import MAX_WAITING_EVENTS, EngineFullError
+from omni.session.engine import MAX_WAITING_EVENTS, EngineFullError, EngineSession
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {**build.PLAIN, "max_new_tokens": 6, "max_frames": 8}
@@ -91,6 +93,35 @@ def test_asyncio_sessions_side_by_side(model: OmniModel) -> None:
         session = OmniSession(model)
         session.push_text(f"hello {i}")
         assert_same(got, outcome(list(session.respond(**PLAIN))))
+
+
+def test_no_thread_waits_for_the_events_of_an_asyncio_session(
+    model: OmniModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While four replies are silent for a while, the one worker of the loop's executor is free."""
+    go, tick = threading.Event(), Rows.tick
+
+    def held(rows: Rows) -> Any:
+        go.wait(20)
+        return tick(rows)
+
+    async def all_of_them() -> list[Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        with OmniEngine(model, max_sessions=4) as engine:
+            sessions = [engine.session() for _ in range(4)]
+
+            async def one(session: EngineSession) -> Any:
+                return outcome([event async for event in session.respond_async(**PLAIN)])
+
+            monkeypatch.setattr(Rows, "tick", held)
+            tasks = [asyncio.ensure_future(one(session)) for session in sessions]
+            while not all(session.responding for session in sessions):
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: 3), 20) == 3
+            go.set()
+            return await asyncio.gather(*tasks)
+
+    assert all(got[0] for got in asyncio.run(all_of_them()))
 
 
 def test_interrupt_and_next_turn_in_the_engine(model: OmniModel) -> None:

@@ -302,8 +302,9 @@ CALLS: dict[str, Callable[[EngineSession], Any]] = {
 }
 
 
+@pytest.mark.parametrize("widest", [40, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(CALLS))
-def test_a_call_may_be_cut_at_any_bytecode(name: str, model: OmniModel) -> None:
+def test_a_call_may_be_cut_at_any_bytecode(name: str, widest: int, model: OmniModel) -> None:
     """Afterwards the session stands before the call or after it, or is closed and says so; its place is not lost."""
     alone = OmniSession(model, streaming=ENDLESS)
     alone.push_text("hello")
@@ -327,7 +328,7 @@ def test_a_call_may_be_cut_at_any_bytecode(name: str, model: OmniModel) -> None:
             session.close()
             if not cut:
                 break
-            point, step = point + step, min(step + 1, 40)
+            point, step = point + step, min(step + 1, widest)
         assert point > 50
         assert_sound(engine, model)
 
