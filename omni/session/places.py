@@ -54,10 +54,15 @@ class Places:
         self._queue: deque[Place] = deque()  # those that wait for a row, in order
         self._clock = 0
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no place left."""
+        return len(self.all) >= len(self.in_row) + self.parked
+
     def add(self) -> Place:
         """A place for a new session, without a row. Raises EngineFullError."""
         rows = len(self.in_row)
-        if len(self.all) >= rows + self.parked:
+        if self.full:
             parked = f" and {self.parked} parked" if self.parked else ""
             raise EngineFullError(
                 f"all {rows} sessions{parked} of the engine are taken; close one, or raise max_sessions or max_parked"

@@ -20,8 +20,8 @@ from omni.session.entries import Entry, after, ids_of
 from omni.talker.layout import PromptEnd
 
 T = TypeVar("T")
-Steps = Generator[None, None, None]
-Job = Callable[[], Generator[None, None, T]]  # yields before each piece of the model's work
+Steps = Generator[Any, None, None]
+Job = Callable[[], Generator[Any, None, T]]  # yields before each piece of the model's work, or a share of one
 
 
 class Read(NamedTuple):
@@ -168,17 +168,12 @@ class RowReader:
             self.rows.speech.decoder.cache.grow(self.row, self.talker.tokens)
 
     def _in_pieces(self, passes: Iterator[int]) -> Steps:
-        """Yield before so many passes as make a piece. passes: yields before each how many tokens it reads.
+        """Yield before each pass which share of a piece it is. passes: yields how many tokens.
 
         A piece has `prefill_tokens`; a short pass counts as a quarter of that, since it costs time of its own.
         """
-        left = 0
         for tokens in passes:
-            cost = max(tokens, self.prefill_tokens // 4)
-            if cost > left:
-                yield
-                left = self.prefill_tokens
-            left -= cost
+            yield max(tokens / self.prefill_tokens, 0.25)
 
     def _read_on(self, entries: Sequence[Entry]) -> Iterator[int]:
         at = 0

@@ -1,10 +1,10 @@
 """One thread alone does the model's work: the ticks of what runs and, between two of them, the jobs handed to it.
 
 A job is a function that returns a generator. What the generator does before its first `yield` is cheap; a `yield` asks
-for leave to do one bounded piece of model work, which then follows; `yield WAIT` asks to be resumed once something has
-changed. Its return value is the job's result. Between two ticks all cheap work is done, and one piece at most: the jobs
-that want one take turns in the order in which they came. While nothing ticks, pieces run back to back. Jobs of one
-owner run one after the other. No lock is held while the model works.
+for leave to do one bounded piece of model work, which then follows, and `yield 0.25` for a quarter of one; `yield WAIT`
+asks to be resumed once something has changed. Its return value is the job's result. Between two ticks all cheap work is
+done, and one piece at most: the jobs that want some take turns in the order in which they came. While nothing ticks,
+pieces run back to back. Jobs of one owner run one after the other. No lock is held while the model works.
 
 Whoever waits may be cut at any moment, and what is handed over may come from a destructor that runs in any thread, this
 one included. Therefore all goes through a `SimpleQueue`, whose `put` neither blocks nor minds being re-entered, and
@@ -52,6 +52,7 @@ class Task(Generic[T]):
         self.owner, self.told = owner, told
         self.job: Job[T] | None = job  # until its end
         self.steps: Steps[T] | None = None  # once it has begun
+        self.share = 1.0  # of a piece, that it asks for
         self.cancelled = self.done = False
         self.result: T | None = None
         self.error: BaseException | None = None
@@ -105,7 +106,8 @@ class Scheduler:
         name: str = "omni-engine",
     ) -> None:
         self._tick, self._busy, self._over = tick, busy, over
-        self.ticks = self.pieces = 0  # done so far
+        self.ticks = 0  # done so far
+        self.pieces = 0.0
         self.cause: BaseException | None = None  # what the thread died of
         self._inbox: queue.SimpleQueue[Task[Any] | None] = queue.SimpleQueue()
         self._lines: dict[int, deque[Task[Any]]] = {}  # by owner; the first of each is the one that runs
@@ -256,13 +258,20 @@ class Scheduler:
             if self._stopping:
                 return
             self._begin()
-            if self._wanting:
-                self.pieces += 1
-                self._advance(self._wanting.popleft())
+            self._do_piece()
             if self._busy():
                 self._tick()
                 self.ticks += 1
                 self._changed = True
+
+    def _do_piece(self) -> None:
+        """Do one piece of what is wanted, or several parts of one."""
+        left = 1.0
+        while self._wanting and self._wanting[0].share <= left:
+            task = self._wanting.popleft()
+            left -= task.share
+            self.pieces += task.share
+            self._advance(task)
 
     def _receive(self) -> None:
         """Take what was handed over; wait for something if there is nothing to do."""
@@ -307,6 +316,7 @@ class Scheduler:
             if wish is WAIT:
                 self._stalled.append(task)
             else:
+                task.share = 1.0 if wish is None else min(float(wish), 1.0)
                 self._wanting.append(task)
                 self._changed = True
 

@@ -141,18 +141,16 @@ class Seat:
 
     def take(self, saved: Any = None) -> Steps[None]:
         """Take a place, for a session whose row was saved like this. A job; raises EngineFullError."""
+        if self.shared.places.full:
+            yield from self.shared.leave_forgotten()
         self.place = self.shared.places.add()
         self.place.saved = saved
-        return
-        yield
+        self.shared.seats[self.place] = weakref.ref(self)
 
     def __del__(self) -> None:
-        for _ in range(2):  # it may be cut as anything else, and giving a place up twice is as good as once
-            with contextlib.suppress(BaseException):
-                shared, place = self.shared, self.place
-                if place is not None:
-                    shared.scheduler.post(None, partial(shared.leave, place))
-                break
+        with contextlib.suppress(BaseException):  # nobody would hear of it; if it is cut, `leave_forgotten` makes up
+            if self.place is not None:
+                self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
 
 
 class SharedRows:
@@ -162,6 +160,7 @@ class SharedRows:
         self.rows = Rows(model, rows)
         self.scheduler = Scheduler(self._tick, self._busy, self._over)
         self.outlets: dict[int, Outlet] = {}  # of the turns that run, by row
+        self.seats: dict[Place, weakref.ref[Seat]] = {}
         self.places = Places(
             rows, parked, save=self.rows.save_row, load=self.rows.load_row, clear=self._clear, idle=self._idle
         )
@@ -196,8 +195,15 @@ class SharedRows:
         if place.row is not None:
             self._end_turn(place.row)
         self.places.remove(place)
+        self.seats.pop(place, None)
         return
         yield
+
+    def leave_forgotten(self) -> Steps[None]:
+        """Give up the places of sessions that are gone and could not say so."""
+        for place, seat in list(self.seats.items()):
+            if seat() is None:
+                yield from self.leave(place)
 
     def row_of(self, turn: Turn) -> int | None:
         """The row in which a turn runs."""
