@@ -47,7 +47,7 @@ class Reply:
 
     turn: Turn
     message: Message
-    before: Undo
+    before: Undo | None  # until it is recorded: each would hold the one before it
     listed: tuple[Message, ...]
     calls: list[dict[str, Any]] = field(default_factory=list)
     recorded: bool = False
@@ -142,7 +142,7 @@ def _hold(session: Attached, reply: Reply, ids: Sequence[int], status: str) -> N
     message, times = reply.message, reply_times(reply.turn, session.model.code2wav)
     whole = fill(session, message, ids, times, status, reply.calls)
     message.entries, message.parts, message.times = whole.entries, whole.parts, whole.times
-    message.status, reply.recorded = status, True
+    message.status, reply.recorded, reply.before = status, True, None
 
 
 def note_events(reply: Reply, events: Sequence[Event]) -> None:
@@ -243,6 +243,7 @@ def _forget(session: Attached, reply: Reply) -> None:
     """Put the session back to where it was before a reply; where it was changed since, take the reply out."""
     conversation = session._conversation
     if conversation.messages is reply.listed and conversation.open is None:
+        assert reply.before is not None, "it was not recorded"
         session._undo = reply.before
     else:
         session._undo = Undo(session, "respond")

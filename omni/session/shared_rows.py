@@ -75,9 +75,12 @@ class Outlet:
     def begun(self, error: BaseException | None) -> None:
         """The prompt was read and the turn begun, or not."""
         if isinstance(error, (Cancelled, Closed)):
-            if (session := self.session) is not None:
-                end_unbegun(session, self.reply)
-            self.put(None)
+            try:
+                if (session := self.session) is not None:
+                    end_unbegun(session, self.reply)
+                self.put(None)
+            except Exception as failed:  # else the reader would wait for ever
+                self.fail(failed)
         elif error is not None:
             self.fail(error)
 
@@ -93,12 +96,17 @@ class Outlet:
         return self.waiting < MAX_WAITING_EVENTS // 2
 
     def take(self, shared: SharedRows) -> Event | None:
-        """Wait for what comes next, None if that is no event. Raises what has ended the reply."""
+        """Wait for what comes next, None if that is no event, or another reader has taken the last one.
+
+        Raises what has ended the reply.
+        """
         while True:
             try:
                 item = self._items.get(timeout=_LOOK_S)
                 break
             except queue.Empty:
+                if self.reply.over:
+                    return None
                 if not shared.scheduler.alive:
                     shared.scheduler.check()
                     raise RuntimeError("the engine has died: its thread has ended") from None
@@ -147,10 +155,14 @@ class Seat:
         self.place.saved = saved
         self.shared.seats[self.place] = weakref.ref(self)
 
+    def give_up(self) -> None:
+        """Give the place up, a little later. Never waits; it may be called again."""
+        if self.place is not None:
+            self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
+
     def __del__(self) -> None:
         with contextlib.suppress(BaseException):  # nobody would hear of it; if it is cut, `leave_forgotten` makes up
-            if self.place is not None:
-                self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
+            self.give_up()
 
 
 class SharedRows:
