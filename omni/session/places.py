@@ -53,6 +53,7 @@ class Places:
         self.all: set[Place] = set()
         self._queue: deque[Place] = deque()  # those that wait for a row, in order
         self._promised: Place | None = None  # whose row the first of them is about to get
+        self._passed: Place | None = None  # has something to do, and lets it go first
         self._clock = 0
 
     @property
@@ -92,6 +93,7 @@ class Places:
             if place.row is None:
                 yield from self._find_row(place)
             else:
+                self._passed = place
                 yield WAIT
         if place.removed:
             raise ValueError("the session was closed")
@@ -112,7 +114,7 @@ class Places:
                     if self._can_have_row():
                         self._move_in(place)
                 finally:
-                    self._promised = None
+                    self._promised = self._passed = None
         finally:
             self._queue.remove(place)
 
@@ -126,8 +128,9 @@ class Places:
         return None in self.in_row or (idle is not None and self._clock - idle.used >= after)
 
     def _least_used(self) -> Place | None:
-        if self._promised is not None and self._promised.row is not None:
-            return self._promised
+        promised = self._promised
+        if promised is not None and promised.row is not None and promised is self._passed:
+            return promised
         idle = [place for place in self.in_row if place is not None and self._idle(place)]
         return min(idle, key=lambda place: place.used, default=None)
 

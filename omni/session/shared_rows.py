@@ -112,9 +112,12 @@ class Outlet:
                     raise RuntimeError("the engine has died: its thread has ended") from None
         if self.turn.paused and self._few_wait:
             shared.scheduler.post(None, self._go_on)
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        try:
+            if isinstance(item, BaseException):
+                raise item
+            return item
+        finally:
+            del item  # it holds this frame
 
     async def ready(self, shared: SharedRows) -> None:
         """Wait until `take` returns at once."""
