@@ -225,7 +225,7 @@ class EngineSession(OmniSession):
         return self._shared.places.with_row(place, located, ahead=ahead)
 
     def _hand_over(self, job: Job[T], *, at_once: bool = False) -> T:
-        """Wait for a job of the engine's thread, which comes after the session's others unless it is to come at once."""
+        """Wait for a job of the engine's thread, which comes after the session's others unless `at_once`."""
         task = Task(None if at_once else self._place, job)
         self._task = task
         try:

@@ -139,7 +139,7 @@ class Scheduler:
         return threading.get_ident() == self._thread.ident
 
     def refuse_here(self) -> None:
-        """Raise RuntimeError in the thread itself: it would wait for itself, or for a lock whose holder waits for it."""
+        """Raise RuntimeError in the thread itself, which would wait for itself or for a lock that its caller holds."""
         if self.here:
             raise RuntimeError("a call from the engine's own thread would wait for itself; make it from another thread")
 

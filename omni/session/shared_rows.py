@@ -257,7 +257,7 @@ class SharedRows:
             else:
                 outlet.deliver(event)
 
-    def _ended(self, row: int, outlet: Outlet) -> Exception | None:
+    def _ended(self, row: int, outlet: Outlet) -> BaseException | None:
         """Take a reply that has ended out of its row -> what went wrong, unless the events tell of it."""
         session, reply, error = outlet.session, outlet.reply, outlet.turn.error
         if error is not None and reply.failed is None:
@@ -271,7 +271,7 @@ class SharedRows:
         del self.outlets[row]
         return None
 
-    def _fail(self, row: int, error: Exception) -> None:
+    def _fail(self, row: int, error: BaseException) -> None:
         """End the reply of a row by an error."""
         self.rows.put(row, None)
         if (outlet := self.outlets.pop(row, None)) is not None:

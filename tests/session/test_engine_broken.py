@@ -8,20 +8,17 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import build
 import pytest
 import torch
-from build import noise
 from test_engine_law import LONG, PATIENCE_S, PLAIN, asked, assert_sound, ids_of, in_threads, wait_until
 
-from omni import Item, OmniEngine, OmniModel, OmniSession, StreamingConfig, TurnEnd
+from omni import Item, OmniEngine, OmniModel, StreamingConfig, TurnEnd
 from omni.generation.rows import Rows
-from omni.session import replies, shared_rows
-from omni.session.engine import EngineFullError, EngineSession
-from omni.session.scheduler import Scheduler, Task
+from omni.session import replies
 
 pytestmark = pytest.mark.filterwarnings("ignore:the conversation does not begin")
 ENDLESS = StreamingConfig(prefill_tokens=16, chunk_frames=(1,), loop_frames=None, silence_s=None)
@@ -330,9 +327,7 @@ def test_a_dead_engine_names_its_reason(engine: OmniEngine, monkeypatch: pytest.
     assert "no more" in str(session.closed_because)
 
 
-def test_a_cancelled_waiter_s_end_that_fails_is_told(
-    model: OmniModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_waiter_s_end_that_fails_is_told(model: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What writes a reply's end into the history fails before the reply has begun."""
     with OmniEngine(model, max_sessions=1, max_parked=1, streaming=ENDLESS) as engine:
         first, second = asked(engine), asked(engine)
@@ -356,7 +351,6 @@ def test_a_cancelled_waiter_s_end_that_fails_is_told(
 
 def test_a_refused_task_of_asyncio_that_is_cancelled_prints_nothing(engine: OmniEngine) -> None:
     said: list[Any] = []
-
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
