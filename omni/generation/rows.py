@@ -179,7 +179,7 @@ class Rows:
             if options.shapes(reply):
                 try:
                     logits.copy_(options.shape(logits, turn.request.prompt_ids, reply, turn.request.stop_ids))
-                except Exception as error:  # the caller's, and no matter of the other rows
+                except BaseException as error:  # the caller's, and no matter of the other rows
                     turn.error, active[row] = error, False
                     events.append(self.end(row, turn, "error"))
         return log_probs

@@ -307,7 +307,7 @@ class Turn:
         self.given = len(spoken)
         self.times = _times(request, stream, len(spoken))
         self.held: list[Any] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.paused = False
         self.over = False
         self.interruption: TurnEnd | None = None

@@ -110,6 +110,9 @@ class Attached:
     def _check_usable(self) -> None:
         """Raise if no call can be made any more, whatever the session holds. Takes no lock."""
 
+    def _check_reader(self) -> None:
+        """Raise if the calling thread may not take events."""
+
     def _user_turn(self) -> OpenTurn:
         """The user's turn; one is opened if none is."""
         if self._conversation.open is None:

@@ -153,6 +153,7 @@ class EngineSession(OmniSession):
     _task: Task[Any] | None = None  # that a call waits for, or was waiting for when it was cut
     _ahead: Task[None] | None = None  # that reads in advance
     _decided: Sequence[Entry] = ()  # what it is to read
+    _once = False  # a copy for one reply
     _closed_because: str | None = None
 
     def __init__(self, engine: OmniEngine, **arguments: Any) -> None:
@@ -165,8 +166,12 @@ class EngineSession(OmniSession):
 
     def _take_seat(self, saved: Any = None) -> None:
         seat = Seat(self._shared)
-        self._shared.scheduler.run(Task(None, lambda: seat.take(saved)))
-        self._seat = seat
+        try:
+            self._shared.scheduler.run(Task(None, lambda: seat.take(saved)))
+            self._seat = seat
+        except BaseException:
+            seat.give_up()  # the error holds it for as long as it is kept
+            raise
 
     def _move_in(self) -> None:
         """Move from a row of its own into the engine's."""
@@ -182,15 +187,23 @@ class EngineSession(OmniSession):
     @property
     def closed_because(self) -> str | None:
         """Why the session cannot be used any more, None as long as it can."""
-        return self._closed_because or ("the engine was closed" if self.engine.closed else None)
+        return self._closed_because or self._shared.scheduler.end_because
 
     @closed_because.setter
     def closed_because(self, reason: str | None) -> None:
         self._closed_because = reason
 
     def _check_usable(self) -> None:
+        self._shared.scheduler.refuse_here()
         if self._closed_because is None:
             self._shared.scheduler.check()
+
+    def _check_reader(self) -> None:
+        self._shared.scheduler.refuse_here()
+
+    def _settle_reply(self) -> None:
+        if not self._shared.scheduler.here:
+            super()._settle_reply()
 
     # what touches the rows
 
@@ -211,9 +224,9 @@ class EngineSession(OmniSession):
 
         return self._shared.places.with_row(place, located, ahead=ahead)
 
-    def _hand_over(self, job: Job[T]) -> T:
-        """Wait for a job of the engine's thread."""
-        task = Task(self._place, job)
+    def _hand_over(self, job: Job[T], *, at_once: bool = False) -> T:
+        """Wait for a job of the engine's thread, which comes after the session's others unless `at_once`."""
+        task = Task(None if at_once else self._place, job)
         self._task = task
         try:
             return self._shared.scheduler.run(task)
@@ -232,7 +245,7 @@ class EngineSession(OmniSession):
         self._decided = self._conversation.entries
         task = self._ahead
         if task is None or task.done or task.steps is not None:  # else: it will read this
-            self._ahead = task = Task(self._place, lambda: self._in_row(self._read_decided, ahead=True))
+            self._ahead = task = Task(self._place, lambda: self._in_row(self._read_decided, ahead=True), _unheard)
             self._shared.scheduler.submit(task)
 
     def _read_decided(self) -> Steps[None]:
@@ -290,7 +303,7 @@ class EngineSession(OmniSession):
         outlet = self._outlet
         assert outlet is not None and outlet.reply is reply and outlet.task is not None
         self._shared.scheduler.let_go(outlet.task)
-        kept = self._hand_over(lambda: self._shared.end(outlet, played_ms))
+        kept = self._hand_over(lambda: self._shared.end(outlet, played_ms), at_once=True)
         if reply.failed is not None:
             raise ValueError(f"there is no reply to interrupt: it has failed ({reply.failed})") from reply.failed
         return kept
@@ -301,7 +314,8 @@ class EngineSession(OmniSession):
         if reply.left and self._seat is not None and outlet is not None and outlet.reply is reply:
             assert outlet.task is not None
             self._shared.scheduler.cancel(outlet.task)
-            self._shared.scheduler.post(self._place, lambda: self._shared.end(outlet, None))
+            self._shared.scheduler.post(None, lambda: self._shared.end(outlet, None))
+        self._end_once()
 
     def _leave(self, reply: Reply) -> None:
         scheduler = self._shared.scheduler
@@ -309,6 +323,31 @@ class EngineSession(OmniSession):
             self._drop(reply)
         else:
             super()._leave(reply)
+
+    def _forget(self, reply: Reply, error: BaseException) -> None:
+        if not self._shared.scheduler.forked:
+            super()._forget(reply, error)
+            if reply.failed is error:  # whose frames hold this session
+                reply.failed = RuntimeError(f"{type(error).__name__}: {error}")
+            self._end_once()
+
+    def _delivered(self, reply: Reply) -> None:
+        super()._delivered(reply)
+        self._end_once()
+
+    def _respond_once(self, items: Any, arguments: dict[str, Any]) -> ReplyEvents:
+        self._once = True
+        try:
+            return super()._respond_once(items, arguments)
+        except BaseException:
+            self._end_once()
+            raise
+
+    def _end_once(self) -> None:
+        """Let a copy for one reply end with it, without waiting; whoever keeps its events keeps no place."""
+        if self._once and self._seat is not None:
+            self._closed_because = self._closed_because or "it was a copy for one reply"
+            self._seat.give_up()
 
     @takes_arguments_of(OmniSession.respond)
     async def respond_async(self, **arguments: Any) -> AsyncIterator[Event]:
@@ -318,6 +357,7 @@ class EngineSession(OmniSession):
         its scope), without waiting for the step that is running.
         """
         begun = asyncio.ensure_future(asyncio.to_thread(self.respond, **arguments))
+        begun.add_done_callback(_heard)
         try:
             events = await asyncio.shield(begun)
         except asyncio.CancelledError:
@@ -345,8 +385,12 @@ class EngineSession(OmniSession):
             seat.place.saved = place.saved if place.row is None else self._shared.rows.save_row(place.row)
             other._reader.done = list(self._reader.done)
 
-        self._hand_over(copy)
-        other._seat = seat
+        try:
+            self._hand_over(copy)
+            other._seat = seat
+        except BaseException:
+            seat.give_up()  # the error holds it for as long as it is kept
+            raise
         return other
 
     def __enter__(self) -> EngineSession:
@@ -367,6 +411,16 @@ class EngineSession(OmniSession):
         place = seat.place
         scheduler.post(None, lambda: self._shared.leave(place))
         scheduler.flush()
+
+
+def _unheard(error: BaseException | None) -> None:
+    """What fails when it is read in advance fails again when it is needed."""
+
+
+def _heard(call: asyncio.Future[Any]) -> None:
+    """Note that what a call raised is known, if its task was cancelled and nobody waits for it."""
+    if not call.cancelled():
+        call.exception()
 
 
 def _result(function: Any) -> Steps[Any]:

@@ -52,6 +52,8 @@ class Places:
         self.in_row: list[Place | None] = [None] * rows
         self.all: set[Place] = set()
         self._queue: deque[Place] = deque()  # those that wait for a row, in order
+        self._promised: Place | None = None  # whose row the first of them is about to get
+        self._passed: Place | None = None  # has something to do, and lets it go first
         self._clock = 0
 
     @property
@@ -85,10 +87,14 @@ class Places:
         ahead: it reads what a later job would read anyway, and is dropped (None) when no row can be had at once, or
         only by moving a session that was used lately: many that are spoken to at once would only move each other.
         """
-        if not place.removed and place.row is None:
-            if ahead and (self._queue or not self._can_have_row(after=_PATIENCE * len(self.in_row))):
-                return None
-            yield from self._find_row(place)
+        if ahead and (place is self._promised or (place.row is None and not self._has_room())):
+            return None
+        while not place.removed and (place.row is None or place is self._promised):
+            if place.row is None:
+                yield from self._find_row(place)
+            else:
+                self._passed = place
+                yield WAIT
         if place.removed:
             raise ValueError("the session was closed")
         self._clock += 1
@@ -102,11 +108,19 @@ class Places:
             while place.row is None:
                 while not (self._queue[0] is place and self._can_have_row()):
                     yield WAIT
-                yield  # moving is work; meanwhile the idle session may have something to do
-                if self._can_have_row():
-                    self._move_in(place)
+                self._promised = None if None in self.in_row else self._least_used()
+                try:
+                    yield  # moving is work; what the idle session has to do meanwhile comes after it
+                    if self._can_have_row():
+                        self._move_in(place)
+                finally:
+                    self._promised = self._passed = None
         finally:
             self._queue.remove(place)
+
+    def _has_room(self) -> bool:
+        """Whether a row can be had without moving a session that was used lately."""
+        return not self._queue and self._can_have_row(after=_PATIENCE * len(self.in_row))
 
     def _can_have_row(self, after: int = 0) -> bool:
         """Whether a row is free, or that of an idle session which has not been used for so many jobs."""
@@ -114,6 +128,9 @@ class Places:
         return None in self.in_row or (idle is not None and self._clock - idle.used >= after)
 
     def _least_used(self) -> Place | None:
+        promised = self._promised
+        if promised is not None and promised.row is not None and promised is self._passed:
+            return promised
         idle = [place for place in self.in_row if place is not None and self._idle(place)]
         return min(idle, key=lambda place: place.used, default=None)
 

@@ -41,23 +41,33 @@ class ReplyEvents(Iterator[Event]):
         return self
 
     def __next__(self) -> Event:
+        self.session._check_reader()
         if self._done:
             raise StopIteration
         try:
-            return self._next()
+            event = self._next()
         except BaseException as error:
             self._done = True
             self.session._forget(self._reply, error)
+            if isinstance(error, StopIteration):  # of a part or a caller's function; it would pass for the end
+                raise RuntimeError("the reply failed: what it calls raised StopIteration") from error
             raise
+        if event is None:
+            raise StopIteration
+        return event
 
-    def _next(self) -> Event:
+    def _next(self) -> Event | None:
+        """The next event; None if another thread has taken the last one meanwhile."""
         turn = self._reply.turn
-        while turn.interruption is None and not self._waiting:
+        while turn.interruption is None and not self._waiting and not self._done:
             self._waiting.extend(self._produce())
         if turn.interruption is not None:  # what was not delivered is dropped
             self._done = True
             self._waiting.clear()
+            self.session._delivered(self._reply)
             return turn.interruption
+        if not self._waiting:
+            return None
         event = self._waiting.popleft()
         self._note(event)
         return event

@@ -69,7 +69,8 @@ class Task(Generic[T]):
         if told is not None:
             with contextlib.suppress(BaseException):
                 told(error)
-        self.result, self.error, self.ended, self.done = result, error, ticks, True
+        self.error = error if told is None else None  # it was told; its frames may hold who holds this
+        self.result, self.ended, self.done = result, ticks, True
         self._latch.release()
 
     def wait(self, alive: Callable[[], bool]) -> bool:
@@ -138,6 +139,23 @@ class Scheduler:
         """Whether the caller is the thread itself."""
         return threading.get_ident() == self._thread.ident
 
+    def refuse_here(self) -> None:
+        """Raise RuntimeError in the thread itself, which would wait for itself or for a lock that its caller holds."""
+        if self.here:
+            raise RuntimeError("a call from the engine's own thread would wait for itself; make it from another thread")
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that the thread lives in; locks may be held there for ever."""
+        return os.getpid() != self._pid
+
+    @property
+    def end_because(self) -> str | None:
+        """Why the thread has ended or is about to, None otherwise."""
+        if self.cause is not None:
+            return f"the engine has died: {_named(self.cause)}"
+        return "the engine was closed" if self.stopped else None
+
     @property
     def stopped(self) -> bool:
         """Whether the thread has ended, or is about to."""
@@ -180,8 +198,7 @@ class Scheduler:
         Raises what the job raises, and as `check` does. If the wait is cut, the job is cancelled and, unless it is cut
         again, let go of by the thread before this raises.
         """
-        if self.here:
-            raise RuntimeError("a call from the engine's own thread would wait for itself; make it from another thread")
+        self.refuse_here()
         try:
             self.submit(task)
             self._wait(task)

@@ -125,13 +125,16 @@ class OmniSession(Input, History):
 
     def _respond_aside(self, items: Sequence[Item] | None, arguments: dict[str, Any]) -> ReplyEvents:
         """A reply of a copy of this session, which goes with it."""
-        aside = self._fork()
+        return self._fork()._respond_once(items, arguments)
+
+    def _respond_once(self, items: Any, arguments: dict[str, Any]) -> ReplyEvents:
+        """The one reply of a copy."""
         if items is not None:
-            open_turn = aside._conversation.open
+            open_turn = self._conversation.open
             if open_turn is not None and not _holds(items, open_turn.id):
-                aside._conversation.open = None
-            aside.become(items)
-        return aside.respond(**arguments)
+                self._conversation.open = None
+            self.become(items)
+        return self.respond(**arguments)
 
     def _start(self, reply: Reply, job: Job[None]) -> ReplyEvents:
         """Begin the turn in the row; its events."""

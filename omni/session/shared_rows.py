@@ -75,9 +75,12 @@ class Outlet:
     def begun(self, error: BaseException | None) -> None:
         """The prompt was read and the turn begun, or not."""
         if isinstance(error, (Cancelled, Closed)):
-            if (session := self.session) is not None:
-                end_unbegun(session, self.reply)
-            self.put(None)
+            try:
+                if (session := self.session) is not None:
+                    end_unbegun(session, self.reply)
+                self.put(None)
+            except Exception as failed:  # else the reader would wait for ever
+                self.fail(failed)
         elif error is not None:
             self.fail(error)
 
@@ -93,20 +96,28 @@ class Outlet:
         return self.waiting < MAX_WAITING_EVENTS // 2
 
     def take(self, shared: SharedRows) -> Event | None:
-        """Wait for what comes next, None if that is no event. Raises what has ended the reply."""
+        """Wait for what comes next, None if that is no event, or another reader has taken the last one.
+
+        Raises what has ended the reply.
+        """
         while True:
             try:
                 item = self._items.get(timeout=_LOOK_S)
                 break
             except queue.Empty:
+                if self.reply.over:
+                    return None
                 if not shared.scheduler.alive:
                     shared.scheduler.check()
                     raise RuntimeError("the engine has died: its thread has ended") from None
         if self.turn.paused and self._few_wait:
             shared.scheduler.post(None, self._go_on)
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        try:
+            if isinstance(item, BaseException):
+                raise item
+            return item
+        finally:
+            del item  # it holds this frame
 
     async def ready(self, shared: SharedRows) -> None:
         """Wait until `take` returns at once."""
@@ -147,10 +158,14 @@ class Seat:
         self.place.saved = saved
         self.shared.seats[self.place] = weakref.ref(self)
 
+    def give_up(self) -> None:
+        """Give the place up, a little later. Never waits; it may be called again."""
+        if self.place is not None:
+            self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
+
     def __del__(self) -> None:
         with contextlib.suppress(BaseException):  # nobody would hear of it; if it is cut, `leave_forgotten` makes up
-            if self.place is not None:
-                self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
+            self.give_up()
 
 
 class SharedRows:
@@ -242,7 +257,7 @@ class SharedRows:
             else:
                 outlet.deliver(event)
 
-    def _ended(self, row: int, outlet: Outlet) -> Exception | None:
+    def _ended(self, row: int, outlet: Outlet) -> BaseException | None:
         """Take a reply that has ended out of its row -> what went wrong, unless the events tell of it."""
         session, reply, error = outlet.session, outlet.reply, outlet.turn.error
         if error is not None and reply.failed is None:
@@ -256,7 +271,7 @@ class SharedRows:
         del self.outlets[row]
         return None
 
-    def _fail(self, row: int, error: Exception) -> None:
+    def _fail(self, row: int, error: BaseException) -> None:
         """End the reply of a row by an error."""
         self.rows.put(row, None)
         if (outlet := self.outlets.pop(row, None)) is not None:
