@@ -270,6 +270,11 @@ class RowReader:
 
         aloud: ids of its beginning that the Thinker reads and the Talker is to speak -> their texts, as it takes them.
         """
+        self.settle()
+        if self._common(entries)[0] == len(
+            entries
+        ):  # read for a reply that failed: the next token's logits are its own
+            self._cut(entries, len(entries) - 1, 0)
         yield from self.read(entries)
         end, spoken = self.thinker, []
         if aloud:

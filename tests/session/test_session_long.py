@@ -124,3 +124,12 @@ def test_an_interruption_that_fails_after_the_reply_leaves_its_events(model: Omn
     assert [(item.id, item.status, item.text) for item in session.items] == before
     end = list(events)[-1]
     assert isinstance(end, TurnEnd) and end.reason != "interrupted"
+
+
+@pytest.mark.parametrize("part", ["frame", "draw_token", "read_token"])
+def test_a_reply_after_one_that_failed_begins_anew(model: OmniModel, part: str) -> None:
+    """Its prompt was read to the end already."""
+    session, twin = OmniSession(model), OmniSession(model)
+    with fault(Runner, part, 3), pytest.raises(Broken):
+        list(session.respond(**PLAIN))
+    assert_same_answer(session, twin)
