@@ -251,6 +251,9 @@ class History(Attached):
         if message.status == IN_PROGRESS and reply is not None:
             kept = self._end_early(reply, played_ms)
             if kept is not None:
+                rest = without_orphans(self._conversation.messages)
+                if len(rest) < len(self._conversation.messages):
+                    self._put_messages(rest, self._conversation.end)
                 return Kept(kept, self.processor.decode(kept))
         if reply is not None and reply.message is message and not reply.turn.delivered_end:
             kept = cut_undelivered(self, reply, played_ms)

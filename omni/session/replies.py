@@ -152,6 +152,8 @@ def note_events(reply: Reply, events: Sequence[Event]) -> None:
     """Note what has happened in a reply, before its events are handed out."""
     calls = [event for event in events if isinstance(event, ToolCall)]
     reply.calls += [{"type": "tool_call", "id": c.id, "name": c.name, "arguments": c.arguments} for c in calls]
+    if not reply.recorded:
+        reply.message.parts = tuple(reply.calls)  # they may be answered before the reply ends
     if isinstance(reply.turn.error, MalformedCallError):  # told as an event; the session forgets the reply
         reply.failed = reply.turn.error
 
@@ -250,7 +252,8 @@ def _forget(session: Attached, reply: Reply) -> None:
     else:
         session._undo = Undo(session, "respond")
         rest = (message for message in conversation.messages if message is not reply.message)
-        session._undo.conversation["messages"], session._undo.own["_reply"] = tuple(rest), None
+        session._undo.conversation["messages"] = without_orphans(tuple(rest))
+        session._undo.own["_reply"] = None
         session._undo.turn = {}
     put_back(session, reply.failed)
 

@@ -165,6 +165,24 @@ def test_a_cut_keeps_no_part_of_a_call(session: OmniSession, taken: int) -> None
     assert shown(says(session, "on")) == "on"
 
 
+@pytest.mark.parametrize("end", ["taken", "interrupted", "failed"])
+def test_a_call_is_answered_while_its_reply_goes_on(session: OmniSession, end: str) -> None:
+    session.push_text("hi")
+    text = f"{CALL}and so on" if end != "failed" else f"{CALL}and <tool_call>no"
+    events = session.respond(**{**SILENT, "logits_processor": writes(session.model, text)})
+    call = next(event for event in events if isinstance(event, ToolCall))
+    session.push_tool_result(call.id, "a house")
+    if end == "interrupted":
+        session.interrupt(0)  # a silent reply counts as far as it was yielded
+    last = list(events)[-1]
+    kept = [item.role for item in session.items]
+    if end == "failed":
+        assert last.reason == "error" and kept == ["user"]
+    else:
+        assert kept == ["user", "assistant", "tool"] and session.items[1].parts[-1]["id"] == call.id
+    assert shown(says(session, "on")) == "on"
+
+
 def test_calls_survive_a_file(either: OmniModel, tmp_path: Any) -> None:
     session = OmniSession(either, tools=TOOLS)
     session.push_text("hi")
