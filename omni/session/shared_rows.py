@@ -165,7 +165,8 @@ class Seat:
 
     def __del__(self) -> None:
         with contextlib.suppress(BaseException):  # nobody would hear of it; if it is cut, `leave_forgotten` makes up
-            self.give_up()
+            if self.place is not None:
+                self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
 
 
 class SharedRows:

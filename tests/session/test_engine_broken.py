@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_engine_law import LONG, PATIENCE_S, PLAIN, asked, assert_sound, ids_of, in_threads, wait_until
 
-from omni import Item, OmniEngine, OmniModel, StreamingConfig, TurnEnd
+from omni import Item, OmniEngine, OmniModel, OmniSession, StreamingConfig, TurnEnd
 from omni.generation.rows import Rows
 from omni.session import replies
 
@@ -397,3 +397,18 @@ def test_past_replies_are_not_kept_alive(engine: OmniEngine) -> None:
         session.push_text(f"turn {turn}")
         list(session.respond(**SILENT))
     assert alive() - before <= 2
+
+
+@pytest.mark.parametrize("where", ["alone", "in an engine"])
+def test_a_reply_s_function_that_raises_stop_iteration_does_not_pass_for_the_end(
+    where: str, engine: OmniEngine, model: OmniModel
+) -> None:
+    session = engine.session() if where == "in an engine" else OmniSession(model)
+    session.push_text("hello")
+
+    def runs_out(ids: Any, logits: torch.Tensor) -> torch.Tensor:
+        return next(iter(()))
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(session.respond(**SILENT, logits_processor=runs_out))
+    assert ids_of(session.respond(**SILENT))
