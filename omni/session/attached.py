@@ -81,7 +81,7 @@ class Attached:
     @property
     def ids(self) -> list[int]:
         """All ids of the conversation so far, those still to be read included (open media and text are not)."""
-        self._settle_reply()
+        self._settle_if_free()
         return self._conversation.ids
 
     @property
@@ -143,6 +143,14 @@ class Attached:
         conversation.check_room(before)
 
     # the reply
+
+    def _settle_if_free(self) -> None:
+        """Finish what a reply has left undone, unless a call is running, which has done so itself."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle_reply()
+            finally:
+                self._lock.release()
 
     def _settle_reply(self) -> None:
         """Finish what a reply has left undone."""

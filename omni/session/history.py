@@ -38,6 +38,7 @@ class History(Attached):
         The turn that the user is writing and the reply that is being given are in_progress. What media hold is not
         here: they are `KeptMedia`, whose embeddings are kept as far as `keep_media` allows.
         """
+        self._settle_if_free()
         return tuple(message.item for message in self._conversation.all)
 
     @whole

@@ -255,6 +255,15 @@ def test_a_fork_during_a_reply_holds_what_was_yielded(model: OmniModel) -> None:
     assert_same_answer(other, fresh)
 
 
+def test_a_reply_that_is_forgotten_is_cut_where_one_looks(model: OmniModel) -> None:
+    session = _said(model, "one")
+    events = session.respond(**SILENT)
+    first = next(events)
+    del events
+    assert session.items[-1].status == "incomplete"
+    assert session.ids[-3] == getattr(first, "token_ids", ())[-1]
+
+
 def test_room_is_made_instead_of_an_error(model: OmniModel) -> None:
     limit = model.config.thinker.text_config.max_position_embeddings
     full = OmniSession(model, streaming=StreamingConfig(), make_room=0.5)
