@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from omni.config.keywords import check_flags
 from omni.generation.arguments import stop_ids
@@ -17,13 +17,12 @@ from omni.session import options
 from omni.session.conversation import Conversation
 from omni.session.entries import Entry
 from omni.session.items import COMPLETED, Message, new_id
+from omni.session.jobs import Job, T, at_once
 from omni.session.open_turn import Encoders, OpenTurn
 from omni.session.replies import Reply, end_early, settle_reply
-from omni.session.row_reader import Job, RowReader
+from omni.session.row_reader import RowReader
 from omni.session.undo import Undo
 from omni.talker.layout import PromptEnd
-
-T = TypeVar("T")
 
 
 class Attached:
@@ -158,7 +157,7 @@ class Attached:
 
     def _end_early(self, reply: Reply, played_ms: float | None) -> list[int] | None:
         """End a reply that is being given and keep what was heard of it; None if it has ended in the meantime."""
-        return self._run(lambda: end_early(self, reply, played_ms))
+        return self._run(at_once(lambda: end_early(self, reply, played_ms)))
 
     # the row
 
@@ -211,7 +210,7 @@ class Attached:
     def _settle_row(self) -> None:
         """Let the row be sound after a call that failed or was cut."""
 
-        def settle_row() -> Any:
+        def settle_row() -> None:
             reader = self._reader
             turn = reader.rows.turns[reader.row]
             if turn is not None and (self._reply is None or self._reply.turn is not turn):
@@ -219,10 +218,8 @@ class Attached:
             elif turn is None and self.responding and self._reply is not None and not self._reply.recorded:
                 reader.rows.put(reader.row, self._reply.turn)
             reader.settle()
-            return
-            yield
 
-        self._run(settle_row)
+        self._run(at_once(settle_row))
 
     # tokens
 

@@ -11,7 +11,7 @@ import asyncio
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omni.config.keywords import names_keywords, takes_arguments_of
 from omni.generation.events import Event
@@ -21,17 +21,16 @@ from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.session import options
 from omni.session.entries import Entry
+from omni.session.jobs import Job, Steps, T, at_once
 from omni.session.places import EngineFullError, Place
 from omni.session.replies import Reply
 from omni.session.reply_events import ReplyEvents
-from omni.session.row_reader import Job
-from omni.session.scheduler import Cancelled, Steps, Task
+from omni.session.scheduler import Cancelled, Task
 from omni.session.session import OmniSession
 from omni.session.shared_rows import MAX_WAITING_EVENTS, Outlet, Seat, SharedRows
 
 __all__ = ["MAX_WAITING_EVENTS", "EngineFullError", "EngineSession", "OmniEngine"]
 
-T = TypeVar("T")
 _NO_ROW = 1 << 30  # of a session without one: whatever uses it fails
 
 
@@ -167,7 +166,7 @@ class EngineSession(OmniSession):
     def _take_seat(self, saved: Any = None) -> None:
         seat = Seat(self._shared)
         try:
-            self._shared.scheduler.run(Task(None, lambda: seat.take(saved)))
+            self._shared.scheduler.run(Task(None, at_once(lambda: seat.take(saved))))
             self._seat = seat
         except BaseException:
             seat.give_up()  # the error holds it for as long as it is kept
@@ -224,9 +223,9 @@ class EngineSession(OmniSession):
 
         return self._shared.places.with_row(place, located, ahead=ahead)
 
-    def _hand_over(self, job: Job[T], *, at_once: bool = False) -> T:
-        """Wait for a job of the engine's thread, which comes after the session's others unless `at_once`."""
-        task = Task(None if at_once else self._place, job)
+    def _hand_over(self, job: Job[T], *, ahead_of_others: bool = False) -> T:
+        """Wait for a job of the engine's thread, which comes after the session's others unless `ahead_of_others`."""
+        task = Task(None if ahead_of_others else self._place, job)
         self._task = task
         try:
             return self._shared.scheduler.run(task)
@@ -262,7 +261,7 @@ class EngineSession(OmniSession):
     def _media_lost(self, entries: Sequence[Entry]) -> bool:
         if not any(entry.media and entry.embeds is None for entry in entries):
             return False
-        return self._hand_over(lambda: _result(lambda: self._reader.lost(entries)))
+        return self._hand_over(at_once(lambda: self._reader.lost(entries)))
 
     def _settle_row(self) -> None:
         scheduler, outlet = self._shared.scheduler, self._outlet
@@ -272,7 +271,7 @@ class EngineSession(OmniSession):
             scheduler.let_go(self._task)
         if outlet is not None and outlet.task is not None and outlet.reply is not self._reply:
             scheduler.let_go(outlet.task)  # a call that was undone has begun this reply
-        self._hand_over(lambda: _result(self._settle_own_row))
+        self._hand_over(at_once(self._settle_own_row))
 
     def _settle_own_row(self) -> None:
         place, rows = self._place, self._shared.rows
@@ -303,7 +302,7 @@ class EngineSession(OmniSession):
         outlet = self._outlet
         assert outlet is not None and outlet.reply is reply and outlet.task is not None
         self._shared.scheduler.let_go(outlet.task)
-        kept = self._hand_over(lambda: self._shared.end(outlet, played_ms), at_once=True)
+        kept = self._hand_over(at_once(lambda: self._shared.end(outlet, played_ms)), ahead_of_others=True)
         if reply.failed is not None:
             raise ValueError(f"there is no reply to interrupt: it has failed ({reply.failed})") from reply.failed
         return kept
@@ -314,7 +313,7 @@ class EngineSession(OmniSession):
         if reply.left and self._seat is not None and outlet is not None and outlet.reply is reply:
             assert outlet.task is not None
             self._shared.scheduler.cancel(outlet.task)
-            self._shared.scheduler.post(None, lambda: self._shared.end(outlet, None))
+            self._shared.scheduler.post(None, at_once(lambda: self._shared.end(outlet, None)))
         self._end_once()
 
     def _leave(self, reply: Reply) -> None:
@@ -378,15 +377,15 @@ class EngineSession(OmniSession):
         other._seat = other._outlet = other._task = other._ahead = None
         seat = Seat(self._shared)
 
-        def copy() -> Steps[None]:
-            yield from seat.take()
+        def copy() -> None:
+            seat.take()
             assert seat.place is not None
             place = self._place
             seat.place.saved = place.saved if place.row is None else self._shared.rows.save_row(place.row)
             other._reader.done = list(self._reader.done)
 
         try:
-            self._hand_over(copy)
+            self._hand_over(at_once(copy))
             other._seat = seat
         except BaseException:
             seat.give_up()  # the error holds it for as long as it is kept
@@ -409,7 +408,7 @@ class EngineSession(OmniSession):
         if seat is None or seat.place is None or seat.place.removed:
             return
         place = seat.place
-        scheduler.post(None, lambda: self._shared.leave(place))
+        scheduler.post(None, at_once(lambda: self._shared.leave(place)))
         scheduler.flush()
 
 
@@ -421,9 +420,3 @@ def _heard(call: asyncio.Future[Any]) -> None:
     """Note that what a call raised is known, if its task was cancelled and nobody waits for it."""
     if not call.cancelled():
         call.exception()
-
-
-def _result(function: Any) -> Steps[Any]:
-    """A job that is no work of the model's."""
-    return function()
-    yield

@@ -28,6 +28,7 @@ from omni.processing.messages import ROLES
 from omni.session.entries import Entry, ids_of
 from omni.session.heard import ReplyTimes
 from omni.session.items import COMPLETED, INCOMPLETE, KeptMedia, Message
+from omni.session.jobs import Steps, at_once
 from omni.session.live_media import SAMPLE_RATE_HZ, AudioFrontEnd, GridStep, OpenClip, OpenVideo
 from omni.session.older_files import older_session
 from omni.session.open_turn import OpenTurn
@@ -74,7 +75,7 @@ def save_session(session: OmniSession, folder: Path) -> None:
     }
     tensors["model.weights"] = weight_marks(session.model)
 
-    def put_caches() -> Any:
+    def put_caches() -> Steps[None]:
         yield from reader.read(conversation.entries)
         _put_cache("text", reader.rows.text.decoder.cache, reader.row, tensors)
         if reader.rows.speech is not None:
@@ -138,17 +139,15 @@ class SavedSession:
             "it was saved with another variant: only one of the two models has a Talker",
         )
 
-        def take_caches() -> Any:
+        def take_caches() -> None:
             reader.hold(conversation.entries[: None if self.older is None else self.older.read])
             if self.older is not None:
                 self.older.check_ends(reader)
             _take_cache("text", rows.text.decoder.cache, reader.row, tensors, reader.thinker.tokens)
             if rows.speech is not None:
                 _take_cache("speech", rows.speech.decoder.cache, reader.row, tensors, reader.talker.tokens)
-            return
-            yield
 
-        session._run(take_caches)
+        session._run(at_once(take_caches))
 
 
 def _put_entries(name: str, entries: Sequence[Entry], tensors: Tensors) -> list[Any]:

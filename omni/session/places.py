@@ -8,10 +8,11 @@ by the engine's thread, as jobs of its scheduler.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from omni.session.scheduler import WAIT, Job, Steps, T
+from omni.session.jobs import Job, Steps, T
+from omni.session.scheduler import WAIT
 
 _PATIENCE = 4  # jobs for each row, after which an idle session makes room for what is read in advance
 
@@ -101,7 +102,7 @@ class Places:
         place.used = self._clock
         return (yield from job())
 
-    def _find_row(self, place: Place) -> Iterator[Any]:
+    def _find_row(self, place: Place) -> Steps[None]:
         """Wait until a row is to be had, then ask for leave to move there."""
         self._queue.append(place)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ from omni.session.conversation import lay_out_results, without_orphans
 from omni.session.entries import Entry, end_of
 from omni.session.heard import ReplyTimes, heard_ids, reply_times
 from omni.session.items import COMPLETED, IN_PROGRESS, INCOMPLETE, Message, new_id
-from omni.session.row_reader import Job
+from omni.session.jobs import Job, Steps
 from omni.session.undo import Undo, put_back
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def begin_reply(session: Attached, arguments: dict[str, Any]) -> tuple[Reply, Jo
     assert undo is not None, "a reply begins inside a call"
     reply = Reply(turn, message, undo, conversation.messages)
 
-    def read_and_start() -> Any:
+    def read_and_start() -> Steps[None]:
         spoken = yield from reader.begin_reply(prompt, aloud)
         if aloud:
             turn.speech.spoken = list(spoken)
@@ -193,7 +193,7 @@ def _texts(text: str) -> tuple[dict[str, Any], ...]:
     return ({"type": "text", "text": text},) if text else ()
 
 
-def end_early(session: Attached, reply: Reply, played_ms: float | None) -> Generator[None, None, list[int] | None]:
+def end_early(session: Attached, reply: Reply, played_ms: float | None) -> list[int] | None:
     """End a reply that is being given and keep what was heard of it; None if it has ended in the meantime. Row-side."""
     if reply.recorded:
         return None
@@ -207,7 +207,6 @@ def end_early(session: Attached, reply: Reply, played_ms: float | None) -> Gener
         turn.interruption, turn.delivered_end, turn.over = None, False, False
         raise
     return kept
-    yield  # it is one piece
 
 
 def end_unbegun(session: Attached, reply: Reply) -> None:

@@ -8,9 +8,9 @@ row is sound wherever a piece is cut: what lies beyond the note is written over.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,8 @@ from torch import Tensor
 from omni.generation.rows import Rows
 from omni.parts import ModelParts
 from omni.session.entries import Entry, after, ids_of
+from omni.session.jobs import Steps
 from omni.talker.layout import PromptEnd
-
-T = TypeVar("T")
-Steps = Generator[Any, None, None]
-Job = Callable[[], Generator[Any, None, T]]  # yields before each piece of the model's work, or a share of one
 
 
 class Read(NamedTuple):
@@ -72,7 +69,7 @@ class RowReader:
     # reading
 
     @torch.no_grad()
-    def read(self, entries: Sequence[Entry]) -> Steps:
+    def read(self, entries: Sequence[Entry]) -> Steps[None]:
         """Let the row hold exactly these entries, in as few passes as `prefill_tokens` allows; yields before each.
 
         If it fails or is closed, the row holds a beginning of what it held before or of the entries; media that could
@@ -166,7 +163,7 @@ class RowReader:
         if self.rows.speech is not None:
             self.rows.speech.decoder.cache.grow(self.row, self.talker.tokens)
 
-    def _in_pieces(self, passes: Iterator[int]) -> Steps:
+    def _in_pieces(self, passes: Iterator[int]) -> Steps[None]:
         """Yield before each pass which share of a piece it is. passes: yields how many tokens.
 
         A piece has `prefill_tokens`; a short pass counts as a quarter of that, since it costs time of its own.
@@ -265,7 +262,7 @@ class RowReader:
     # replies
 
     @torch.no_grad()
-    def begin_reply(self, entries: Sequence[Entry], aloud: Sequence[int]) -> Generator[None, None, Sequence[Any]]:
+    def begin_reply(self, entries: Sequence[Entry], aloud: Sequence[int]) -> Steps[Sequence[Any]]:
         """Read the prompt and set the position of the reply's first token.
 
         aloud: ids of its beginning that the Thinker reads and the Talker is to speak -> their texts, as it takes them.

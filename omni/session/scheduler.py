@@ -1,10 +1,10 @@
 """One thread alone does the model's work: the ticks of what runs and, between two of them, the jobs handed to it.
 
-A job is a function that returns a generator. What the generator does before its first `yield` is cheap; a `yield` asks
-for leave to do one bounded piece of model work, which then follows, and `yield 0.25` for a quarter of one; `yield WAIT`
-asks to be resumed once something has changed. Its return value is the job's result. Between two ticks all cheap work is
-done, and one piece at most: the jobs that want some take turns in the order in which they came. While nothing ticks,
-pieces run back to back. Jobs of one owner run one after the other. No lock is held while the model works.
+What a job (see `omni.session.jobs`) does before its first `yield` is cheap; a `yield` asks for leave to do one bounded
+piece of model work, which then follows, and `yield 0.25` for a quarter of one; `yield WAIT` asks to be resumed once
+something has changed. Between two ticks all cheap work is done, and one piece at most: the jobs that want some take
+turns in the order in which they came. While nothing ticks, pieces run back to back. Jobs of one owner run one after the
+other. No lock is held while the model works.
 
 Whoever waits may be cut at any moment, and what is handed over may come from a destructor that runs in any thread, this
 one included. Therefore all goes through a `SimpleQueue`, whose `put` neither blocks nor minds being re-entered, and
@@ -19,16 +19,16 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic
 
 import torch
 
-T = TypeVar("T")
-Steps = Generator[Any, None, T]
-Job = Callable[[], Steps[T]]
+from omni.session.jobs import Job, Steps, T, at_once
+
 WAIT = object()  # what a generator yields to be resumed once something has changed
 _LOOK_S = 1.0  # a waiting caller looks so often whether the thread is still there
+_NOTHING: Job[None] = at_once(lambda: None)
 
 _LIVE: set[Scheduler] = set()  # those whose thread runs
 
@@ -118,7 +118,7 @@ class Scheduler:
         self._stalled: list[Task[Any]] = []  # firsts that wait for a change
         self._changed = self._stopping = self._ended = False
         self._pid = os.getpid()
-        self._at_end = Task[None](None, _nothing)
+        self._at_end = Task[None](None, _NOTHING)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     # for any thread
@@ -210,20 +210,20 @@ class Scheduler:
     def cancel(self, task: Task[Any]) -> None:
         """End a task between two of its pieces, or before it begins. Never blocks, never raises."""
         task.cancelled = True
-        self.post(None, lambda: self._drop(task))
+        self.post(None, at_once(lambda: self._drop(task)))
 
     def let_go(self, task: Task[Any]) -> None:
         """Cancel a task, whether it was submitted or not, and wait until the thread has nothing to do with it."""
         task.cancelled = True
         if not task.done:
-            self.flush(Task(None, lambda: self._drop(task)))  # the queue is in order: it comes after the task
+            self.flush(Task(None, at_once(lambda: self._drop(task))))  # the queue is in order: it comes after the task
 
     def flush(self, task: Task[Any] | None = None) -> None:
         """Wait until a cheap task is over (None: one that does nothing), and so all cheap work handed over before.
 
         It is done even after `stop`, unless the thread ends first. Raises nothing.
         """
-        task = task if task is not None else Task(None, _nothing)
+        task = task if task is not None else Task(None, _NOTHING)
         if self.here or not self.alive:
             return
         self._inbox.put(task)
@@ -250,7 +250,7 @@ class Scheduler:
     def drop_all(self, owner: object) -> None:
         """End all jobs of an owner between two of their pieces; for a job of another owner."""
         for task in list(self._lines.get(id(owner), ())):
-            self._drop_now(task)
+            self._drop(task)
 
     def _wait(self, task: Task[Any]) -> None:
         if not task.wait(lambda: self.alive):
@@ -365,13 +365,7 @@ class Scheduler:
         self._changed = True
         task.finish(result, error, self.ticks)
 
-    def _drop(self, task: Task[Any]) -> Steps[None]:
-        """The job that ends another one."""
-        self._drop_now(task)
-        return
-        yield
-
-    def _drop_now(self, task: Task[Any]) -> None:
+    def _drop(self, task: Task[Any]) -> None:
         """End a task wherever it stands."""
         key = id(task if task.owner is None else task.owner)
         if not task.done and task in self._lines.get(key, ()):
@@ -412,11 +406,6 @@ class Scheduler:
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _nothing() -> Steps[None]:
-    return
-    yield
 
 
 def _end_all() -> None:

@@ -27,9 +27,10 @@ from omni.session.heard import ReplyTimes, heard_ids
 from omni.session.history import History
 from omni.session.input import Input
 from omni.session.items import INCOMPLETE, Item
+from omni.session.jobs import Job, at_once
 from omni.session.replies import Reply, begin_reply, fill, note_events, record
 from omni.session.reply_events import ReplyEvents
-from omni.session.row_reader import Job, RowReader
+from omni.session.row_reader import RowReader
 from omni.session.saved_values import naming
 from omni.session.undo import settle, whole
 
@@ -221,14 +222,12 @@ class OmniSession(Input, History):
     def _fork(self) -> OmniSession:
         other, rows = self._twin(*self._new_row()), self._reader.rows
 
-        def copy_row() -> Any:
+        def copy_row() -> None:
             rows.copy_row(self._reader.row, other._reader.rows, other._reader.row)
             other._reader.done = list(self._reader.done)
             other._reader.set_lengths()
-            return
-            yield
 
-        self._run(copy_row)
+        self._run(at_once(copy_row))
         return other
 
     def _twin(self: S, rows: Rows, row: int) -> S:

@@ -18,9 +18,10 @@ from omni.generation.events import Event, TurnEnd
 from omni.generation.rows import Rows
 from omni.generation.turn import Turn
 from omni.parts import ModelParts
+from omni.session.jobs import Job, Steps, at_once
 from omni.session.places import Place, Places
 from omni.session.replies import Reply, end_early, end_unbegun, note_events, record
-from omni.session.scheduler import Cancelled, Closed, Scheduler, Steps, Task
+from omni.session.scheduler import Cancelled, Closed, Scheduler, Task
 
 if TYPE_CHECKING:
     from omni.session.engine import EngineSession
@@ -111,7 +112,7 @@ class Outlet:
                     shared.scheduler.check()
                     raise RuntimeError("the engine has died: its thread has ended") from None
         if self.turn.paused and self._few_wait:
-            shared.scheduler.post(None, self._go_on)
+            shared.scheduler.post(None, at_once(self._go_on))
         try:
             if isinstance(item, BaseException):
                 raise item
@@ -131,10 +132,8 @@ class Outlet:
             finally:
                 self._waiter = None
 
-    def _go_on(self) -> Steps[None]:
+    def _go_on(self) -> None:
         self.turn.paused = False
-        return
-        yield
 
 
 def _wake(future: asyncio.Future[None]) -> None:
@@ -150,10 +149,10 @@ class Seat:
     def __init__(self, shared: SharedRows) -> None:
         self.shared = shared
 
-    def take(self, saved: Any = None) -> Steps[None]:
-        """Take a place, for a session whose row was saved like this. A job; raises EngineFullError."""
+    def take(self, saved: Any = None) -> None:
+        """Take a place, for a session whose row was saved like this. In the engine's thread; raises EngineFullError."""
         if self.shared.places.full:
-            yield from self.shared.leave_forgotten()
+            self.shared.leave_forgotten()
         self.place = self.shared.places.add()
         self.place.saved = saved
         self.shared.seats[self.place] = weakref.ref(self)
@@ -161,12 +160,12 @@ class Seat:
     def give_up(self) -> None:
         """Give the place up, a little later. Never waits; it may be called again."""
         if self.place is not None:
-            self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
+            self.shared.scheduler.post(None, at_once(partial(self.shared.leave, self.place)))
 
     def __del__(self) -> None:
         with contextlib.suppress(BaseException):  # nobody would hear of it; if it is cut, `leave_forgotten` makes up
             if self.place is not None:
-                self.shared.scheduler.post(None, partial(self.shared.leave, self.place))
+                self.shared.scheduler.post(None, at_once(partial(self.shared.leave, self.place)))
 
 
 class SharedRows:
@@ -181,15 +180,15 @@ class SharedRows:
             rows, parked, save=self.rows.save_row, load=self.rows.load_row, clear=self._clear, idle=self._idle
         )
 
-    # jobs
+    # what jobs do
 
-    def begin(self, outlet: Outlet, place: Place, job: Any) -> Steps[None]:
+    def begin(self, outlet: Outlet, place: Place, job: Job[None]) -> Steps[None]:
         """Read a prompt and begin a turn, in the session's row."""
         yield from job()
         assert place.row is not None
         self.outlets[place.row] = outlet
 
-    def end(self, outlet: Outlet, played_ms: float | None) -> Steps[list[int] | None]:
+    def end(self, outlet: Outlet, played_ms: float | None) -> list[int] | None:
         """Interrupt a reply -> the ids that are kept of it; None if it has ended in the meantime. Needs no row."""
         session, reply = outlet.session, outlet.reply
         if reply.recorded:
@@ -200,26 +199,24 @@ class SharedRows:
         if row is None:
             end_unbegun(session, reply)
         else:
-            yield from end_early(session, reply, played_ms)
+            end_early(session, reply, played_ms)
             self.outlets.pop(row, None)
         outlet.put(None)
         return _kept(reply)
 
-    def leave(self, place: Place) -> Steps[None]:
+    def leave(self, place: Place) -> None:
         """Give a place up, with all that runs or waits in it."""
         self.scheduler.drop_all(place)
         if place.row is not None:
             self._end_turn(place.row)
         self.places.remove(place)
         self.seats.pop(place, None)
-        return
-        yield
 
-    def leave_forgotten(self) -> Steps[None]:
+    def leave_forgotten(self) -> None:
         """Give up the places of sessions that are gone and could not say so."""
         for place, seat in list(self.seats.items()):
             if seat() is None:
-                yield from self.leave(place)
+                self.leave(place)
 
     def row_of(self, turn: Turn) -> int | None:
         """The row in which a turn runs."""
@@ -284,8 +281,7 @@ class SharedRows:
         if outlet is None:
             return
         try:
-            for _ in self.end(outlet, None):
-                pass
+            self.end(outlet, None)
         except Exception as error:
             self._fail(row, _reply_failed(error))
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from build import noise
+from cut_calls import cut_at
 from test_engine_law import ENDLESS, LONG, PLAIN, asked, assert_sound, ids_of, in_threads, two_rows
 
 from omni import Item, OmniEngine, OmniModel, OmniSession, StreamingConfig
 from omni.session import scheduler
 from omni.session.engine import EngineSession
 
+SESSIONS = Path(scheduler.__file__).parent  # the sessions' code
 engine = pytest.fixture(two_rows, name="engine")
 
 
@@ -81,7 +82,7 @@ def test_a_call_may_be_cut_at_any_bytecode(name: str, widest: int, model: OmniMo
                 session.stream = session.respond(**LONG)  # type: ignore[attr-defined]
                 next(session.stream)  # type: ignore[attr-defined]
             before = session.ids
-            cut = cut_at(point, lambda s=session: CALLS[name](s))
+            cut = cut_at(point, lambda s=session: CALLS[name](s), SESSIONS)
             if not session.closed:
                 if name in ("push_text", "push_audio", "insert", "fork"):
                     after = session.ids
@@ -96,31 +97,6 @@ def test_a_call_may_be_cut_at_any_bytecode(name: str, widest: int, model: OmniMo
             point, step = point + step, min(step + 1, widest)
         assert point > 50
         assert_sound(engine, model)
-
-
-def cut_at(point: int, call: Callable[[], Any]) -> bool:
-    """Make a call that is cut at the `point`th bytecode of the sessions' code; False if it ended before."""
-    left, folder = [point], str(Path(scheduler.__file__).parent)
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(folder):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    try:
-        sys.settrace(trace)
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return left[0] <= 0
 
 
 def test_a_session_that_is_closed_while_its_call_waits(model: OmniModel) -> None:

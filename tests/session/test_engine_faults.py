@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from build import noise
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
-from test_session_faults import HOOKS, PLAIN, QUICK, Broken, Faults, assert_same_reply, fault
+from test_session_faults import PLAIN, QUICK, Broken, Faults, assert_same_reply, fault
 from test_session_template import first_model
 
 from omni import OmniEngine, OmniSession
@@ -30,7 +29,7 @@ def assert_alike(one: OmniSession, other: OmniSession) -> None:
 class EngineFaults(Faults):
     """A session of an engine whose parts fail at times, and its twin outside of it, where they do not."""
 
-    plan = st.none() | st.tuples(st.sampled_from(HOOKS), st.integers(1, 4), st.booleans())
+    failures = (Broken, RuntimeError)  # a cut of the engine's thread would be its end
 
     @initialize(video_sound=st.booleans())
     def begin(self, video_sound: bool) -> None:
@@ -40,20 +39,7 @@ class EngineFaults(Faults):
         self.twin = OmniSession(self.model, streaming=self.streaming, **options)
         self.time_s = 0.0
 
-    def both(self, call: Callable[[OmniSession], Any], plan: Any) -> None:
-        try:
-            if plan is None:
-                got = call(self.session)
-            else:
-                (owner, name), number, after, *_ = plan
-                with fault(owner, name, number, after=after, error=Broken("x")):
-                    got = call(self.session)
-        except (Broken, ValueError, RuntimeError) as error:
-            if isinstance(error, ValueError):
-                with pytest.raises(ValueError):
-                    call(self.twin)
-        else:
-            assert got == call(self.twin)
+    def check_alike(self) -> None:
         assert_alike(self.session, self.twin)
 
     leave: Any = None  # the engine is ahead of its reader, so that another part of the reply has been heard

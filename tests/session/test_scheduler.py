@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import _thread
-import contextlib
-import ctypes
 import gc
 import queue
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -15,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cut_calls import cut_at
 
 from omni.session import scheduler as module
 from omni.session.scheduler import WAIT, Cancelled, Scheduler, Task
 
 ROOT = Path(__file__).parents[2]
+SCHEDULER = Path(module.__file__)  # its code
 PATIENCE_S = 20  # for what comes at once; a test that hangs fails after it
 
 
@@ -303,42 +302,11 @@ def test_a_wait_may_be_cut_at_any_bytecode(clock: Clock) -> None:
     points = 0
     while True:
         points += 1
-        if not _cut_at(points, lambda: clock.run(job)):
+        if not cut_at(points, lambda: clock.run(job), SCHEDULER):
             break
         clock.run(cheap)
         assert not running, points
     assert points > 100
-
-
-def _cut_at(point: int, call: Callable[[], Any], *, twice: bool = False) -> bool:
-    """Make a call that is cut at the `point`th bytecode of the scheduler's; False if it ended before.
-
-    twice: it is cut again at once, as soon as Python looks for signals.
-    """
-    left = [point]
-    me = ctypes.c_ulong(threading.get_ident())
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename != module.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left[0] -= 1
-            if left[0] == 0:
-                if twice:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(me, ctypes.py_object(KeyboardInterrupt))
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    with contextlib.suppress(KeyboardInterrupt):  # the second one may come as late as here
-        try:
-            sys.settrace(trace)
-            with contextlib.suppress(KeyboardInterrupt):
-                call()
-        finally:
-            sys.settrace(before)
-    return left[0] <= 0
 
 
 def test_a_wait_may_be_cut_twice(clock: Clock) -> None:
@@ -357,7 +325,7 @@ def test_a_wait_may_be_cut_twice(clock: Clock) -> None:
     while cut:
         point += 1
         task: Task[Any] = Task("owner", job)
-        cut = _cut_at(point, lambda task=task: clock.scheduler.run(task), twice=True)
+        cut = cut_at(point, lambda task=task: clock.scheduler.run(task), SCHEDULER, twice=True)
         clock.scheduler.let_go(task)
         assert not running, point
     assert point > 100 and clock.run(lambda: cheap(3)) == 3

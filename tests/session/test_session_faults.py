@@ -349,8 +349,9 @@ class Faults(RuleBasedStateMachine):
     model: OmniModel
     streaming: StreamingConfig
     plan = st.none() | st.tuples(
-        st.sampled_from(HOOKS), st.integers(1, 4), st.booleans(), st.sampled_from((Broken("x"), KeyboardInterrupt()))
+        st.sampled_from(HOOKS), st.integers(1, 4), st.booleans(), st.sampled_from((Broken, KeyboardInterrupt))
     )
+    failures: tuple[type[BaseException], ...] = (Broken, KeyboardInterrupt)  # what calls raise that fail or are cut
 
     @initialize(video_sound=st.booleans())
     def begin(self, video_sound: bool) -> None:
@@ -358,22 +359,27 @@ class Faults(RuleBasedStateMachine):
         self.session, self.twin = (OmniSession(self.model, **options) for _ in range(2))
         self.time_s = 0.0
 
+    def check_alike(self) -> None:
+        """After each call."""
+        assert_alike(self.session, self.twin)
+
     def both(self, call: Callable[[OmniSession], Any], plan: Any) -> None:
         """Make a call; if it succeeds, the twin makes it too. A call that is wrong anyway changes neither."""
         try:
             if plan is None:
                 got = call(self.session)
             else:
-                (owner, name), number, after, error = plan
+                (owner, name), number, after, kind = plan
+                error = (kind if kind in self.failures else Broken)("x")
                 with fault(owner, name, number, after=after, error=error):
                     got = call(self.session)
-        except (Broken, KeyboardInterrupt, ValueError) as error:
+        except (*self.failures, ValueError) as error:
             if isinstance(error, ValueError):
                 with pytest.raises(ValueError):
                     call(self.twin)
         else:
             assert got == call(self.twin)
-        assert_alike(self.session, self.twin)
+        self.check_alike()
 
     @rule(text=st.sampled_from(("\nhi", "a text " * 8, "")), plan=plan)
     def push_text(self, text: str, plan: Any) -> None:
