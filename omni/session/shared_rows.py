@@ -153,19 +153,16 @@ class Seat:
         """Take a place, for a session whose row was saved like this. In the engine's thread; raises EngineFullError."""
         if self.shared.places.full:
             self.shared.leave_forgotten()
-        self.place = self.shared.places.add()
-        self.place.saved = saved
-        self.shared.seats[self.place] = weakref.ref(self)
+        give_up = self.shared.give_up
+        self.place = place = self.shared.places.add()
+        place.saved = saved
+        # No destructor: whoever keeps the error of one that is cut, as `sys.unraisablehook` may, keeps its object.
+        self.shared.seats[place] = weakref.ref(self, lambda _: give_up(place))
 
     def give_up(self) -> None:
         """Give the place up, a little later. Never waits; it may be called again."""
         if self.place is not None:
-            self.shared.scheduler.post(None, at_once(partial(self.shared.leave, self.place)))
-
-    def __del__(self) -> None:
-        with contextlib.suppress(BaseException):  # nobody would hear of it; if it is cut, `leave_forgotten` makes up
-            if self.place is not None:
-                self.shared.scheduler.post(None, at_once(partial(self.shared.leave, self.place)))
+            self.shared.give_up(self.place)
 
 
 class SharedRows:
@@ -179,6 +176,11 @@ class SharedRows:
         self.places = Places(
             rows, parked, save=self.rows.save_row, load=self.rows.load_row, clear=self._clear, idle=self._idle
         )
+
+    def give_up(self, place: Place) -> None:
+        """Have a place left, a little later. Any thread may call it, at any moment: it never waits and never raises."""
+        with contextlib.suppress(BaseException):  # nobody would hear of it; if it is cut, `leave_forgotten` makes up
+            self.scheduler.post(None, at_once(partial(self.leave, place)))
 
     # what jobs do
 
