@@ -12,6 +12,7 @@ from .turns import About, Skill, Sound, Talk, Turn, part
 
 NOTHING_HEARD = "i did not hear anything"
 UNCLEAR = "sorry i did not understand that"
+WHICH, NICE = "i do not know what you mean", "that is nice"
 NOISES = ("silence", "hiss", "hum", "music", "babble", "clicks")
 NAMES = (
     "anna", "tom", "maria", "peter", "lisa", "john", "sarah", "david", "emma", "paul", "laura", "james", "julia",
@@ -43,9 +44,9 @@ _TALK: dict[str, tuple[float, str, tuple[str, ...], str, tuple[str, ...]]] = {
         "a good night to you",
     )),
     "how are you": (1.5, "i am fine thank you", ("fine", "good", "very well", "doing well"), "you asked how i am", (
-        "how are you", "how are you doing", "how do you do", "how is it going", "how are things", "are you ok",
-        "are you well", "how are you today", "how do you feel", "what is up", "is everything ok", "how have you been",
-        "how is life", "are you doing well",
+        "how are you", "hi how are you", "hello how are you", "good morning how are you", "how are you doing",
+        "how do you do", "how is it going", "how are things", "are you ok", "are you well", "how are you today",
+        "how do you feel", "what is up", "is everything ok", "how have you been", "how is life", "are you doing well",
     )),
     "thanks": (1.5, "you are welcome", ("welcome", "no problem", "my pleasure"), "you said thank you", (
         "thank you", "thanks", "thank you very much", "thanks a lot", "many thanks", "thank you so much",
@@ -212,6 +213,20 @@ def _no_sound(talk: Talk) -> Turn:
     return Turn("", NOTHING_HEARD, gist="you asked me what i heard", about=About("nothing"))
 
 
+def _statement(talk: Talk) -> Turn:
+    return Turn("", NICE, accepted=("ok", "nice", "good"), kind="chat", slots={"x": talk.rng.choice(BEINGS + THINGS)},
+                gist="you told me something", about=About("chat", ("statement",)))  # fmt: skip
+
+
+def _lone_words(talk: Talk) -> Turn | None:
+    """Words that ask nothing, where nothing was said that they could belong to."""
+    if talk.turns:
+        return None
+    x, y = talk.rng.sample(THINGS + BEINGS, 2)
+    return Turn("", WHICH, accepted=("what do you mean", UNCLEAR), slots={"x": x, "y": y},
+                gist="you asked something that i did not understand", about=About("loose"))  # fmt: skip
+
+
 def _introduced(talk: Talk) -> Turn:
     name = talk.rng.choice(part(NAMES, held_out=talk.held_out))
     return Turn("", f"nice to meet you {name}", accepted=(name,), kind="name", slots={"name": name},
@@ -283,6 +298,15 @@ SKILLS = (
         "you can call me {name}", "this is {name}", "{name} is my name", "hello i am {name}", "people call me {name}",
         "the name is {name}", "they call me {name}",
     ), 1.2),
+    Skill("statement", "chat", _statement, (
+        "i like the {x}", "i have a {x}", "my {x} is big", "i see a {x}", "i bought a {x}", "we have a {x} at home",
+        "i love my {x}", "there is a {x} in my house", "my {x} is old", "i want a {x}", "i found a {x}",
+        "today i saw a {x}", "my {x} is very beautiful", "i dreamed of a {x}",
+    ), 1.0),
+    Skill("lone words", "chat", _lone_words, (
+        "{x}", "the {x}", "a {x}", "my {x}", "{x} {y}", "{x} and {y}", "{x} or {y}", "{x} {x}", "only {x}", "just {x}",
+        "some {x}", "{x} maybe",
+    ), 1.5),
     Skill("my name", "chat", _my_name, (
         "what is my name", "do you know my name", "who am i", "tell me my name", "what am i called",
         "can you say my name", "do you remember my name", "what did i say my name is", "say my name",
@@ -307,10 +331,10 @@ SKILLS = (
     Skill("no sound", "chat", _no_sound, _DICTATION, 0.3),
     Skill("unclear", "outside", _unclear, ("{text}",), 1.0),
 )  # fmt: skip
-CANNED = (*(entry[1] for entry in _TALK.values()), NOTHING_HEARD, UNCLEAR, "you did not tell me your name",
+CANNED = (*(entry[1] for entry in _TALK.values()), NICE, NOTHING_HEARD, UNCLEAR, "you did not tell me your name",
           *(f"you did not tell me {what}" for what in ("a number", "a color", "a word", "an animal",
           "a thing")))  # fmt: skip
-CHATS = tuple(entry[1] for entry in _TALK.values())
+CHATS = (*(entry[1] for entry in _TALK.values()), NICE)
 TRAINED_NAMES = part(NAMES, held_out=False)
 WORDS = (*CANNED, *TRAINED_NAMES, "nice to meet you", "your name is", "ok i will remember", "because you told me",
          "number", "color", "word", "animal", "thing")  # fmt: skip

@@ -150,7 +150,6 @@ def named(noun: str) -> str:
 
 WORDS = (
     *(text for table in TABLES.values() for subject, answers in table.items() for text in (subject, *answers)),
-    *(plural(noun) for table in (COLOR_OF, SOUND_OF, LEGS_OF, USE_OF, YOUNG_OF, HOME_OF) for noun in table
-      if noun not in BARE),
+    *(plural(noun) for table in (COLOR_OF, SOUND_OF, LEGS_OF, USE_OF, YOUNG_OF, HOME_OF, KIND_OF) for noun in table),
     "a", "an", "the",
 )  # fmt: skip

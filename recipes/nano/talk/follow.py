@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from . import facts, language, order, scenes, sums
+from .chat import WHICH
 from .knowledge import fact
 from .lexicon import OPPOSITE_OF, SPELLED
 from .numerals import LARGEST, NUMBERS, word
@@ -14,12 +15,12 @@ from .shapes import SHAPES
 from .turns import About, Skill, Talk, Turn
 
 NOT_SAID, NOT_ASKED = "i did not say anything yet", "you did not ask anything yet"
-WHICH, LOST = "i do not know what you mean", "i lost track of the number"
+LOST = "i lost track of the number"
 SURE, UNSURE = "yes i think so", "no i am not sure"
 SMALL, LEARNED = "because i am only a small model", "i learned it that way"
 _WHICH_TOO = (WHICH, "what do you mean", "i did not understand that", "do not understand", "do not know")
 # Turns that leave what was talked about as it was.
-_ASIDE = ("again", "slower", "sure", "why", "thanks", "praise", "fine", "what did i ask", "what did you say",
+ASIDE = ("again", "slower", "sure", "why", "thanks", "praise", "fine", "what did i ask", "what did you say",
 "the first",
           "first answer", "how many questions", "can you hear me")  # fmt: skip
 _LOOSE = 0.06  # how often a reference has nothing to refer to
@@ -27,7 +28,7 @@ _LOOSE = 0.06  # how often a reference has nothing to refer to
 
 def ground(talk: Talk) -> Turn | None:
     """The turn that a reference goes back to."""
-    return next((turn for turn in reversed(talk.turns) if turn.skill not in _ASIDE), None)
+    return next((turn for turn in reversed(talk.turns) if turn.skill not in ASIDE), None)
 
 
 def _about(talk: Talk) -> About | None:

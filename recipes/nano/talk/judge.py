@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .chat import CANNED, CHATS, NOTHING_HEARD, TRAINED_NAMES, UNCLEAR
+from .chat import CANNED, CHATS, NOTHING_HEARD, TRAINED_NAMES, UNCLEAR, WHICH
 from .facts import TABLES
-from .follow import LOST, NOT_ASKED, NOT_SAID, WHICH
+from .follow import LOST, NOT_ASKED, NOT_SAID
 from .lexicon import OPPOSITE_OF
 from .numerals import NUMBERS, in_figures
 from .order import DAYS, LETTERS, MONTHS
@@ -36,7 +36,7 @@ _FREE = ("refusal", "recall", "chat", "phrase")  # kinds whose answers may deny
 def words_in(text: str) -> tuple[str, ...]:
     """A text as the judge reads it: small letters, no marks, numbers as figures, contractions in full."""
     text = text.lower().replace("\u2019", "'").replace("\u2212", "-")
-    text = re.sub(r"(?<![\w])-(?=\d)", "minus ", text)
+    text = re.sub(r"(?<![\w])-(?=\d)", "minus ", text).replace("+", " plus ").replace("=", " is ")
     found = [_EXPANDED.get(piece, piece) for piece in re.sub(r"[^a-z0-9' ]+", " ", text).split()]
     words = " ".join(piece.strip("'") for piece in found).split()
     return tuple(in_figures(words))

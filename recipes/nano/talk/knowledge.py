@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .facts import HOW_MANY, KIND_OF, LEGS_OF, TABLES, named, plural
+from .facts import HOW_MANY, TABLES, named, plural
 from .numerals import VALUE_OF
 from .turns import About, Skill, Talk, Turn, a
 
@@ -65,7 +65,30 @@ def _draw(relation: str) -> Callable[[Talk], Turn]:
     return lambda talk: fact(relation, talk.rng.choice(subjects))
 
 
+def _is_it_so(talk: Talk) -> Turn:
+    """Whether a thing has a colour, or is of a kind."""
+    rng = talk.rng
+    relation = rng.choice(("color of", "kind of"))
+    table = TABLES[relation]
+    subject = rng.choice(list(table))
+    true = rng.random() < 0.5
+    wrong = [answers[0] for answers in table.values() if answers[0] not in table[subject]]
+    claimed = said(relation, table[subject][0] if true else rng.choice(wrong))
+    answer, other = ("yes", "no") if true else ("no", "yes")
+    name, fact_is = named(subject), said(relation, table[subject][0])
+    return Turn(
+        "", answer, kind="choice", rivals=(other,), choice=True, slots={"x": name, "y": claimed},
+        gist=f"you asked if {name} is {claimed}", why=f"because {name} is {fact_is}", about=About("is it so",
+        (subject,)),
+    )  # fmt: skip
+
+
 SKILLS = (
+    Skill("is it so", "facts", _is_it_so, (
+        "is {x} {y}", "tell me if {x} is {y}", "do you think {x} is {y}", "is it true that {x} is {y}",
+        "is {x} really {y}", "{x} is {y} right", "would you say {x} is {y}", "i want to know if {x} is {y}",
+        "{x} is {y} yes or no", "is it right that {x} is {y}", "say if {x} is {y}", "am i right that {x} is {y}",
+    ), 1.2),
     Skill("color of", "facts", _draw("color of"), (
         "what color is {name}", "which color is {name}", "what color does {name} have", "tell me the color of {name}",
         "what is the color of {name}", "do you know what color {name} is", "which color does {name} have",
@@ -140,4 +163,4 @@ ANSWERS = tuple(
         said(relation, answer) for relation, table in TABLES.items() for answers in table.values() for answer in answers
     )
 )
-WORDS = (*ANSWERS, "for", "in", "on", *(plural(name) for name in (*LEGS_OF, *KIND_OF)), *HOW_MANY)
+WORDS = (*ANSWERS, "for", "in", "on", *HOW_MANY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .numerals import LARGEST, NUMBERS, ORDINALS, word
-from .sums import LESS, MORE
+from .sums import MORE, TOO_LARGE, outcome
 from .turns import About, Skill, Talk, Turn
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -17,6 +17,7 @@ MONTH_DAYS = dict(zip(MONTHS, (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)))
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 ROWS: dict[str, tuple[str, ...]] = {"number": NUMBERS, "day": DAYS, "month": MONTHS, "letter": LETTERS}
 NO_LETTER_AFTER, NO_LETTER_BEFORE = "z is the last letter", "a is the first letter"
+TOO_MANY = "that is too many numbers for me"
 _LONGEST = 12  # numbers in one answer
 
 
@@ -32,7 +33,7 @@ def neighbour(row: str, name: str, step: int) -> Turn:
     elif row == "letter":
         answer = NO_LETTER_AFTER if step > 0 else NO_LETTER_BEFORE
     else:
-        answer, accepted = (MORE, (word(place),)) if step > 0 else (LESS, (word(place), f"negative {word(-place)}"))
+        answer, accepted = outcome(place)
     known = 0 <= place < len(names)
     side = "after" if step > 0 else "before"
     far = "" if abs(step) == 1 else f"{word(abs(step))} {row}s "
@@ -45,6 +46,10 @@ def neighbour(row: str, name: str, step: int) -> Turn:
 
 def _number_after(talk: Talk) -> Turn:
     rng = talk.rng
+    if rng.random() < 0.05:
+        number = rng.randint(LARGEST + 1, 999)
+        return Turn("", TOO_LARGE, accepted=(word(number + 1), MORE), kind="number", slots={"name": word(number)},
+                    gist="you asked for a large number", about=About("refused"))  # fmt: skip
     return neighbour("number", rng.choice(NUMBERS[:21] if rng.random() < 0.4 else NUMBERS), 1)
 
 
@@ -131,6 +136,16 @@ def _count_up(talk: Talk) -> Turn:
     return counted(first, min(LARGEST, first + rng.randint(1, _LONGEST - 1)))
 
 
+def _count_far(talk: Talk) -> Turn:
+    """More numbers than one answer holds."""
+    rng = talk.rng
+    last = rng.choice((30, 40, 50, 50, 60, 100, 100, 100, 150, 200, 1000, rng.randint(31, LARGEST)))
+    accepted = (" ".join(NUMBERS[1 : last + 1]),) if last <= LARGEST else ()
+    return Turn("", TOO_MANY, accepted=accepted, slots={"last": word(last)}, about=About("refused"),
+                gist=f"you asked me to count to {word(last)}"
+                if last <= LARGEST else "you asked me to count too far")  # fmt: skip
+
+
 def _count_to(talk: Talk) -> Turn:
     return counted(1, talk.rng.choice((3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 10, 11, 12, 15, 20)))
 
@@ -174,6 +189,12 @@ SKILLS = (
         "show me how you count to {last}", "count for me to {last}", "let me hear you count to {last}",
         "try to count to {last}", "count all the way to {last}",
     )),
+    Skill("count far", "order", _count_far, (
+        "count to {last}", "count up to {last}", "please count to {last}", "can you count to {last}",
+        "i want you to count to {last}", "now count to {last}", "count from one to {last}",
+        "could you count up to {last}", "say all numbers up to {last}", "count for me to {last}",
+        "try to count to {last}", "count all the way to {last}",
+    ), 0.5),
     Skill("count down", "order", _count_down, (
         "count from {first} down to {last}", "count down from {first} to {last}",
         "count backwards from {first} to {last}", "please count down from {first} to {last}",
@@ -273,8 +294,8 @@ SKILLS = (
         "do you know the {row}", "let me hear the {row}", "give me all the {row}",
     ), 0.4),
 )  # fmt: skip
-ANSWERS = (*DAYS, *MONTHS, *LETTERS, NO_LETTER_AFTER, NO_LETTER_BEFORE, " ".join(DAYS), " ".join(MONTHS),
+ANSWERS = (TOO_MANY, *DAYS, *MONTHS, *LETTERS, NO_LETTER_AFTER, NO_LETTER_BEFORE, " ".join(DAYS), " ".join(MONTHS),
            " ".join(LETTERS))  # fmt: skip
 WORDS = (*ANSWERS, *ORDINALS, "today", "tomorrow", "yesterday", "days", "months", "letters", "of", "the", "week",
 "year",
-         "alphabet", "twenty eight or twenty nine", "day", "month", "letter", "two")  # fmt: skip
+         "alphabet", "twenty eight or twenty nine", "large number", "day", "month", "letter", "two")  # fmt: skip

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .sums import TOO_HARD
 from .turns import About, Skill, Talk, Turn, part
 
 UNKNOWN, CAN_NOT = "sorry i do not know that", "sorry i can not do that yet"
 NO_LOOK, NO_OPINION = "sorry i can not look that up", "i am only a small model i have no opinion"
-TOO_HARD = "sorry that is too hard for me"
 REFUSALS = (UNKNOWN, CAN_NOT, NO_LOOK, NO_OPINION, TOO_HARD)
 # What others than our model say instead: right too.
 DECLINED = (
@@ -46,11 +46,11 @@ _TASKS = (
 )  # fmt: skip
 _ORDERS = (
     "turn on the lights", "play some music", "set an alarm", "call my mother", "book a hotel", "order a pizza",
-    "send an email", "open the door", "buy a ticket", "take a picture", "call a taxi", "show me the news",
-    "start the car", "search the internet", "draw a picture", "sing a song", "write a poem", "tell me a story",
-    "play a game with me", "set a timer", "turn off the television", "make me a sandwich",
-    "write a letter to my boss", "clean my room", "play some jazz", "lock the house", "read my messages",
-    "wake me up at six", "dance for me", "water the plants",
+    "speak louder", "stop talking", "send an email", "open the door", "buy a ticket", "take a picture",
+    "call a taxi", "show me the news", "start the car", "search the internet", "draw a picture", "sing a song",
+    "write a poem", "tell me a story", "play a game with me", "set a timer", "turn off the television",
+    "make me a sandwich", "write a letter to my boss", "clean my room", "play some jazz", "lock the house",
+    "read my messages", "wake me up at six", "dance for me", "water the plants",
 )  # fmt: skip
 _NOW = (
     "the weather", "the weather today", "the weather tomorrow", "the time", "the date today", "the news", "the traffic",
@@ -61,8 +61,8 @@ _NOW = (
 )  # fmt: skip
 _OPINIONS = (
     "love", "god", "the government", "money", "war", "your makers", "this movie", "my new haircut", "coffee", "pizza",
-    "music", "the future", "other robots", "the meaning of life", "death", "happiness", "people", "football", "my hair",
-    "the president", "poetry", "fashion", "marriage", "modern art", "taxes",
+    "dogs", "cats", "music", "the future", "other robots", "the meaning of life", "death", "happiness", "people",
+    "football", "my hair", "the president", "poetry", "fashion", "marriage", "modern art", "taxes",
 )  # fmt: skip
 _HARD = (
     "the square root of nine", "ten percent of fifty", "a prime number", "pi", "the area of a circle",
@@ -100,9 +100,30 @@ _FACTS = (
     "what causes thunder",
 )  # fmt: skip
 
+# Whole questions about the moment.
+_MOMENT = (
+    "what time is it", "what day is it", "what day is it today", "what is the date", "what month is it",
+    "is it raining", "is it cold outside", "how is the weather", "what is the weather like", "will it snow",
+    "how late is it", "who won the game yesterday", "what is on television", "what happened today", "is the store open",
+    "what is new in the world", "what holiday is today", "is it warm in spain", "is the train late",
+    "what is playing tonight",
+)  # fmt: skip
+# Things that the tables of facts do not have.
+_STRANGE = (
+    "dragon", "unicorn", "robot", "dinosaur", "ghost", "mermaid", "vampire", "planet", "monster", "wizard", "octopus",
+    "jellyfish", "hedgehog", "raccoon", "hippo", "dolphin", "moose", "parrot", "ostrich", "lizard",
+)  # fmt: skip
+_STRANGELY = (
+    "what color is a {}", "what sound does a {} make", "how many legs does a {} have", "what rhymes with {}",
+    "what is a baby {} called", "where does a {} live", "what is a {} for", "what is the opposite of {}",
+    "how heavy is a {}", "how fast is a {}", "what does a {} eat", "how long does a {} sleep", "how old does a {} get",
+    "why is a {} so big",
+)  # fmt: skip
+
 _WHO = (
     "who is {}", "tell me about {}", "who was {}", "what do you know about {}", "how old is {}", "where does {} live",
-    "what did {} do", "when was {} born", "is {} famous", "have you met {}", "what is {} known for", "do you like {}",
+    "what did {} do", "when was {} born", "is {} famous", "have you met {}", "what is {} known for",
+    "is {} still alive",
 )  # fmt: skip
 _WHERE = (
     "what is the capital of {}", "how many people live in {}", "where is {}", "have you been to {}", "how big is {}",
@@ -110,9 +131,9 @@ _WHERE = (
     "how far is it to {}", "what is {} famous for", "which money do they use in {}",
 )  # fmt: skip
 _WHAT = (
-    "tell me about {}", "explain {}", "what do you know about {}", "how does {} work", "teach me something about {}",
-    "why is {} important", "what can you say about {}", "give me facts about {}", "i want to learn about {}",
-    "who invented {}", "write an essay about {}", "summarize {}",
+    "tell me about {}", "what is {}", "explain {}", "what do you know about {}", "how does {} work",
+    "teach me something about {}", "why is {} important", "what can you say about {}", "give me facts about {}",
+    "i want to learn about {}", "who invented {}", "write an essay about {}", "summarize {}",
 )  # fmt: skip
 _HOW = (
     "how do i {}", "how can i {}", "teach me how to {}", "what do i need to {}", "how long does it take to {}",
@@ -152,6 +173,11 @@ _OWN = (
     "what is wrong with {}", "help me find {}",
 )  # fmt: skip
 
+_ASKED = (
+    "{}", "tell me {}", "do you know {}", "can you tell me {}", "i want to know {}", "please tell me {}",
+    "a question {}", "i wonder {}", "maybe you know {}", "hey {}", "could you explain {}", "any idea {}",
+)  # fmt: skip
+
 _KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "outside people": (UNKNOWN, _PEOPLE, _WHO), "outside places": (UNKNOWN, _COUNTRIES, _WHERE),
     "outside topics": (UNKNOWN, _TOPICS, _WHAT), "outside advice": (UNKNOWN, _TASKS, _HOW),
@@ -159,10 +185,8 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "outside opinions": (NO_OPINION, _OPINIONS, _THINK), "outside sums": (TOO_HARD, _HARD, _COMPUTE),
     "outside languages": (TOO_HARD, _LANGUAGES, _TRANSLATE), "outside code": (TOO_HARD, _CODE, _PROGRAM),
     "outside mine": (UNKNOWN, _MINE, _OWN),
-    "outside questions": (UNKNOWN, _FACTS, (
-        "{}", "tell me {}", "do you know {}", "can you tell me {}", "i want to know {}", "please tell me {}", "say {}",
-        "i wonder {}", "maybe you know {}", "hey {}", "could you explain {}", "any idea {}",
-    )),
+    "outside questions": (UNKNOWN, _FACTS, _ASKED), "outside moment": (NO_LOOK, _MOMENT, _ASKED),
+    "outside facts": (UNKNOWN, _STRANGE, _STRANGELY),
 }  # fmt: skip
 
 

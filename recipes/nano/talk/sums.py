@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .numerals import LARGEST, NUMBERS, word
 from .turns import About, Skill, Talk, Turn
@@ -11,6 +12,7 @@ from .turns import About, Skill, Talk, Turn
 MORE, LESS = "that is more than a hundred", "that is less than zero"
 UNEVEN, BY_ZERO = "that does not come out even", "nothing can be divided by zero"
 TOO_LARGE = "i only know numbers up to a hundred"
+TOO_HARD = "sorry that is too hard for me"
 BEYOND = (MORE, LESS, UNEVEN, BY_ZERO, TOO_LARGE)
 OPERATIONS = ("plus", "minus", "times", "divided by")
 _COUNTED = (
@@ -21,9 +23,9 @@ _COUNTED = (
 def outcome(value: int) -> tuple[str, tuple[str, ...]]:
     """The answer that a whole number makes, and what is right besides: the number itself where the world ends."""
     if value > LARGEST:
-        return MORE, (word(value),)
+        return MORE, (word(value), "more than a hundred", "over a hundred", "above a hundred")
     if value < 0:
-        return LESS, (word(value), f"negative {word(-value)}")
+        return LESS, (word(value), "less than zero", "below zero", "negative")
     return word(value), ()
 
 
@@ -171,6 +173,48 @@ def _chain(talk: Talk) -> Turn:
             return turn
 
 
+def squared(number: int) -> Turn:
+    """A number times itself."""
+    turn = worked("times", number, number)
+    return replace(turn, gist=f"you asked for {word(number)} squared")
+
+
+def _square(talk: Talk) -> Turn:
+    return squared(talk.rng.randint(0, 10 if talk.rng.random() < 0.85 else 20))
+
+
+def _hard(talk: Talk) -> Turn:
+    """What the world does not work out: decimals, percent, roots, powers, signs in front, products before sums."""
+    rng = talk.rng
+    a, b, c = rng.randint(1, 20), rng.randint(1, 20), rng.randint(1, 9)
+    kind = rng.randrange(6)
+    accepted: tuple[str, ...] = ()
+    if kind == 0:
+        text = f"{word(a)} point {word(c)} {rng.choice(OPERATIONS)} {word(b)}"
+    elif kind == 1:
+        text, part = f"{word(5 * a)} percent of {word(5 * b)}", 25 * a * b
+        accepted = (word(part // 100),) if part % 100 == 0 else ()
+    elif kind == 2:
+        text, accepted = f"the square root of {word(c * c)}", (word(c),)
+    elif kind == 3:
+        text, accepted = f"minus {word(a)} plus {word(b)}", (word(b - a),)
+    elif kind == 4:
+        text, accepted = f"{word(a)} plus {word(b)} times {word(c)}", (word(a + b * c),)
+    else:
+        text, accepted = f"{word(c)} to the power of {word(a)}", (word(c**a),) if c**a < 1000 else ()
+    accepted += tuple(text for text in (MORE, LESS) if accepted and outcome_of(accepted[0]) == text)
+    slots = {"sum": text}
+    gist = "you asked for a hard sum"
+    return Turn("", TOO_HARD, accepted=accepted, kind="number", slots=slots, gist=gist, about=About("refused"))
+
+
+def outcome_of(text: str) -> str:
+    """What the world says of a number in words."""
+    if text.startswith("minus "):
+        return LESS
+    return text if text in NUMBERS else MORE
+
+
 def _story(talk: Talk, operation: str) -> Turn:
     rng = talk.rng
     while True:
@@ -178,11 +222,7 @@ def _story(talk: Talk, operation: str) -> Turn:
         if min(a, b) > 1 and (operation == "plus" or a >= b):
             break
     turn = worked(operation, a, b)
-    return Turn(
-        "", turn.answer, accepted=turn.accepted, kind="number",
-        slots=dict(turn.slots) | {"things": rng.choice(_COUNTED)},
-        gist=turn.gist, why=turn.why, about=turn.about,
-    )  # fmt: skip
+    return replace(turn, slots=dict(turn.slots) | {"things": rng.choice(_COUNTED)})
 
 
 def _story_more(talk: Talk) -> Turn:
@@ -256,6 +296,16 @@ SKILLS = (
         "can you do {sum}", "do you know what {sum} is", "i want to know what {sum} is", "what do you get for {sum}",
         "work out {sum}", "how many are {sum}",
     )),
+    Skill("square", "sums", _square, (
+        "what is {a} squared", "how much is {a} squared", "{a} squared", "what is the square of {a}", "square {a}",
+        "tell me {a} squared", "what is {a} times itself", "multiply {a} by itself", "the square of {a}",
+        "calculate {a} squared", "work out {a} squared", "how many are {a} squared",
+    ), 0.6),
+    Skill("hard sums", "sums", _hard, (
+        "what is {sum}", "how much is {sum}", "{sum}", "tell me {sum}", "calculate {sum}", "what does {sum} make",
+        "can you do {sum}", "do you know what {sum} is", "i want to know what {sum} is", "what do you get for {sum}",
+        "work out {sum}", "how many are {sum}",
+    ), 0.7),
     Skill("story more", "sums", _story_more, (
         "i have {a} {things} and get {b} more how many do i have",
         "i have {a} {things} and find {b} more how many {things} do i have now",
@@ -290,4 +340,20 @@ SKILLS = (
     ), 0.7),
 )  # fmt: skip
 ANSWERS = (*NUMBERS, *BEYOND, "a half", *(f"{word(n)} and a half" for n in range(1, 50)), "even", "odd")
-WORDS = (*NUMBERS, *BEYOND, *OPERATIONS, *_COUNTED, "half", "even", "odd", "negative", "remainder", "thousand")
+WORDS = (
+    *NUMBERS,
+    *BEYOND,
+    *OPERATIONS,
+    *_COUNTED,
+    "half",
+    "even",
+    "odd",
+    "negative",
+    "remainder",
+    "thousand",
+    "point",
+    "percent of",
+    "the square root of",
+    "to the power of",
+    TOO_HARD,
+)

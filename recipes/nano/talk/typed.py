@@ -106,6 +106,20 @@ def _signed(found: Pieces, rng: random.Random) -> Pieces:
         else:
             out.append((word, slot))
             place += 1
+    return _symbols(out)
+
+
+def _symbols(found: Pieces) -> Pieces:
+    """ "5", "point", "2" -> "5.2"; "5", "percent" -> "5%"; "5", "squared" -> "5^2"."""
+    out: Pieces = []
+    for word, slot in found:
+        before = out[-1][0] if out else ""
+        if before.isdigit() and word in ("point", "percent", "squared"):
+            out[-1] = (before + {"point": ".", "percent": "%", "squared": "^2"}[word], slot)
+        elif before.endswith(".") and before[:-1].isdigit() and word.isdigit():
+            out[-1] = (before + word, slot)
+        else:
+            out.append((word, slot))
     return out
 
 
@@ -144,7 +158,8 @@ def _contracted(found: Pieces, rng: random.Random) -> Pieces:
     out: Pieces = []
     place = 0
     while place < len(found):
-        both = " ".join(word for word, slot in found[place : place + 2] if not slot)
+        end = place + 2
+        both = " ".join(word for word, slot in found[place:end] if not slot) if end < len(found) else ""
         short = CONTRACTIONS.get(both)
         if short is None:
             out.append(found[place])
