@@ -174,6 +174,8 @@ def _stepped(step: int) -> Callable[[Talk], Turn | None]:
         reached = _reached(about)
         if reached is None:
             return _loose(talk, gist, row="one")
+        if step < 0 and about is not None and about.kind == "counting":
+            return None  # before the last one counted, or on in that direction: who knows
         on = int(about.key[1]) if about is not None and about.kind == "counting" and step > 0 else step
         turn = neighbour(*reached, on)
         return replace(turn, slots={"row": reached[0] if reached[0] != "number" or talk.rng.random() < 0.5 else "one"})
