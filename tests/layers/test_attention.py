@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni.layers import attention_backends, flash_attention, flex_attention
@@ -212,6 +213,47 @@ def test_packed_attention_equals_each_block_alone(backend: str, lengths: list[in
         assert_same(out, torch.cat(alone), [q, k, v])
     if not causal:
         assert torch.equal(packed_attention(q, k, v, lengths, backend=backend), out)
+
+
+@pytest.mark.parametrize("how", ["attention", "causal", "masked", "packed", "grouped"])
+def test_gradients_on_a_cpu_are_taken_in_fp32(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision torch's backward pass is several times slower there; without gradients nothing changes."""
+    kernel, seen = F.scaled_dot_product_attention, []
+
+    def spy(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append(q.dtype)
+        out = kernel(q, *args, **options)
+        assert out.dtype == q.dtype  # autocast has no say
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    heads = 4 if how == "grouped" else 2
+
+    def run(dtype: torch.dtype, grad: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, n, 12, 8).to(dtype).requires_grad_(grad) for n in (heads, 2, 2))
+        if how == "packed":
+            out = packed_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), [5, 7])
+        else:
+            mask = torch.ones(12, 12, dtype=torch.bool).tril() if how == "masked" else None
+            out = attention(q, k, v, mask, causal=how == "causal")
+        assert out.dtype == dtype
+        if grad:
+            out.float().square().sum().backward()
+        return [out, *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    for dtype in (torch.bfloat16, torch.float16):
+        for got, expected in zip(run(dtype, grad=True), run(torch.float32, grad=True)):
+            # inputs, the result and its gradient are rounded once each: 2^-8 of values up to 3, and sums of a few
+            torch.testing.assert_close(got.float(), expected, atol=0.06, rtol=0.03)
+        assert set(seen) == {torch.float32}
+        seen.clear()
+        run(dtype, grad=False)
+        assert set(seen) == {dtype}
+        seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        run(torch.float32, grad=True)
+        assert set(seen) == {torch.float32}
 
 
 def test_neighbours_of_equal_length_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

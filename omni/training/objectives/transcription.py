@@ -122,8 +122,9 @@ def ctc_loss(head: CTCHead, output: EncoderOutput, targets: Sequence[Sequence[in
                 "such clips out (ctc_length tells), or use longer labels"
             )
     logits = _wide(head(output.embeds))
-    scores = pad_sequence(list(logits.log_softmax(-1).split(output.lengths)))  # [n, C, V + 1]
     lengths = torch.tensor(output.lengths)
+    places = torch.arange(int(lengths.max()))[:, None] + (lengths.cumsum(0) - lengths)  # [n, C], of each clip's tokens
+    scores = logits.log_softmax(-1)[places.clamp(max=len(logits) - 1)]  # behind a clip's end nothing is read
     flat = torch.tensor([label for text in targets for label in text], dtype=torch.long, device=logits.device)
     total = F.ctc_loss(
         scores, flat, lengths, torch.tensor([len(text) for text in targets]), blank=head.blank, reduction="sum"
