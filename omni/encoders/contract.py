@@ -10,6 +10,7 @@ Shapes: C clips, M mel bins, F frames, N tokens of all items (packed), D width o
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.config.decoder import DecoderConfig
-from omni.encoders.checks import check_end, check_open, check_seconds
+from omni.encoders.checks import FRAMES_HZ, check_end, check_open, check_seconds
 from omni.layers.state import State
 
 
@@ -89,6 +90,30 @@ def chosen_cuts(encoder: Any, chunk_s: float | None, window_s: float | None) -> 
     if window_s is not None:
         cuts["window_frames"] = encoder.window_frames(window_s, **cuts)
     return cuts
+
+
+def count_tokens(encoder: Any, length: int, cuts: Mapping[str, int]) -> int:
+    """Tokens of a clip of `length` mel frames, cut as `chosen_cuts` says."""
+    chunk = {name: frames for name, frames in cuts.items() if name == "chunk_frames"}
+    tokens: int = encoder.num_tokens(length, **chunk)
+    return tokens
+
+
+def joined_cuts(clips: Sequence[Mapping[str, int]]) -> dict[str, int | list[int]]:
+    """`chosen_cuts` of each clip as keywords of `forward`: one number where all have it, else a list."""
+    lists = {name: [cuts[name] for cuts in clips] for name in (clips[0] if clips else {})}
+    return {name: own[0] if len(set(own)) == 1 else own for name, own in lists.items()}
+
+
+def chosen_rate(num_tokens: Callable[..., int], chunk_frames: int | None, own_frames: int) -> float | None:
+    """Tokens a second of sound in chunks that were chosen (48 mel frames: 12.5); None in the encoder's own ones, whose
+    positions a second are the release's to say.
+
+    num_tokens: counts as an encoder's method of that name does.
+    """
+    if chunk_frames is None or chunk_frames == own_frames:
+        return None
+    return num_tokens(chunk_frames, chunk_frames=chunk_frames) * FRAMES_HZ / chunk_frames
 
 
 class AudioEncoderContract(nn.Module):
