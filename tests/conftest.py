@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of processes that tests start
 # The same examples in every run, however slow the machine; another seed draws others.
 hypothesis.settings.register_profile("omni", derandomize=SEED == 0, database=None, deadline=None)
 hypothesis.settings.load_profile("omni")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup, and in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests press Ctrl-C
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from omni.packaged.nano import NANO_DATA
+
 HEAVY = ("torch", "transformers", "torchvision", "torchaudio", "accelerate", "av", "numpy", "huggingface_hub")
 
 
 def loaded_after(code: str) -> set[str]:
-    """Top-level packages and torch's compiler, in a new Python that ran `code`."""
-    code += "\nimport json, sys; print(json.dumps([n for n in sys.modules if '.' not in n or n == 'torch._dynamo']))"
+    """All modules, in a new Python that ran `code`."""
+    code += "\nimport json, sys; print(); print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -32,3 +34,20 @@ def test_a_model_needs_torch_alone(tiny_checkpoint: Path, tmp_path: Path) -> Non
     loaded = loaded_after(code + f"OmniModel.from_pretrained({str(tmp_path)!r}, device='cpu')")
     assert "torch" in loaded
     assert not loaded & {*HEAVY[1:6], "huggingface_hub", "torch._dynamo"}
+
+
+def test_a_question_in_text_needs_no_picture_libraries(tmp_path: Path) -> None:
+    """Nor the torch compiler, which they import; a picture brings them."""
+    loaded = loaded_after(CHAT.format(out=str(tmp_path / "a.wav"), more=""))
+    assert {"torch", "transformers"} <= loaded
+    assert not loaded & PICTURES
+    shown = f"'--image', {str(NANO_DATA / 'demo' / 'picture.png')!r}, "
+    assert loaded_after(CHAT.format(out=str(tmp_path / "a.wav"), more=shown)) >= {"torchvision", QWEN2_VL}
+
+
+CHAT = """
+from omni.cli.main import main
+assert main(["chat", {more}"--out", {out!r}, "what is two plus two"]) == 0
+"""
+QWEN2_VL = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
+PICTURES = {"torchvision", "torchaudio", "av", "sympy", "torch._dynamo", "transformers.models.qwen2_vl", QWEN2_VL}

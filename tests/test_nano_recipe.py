@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ RECIPE = ROOT / "recipes" / "nano"
 sys.path.insert(0, str(RECIPE))
 
 import make_model  # noqa: E402
+import model_card  # noqa: E402
 import run  # noqa: E402
 import world  # noqa: E402
 from pictures import SIZE, draw_clip, draw_picture  # noqa: E402
+
+from omni.packaged.nano import NANO_DATA  # noqa: E402
 
 
 @pytest.mark.parametrize("skill", world.SKILLS)
@@ -97,7 +101,43 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
         text = f"say {word}"
         ids = processor.encode_text(text)
         assert processor.decode(ids) == text and len(ids) == 2 + word.count("'")
+    assert set(make_model.GENERATION["speakable_words"]) <= set(world.vocabulary())
     assert processor.decode(processor.encode_text("WHAT is Xyz, 12?")) == "what is xyz, 12?"
+
+
+def test_the_packaged_files_are_those_of_the_recipe(tmp_path: Path) -> None:
+    """Sizes of pictures, voices and words that it says: what the recipe writes and what ships are the same."""
+    from omni.config.model import OmniConfig
+
+    make_model.make_model(tmp_path)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((NANO_DATA / name).read_text()), name
+    made, packaged = (OmniConfig.from_pretrained(folder).talker_config for folder in (tmp_path, NANO_DATA))
+    assert made is not None and packaged is not None
+    assert made.speaker_id == packaged.speaker_id == {"slt": 318}
+    assert packaged.speaker_id["slt"] < packaged.text_config.vocab_size
+
+
+def test_the_card_is_what_the_recipe_writes(tmp_path: Path) -> None:
+    """All that the recipe says of any model stands on the packaged card, and so do its figures on others' material."""
+    packaged = (NANO_DATA / "README.md").read_text()
+    size = sum(path.stat().st_size for path in NANO_DATA.glob("*.safetensors"))
+    for fixed in re.split(r"\{[a-z]+\}", model_card.CARD.replace("{megabytes:.0f}", f"{size / 1e6:.0f}")):
+        assert fixed.strip() in packaged, fixed
+    figures = json.loads(model_card.STRANGERS.read_text())
+    assert figures and model_card.strangers_table(figures) in packaged
+
+
+def test_a_card_keeps_the_rows_that_nobody_measured(tmp_path: Path) -> None:
+    report = {"questions of each skill": 3, "understanding": {"typed": {"all": 1.0}}, "speech": {"ended": 1.0},
+              "speed": {"threads": 1.0}, "generate, stream and engine agree": 1.0}  # fmt: skip
+    rows = json.loads(model_card.STRANGERS.read_text())
+    first, *others = rows
+    model_card.write_card(tmp_path, report, "Some notes.", {first: "12 %", "songs, right": "3 %"})
+    card = (tmp_path / "README.md").read_text()
+    assert f"| {first} | 12 % |" in card and "| songs, right | 3 % |" in card and "Some notes." in card
+    assert all(f"| {name} | not measured |" in card for name in others)
+    assert "| typed | **all** | 100.0% | 97% |" in card
 
 
 def test_the_smoke_recipe_learns(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ HELP = "say a text"
 def add_arguments(speak: argparse.ArgumentParser) -> None:
     """The arguments of `omni speak`."""
     speak.description = (
-        "Writes speech for a given text. Without --model it is spoken by omni-nano, which knows about a hundred words."
+        "Writes speech for a given text. Without --model it is spoken by omni-nano, which can say about a hundred "
+        "words. Words of the text that a model has not learnt to say are named on stderr before it speaks."
     )
     speak.add_argument("text", help="what to say")
     speak.add_argument("--model", metavar="DIR", help=f"{MODEL_HELP} (default: {NANO}, which is part of omni)")
@@ -33,6 +34,7 @@ def add_arguments(speak: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Speak and write the sound. Raises ValueError or OSError for what cannot be done."""
+    from omni.generation.speakable import speakable_words, unspeakable_words
     from omni.processing.audio_file import write_sound
 
     check_sound_path(args.out)
@@ -41,6 +43,10 @@ def run(args: argparse.Namespace) -> None:
     console, progress = consoles()
     or_nano(args, progress)
     model = load_model(args, progress, ("thinker", "talker", "code2wav"))
+    if unknown := unspeakable_words(model, args.text):
+        known = ", ".join(speakable_words(model) or ())
+        warning = f"{args.model} cannot say: {', '.join(unknown)}\nIt can say: {known}"
+        progress.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
     max_frames = args.max_frames or 4095
     with progress.status("speaking ..."):
         samples = model.speak(args.text, speaker=args.speaker, max_frames=max_frames, seed=args.seed)

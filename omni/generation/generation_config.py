@@ -49,6 +49,9 @@ def read_generation_config(folder: Path, vocabulary: int | None = None) -> dict[
         switch = values.get(f"{prefix}do_sample")
         if switch is not None and not isinstance(switch, bool):
             raise ValueError(f"{path}: {prefix}do_sample must be true or false, got {switch!r}")
+    words = values.get("speakable_words")
+    if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise ValueError(f"{path}: speakable_words must be a list of words, got {words!r}")
     given = [name for name in _NOT_FOLLOWED if values.get(name) is not None]
     ignored = [f"{name} = {values[name]!r}" for name in given if values[name] not in _NOT_FOLLOWED[name]]
     if ignored:

@@ -26,7 +26,8 @@ _MORE_TEMPLATES = "additional_chat_templates"  # a folder of further ones, each 
 # What the image and video processors are built from; anything else in a shared file belongs to another part.
 _PIXEL_KEYS = (
     *("do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "rescale_factor"),
-    *("max_pixels", "merge_size", "min_pixels", "patch_size", "resample", "size", "temporal_patch_size"),
+    *("max_pixels", "merge_size", "min_pixels", "patch_size", "resample", "resized_height", "resized_width"),
+    *("size", "temporal_patch_size"),
 )
 _FRAME_KEYS = ("min_frames", "max_frames")
 

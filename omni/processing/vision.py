@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -25,6 +26,11 @@ from omni.processing.video_file import DEFAULT_FPS, Sampling, load_video
 # Pixels of one video frame: 128 .. 768 tokens of 32 x 32 pixels (the default of Qwen3-Omni's processor).
 VIDEO_MIN_PIXELS = 128 * 32 * 32
 VIDEO_MAX_PIXELS = 768 * 32 * 32
+# What transformers' Qwen2-VL processors take where the preprocessor files say nothing.
+_IMAGE_PIXELS = (56 * 56, 28 * 28 * 1280)
+_PATCH_SIZE, _MERGE_SIZE, _TEMPORAL_PATCH_SIZE = 14, 2, 2
+_MIN_FRAMES, _MAX_FRAMES = 4, 768
+_SIZE_KEYS = ("size", "min_pixels", "max_pixels", "resized_height", "resized_width")
 _BICUBIC = 3  # as Pillow counts
 _LARGE_PIXELS = 16_000_000  # a larger picture is shrunk before anything copies it
 LARGEST_MIN_PIXELS = 16384 * 32 * 32  # a picture enlarged to this takes 16384 tokens
@@ -115,10 +121,38 @@ def _given(settings: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
+def _image_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Fewest and most pixels of a picture: `min_pixels` and `max_pixels`, else `size`. Raises ValueError."""
+    size = settings.get("size")
+    if size is None:
+        size = dict(zip(("shortest_edge", "longest_edge"), _IMAGE_PIXELS))
+    if not isinstance(size, Mapping):
+        raise ValueError(f"size in the preprocessor files must be a JSON object, got {size!r}")
+    limits = []
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = _given(settings, name, size.get(edge))
+        if value is None:
+            raise ValueError(f"size in the preprocessor files lacks {edge}, and there is no {name} either: {size!r}")
+        limits.append(int(value))
+    return limits[0], limits[1]
+
+
+def _built(processor: Any, settings: Mapping[str, Any], **more: Any) -> Any:
+    """One of transformers' processors, which raise classes of the library's own."""
+    values = {name: value for name, value in settings.items() if name not in _SIZE_KEYS}
+    try:
+        return processor(**values, **more)
+    except Exception as error:
+        raise ValueError(f"the image or video values of the preprocessor files are unusable: {error}") from error
+
+
 class VisionProcessor:
     """Resizes, normalises and cuts into patches, one medium at a time.
 
-    frame_pixels: fewest and most pixels of a video frame, where a call says nothing else.
+    The settings are those of transformers' processors, which are imported when the first picture or video comes. They
+    may also hold `resized_height` and `resized_width`: the one size that a model knows. Every picture or frame gets
+    this size, unless a call says otherwise. frame_pixels: fewest and most pixels of a video frame, where nothing else
+    is said.
     """
 
     def __init__(
@@ -127,29 +161,44 @@ class VisionProcessor:
         video_settings: Mapping[str, Any],
         frame_pixels: tuple[int, int] = (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS),
     ) -> None:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-        from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
-
         for settings in (image_settings, video_settings):
             for name in ("patch_size", "merge_size", "temporal_patch_size"):
                 value = settings.get(name, 1)
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name} in the preprocessor files must be a positive integer, got {value!r}")
-        try:
-            self.image_processor = Qwen2VLImageProcessor(**image_settings)
-            # The limit on pixels is on each frame, as in the release, not on the whole video.
-            self.video_processor = Qwen2VLVideoProcessor(**{**video_settings, "cap_pixels_per_frame": False})
-            self._image_limits = (
-                int(self.image_processor.size["shortest_edge"]),
-                int(self.image_processor.size["longest_edge"]),
-            )
-        except Exception as error:  # the library's own validation classes
-            raise ValueError(f"the image or video values of the preprocessor files are unusable: {error}") from error
-        self.merge_size: int = self.image_processor.merge_size
-        self.temporal_patch_size: int = self.video_processor.temporal_patch_size
+        self._image_settings, self._video_settings = image_settings, video_settings
+        self._image_limits = _image_limits(image_settings)
+        self.merge_size: int = image_settings.get("merge_size", _MERGE_SIZE)
+        self.temporal_patch_size: int = video_settings.get("temporal_patch_size", _TEMPORAL_PATCH_SIZE)
         self.frame_pixels = frame_pixels
-        self.factor: int = self.video_processor.patch_size * self.video_processor.merge_size
+        patch_size = video_settings.get("patch_size", _PATCH_SIZE)
+        self.factor: int = patch_size * video_settings.get("merge_size", _MERGE_SIZE)
         self.total_pixels = int(VIDEO_TOKENS * self.factor * self.factor)
+        self._image_size, self._frame_size = map(self._known_size, (image_settings, video_settings))
+
+    def _known_size(self, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+        """The height and width that the preprocessor files ask for, if they do. Raises ValueError."""
+        try:
+            sides = settings.get("resized_height"), settings.get("resized_width")
+            return PixelBudget(resized_height=sides[0], resized_width=sides[1]).size(self.factor)
+        except ValueError as error:
+            raise ValueError(f"the preprocessor files cannot be followed: {error}") from error
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """transformers' own. Raises ValueError for values that it cannot take."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+        size = dict(zip(("shortest_edge", "longest_edge"), self._image_limits))
+        return _built(Qwen2VLImageProcessor, self._image_settings, size=size)
+
+    @cached_property
+    def video_processor(self) -> Any:
+        """transformers' own, for all but the size of frames. Raises ValueError for values that it cannot take."""
+        from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+        # The limit on pixels is on each frame, as in the release, not on the whole video.
+        return _built(Qwen2VLVideoProcessor, self._video_settings, cap_pixels_per_frame=False)
 
     def image(
         self,
@@ -166,7 +215,7 @@ class VisionProcessor:
         picture: Any = load_image(value, media_budget)
         low, high = budget.within(*self._image_limits)
         options: dict[str, Any] = {"return_tensors": "pt", "device": device}
-        target, own = budget.size(self.factor), self.image_processor
+        target, own = self._size(replace(budget, total_pixels=None), self._image_size), self.image_processor
         resizes = own.do_resize or target is not None
         if not resizes:
             self._check_sides(picture.height, picture.width, own, f"picture {describe(value)}")
@@ -201,14 +250,14 @@ class VisionProcessor:
         """
         sampling = Sampling(
             fps=_given(settings, "fps", DEFAULT_FPS),
-            min_frames=_given(settings, "min_frames", self.video_processor.min_frames),
-            max_frames=_given(settings, "max_frames", self.video_processor.max_frames),
+            min_frames=_given(settings, "min_frames", self._video_settings.get("min_frames", _MIN_FRAMES)),
+            max_frames=_given(settings, "max_frames", self._video_settings.get("max_frames", _MAX_FRAMES)),
             multiple=self.temporal_patch_size,
             start_s=_given(settings, "video_start", 0.0),
             end_s=settings.get("video_end"),
             frames=settings.get("nframes"),
         )
-        size = budget.size(self.factor)
+        size = self._size(budget, self._frame_size)
 
         if budget.total_pixels is None:
             budget = replace(budget, total_pixels=self.total_pixels)
@@ -248,11 +297,16 @@ class VisionProcessor:
     def frame(self, value: Any, media_budget: MediaBudget = DEFAULT_BUDGET) -> Tensor:
         """One frame of a video that is pushed frame by frame: uint8 [3, height, width], resized as in a video."""
         pixels = torch.from_numpy(np.array(load_image(value, media_budget))).permute(2, 0, 1)
-        return self._resize(pixels, *self.frame_pixels)
+        size = self._frame_size
+        return self._resize(pixels, *self.frame_pixels) if size is None else _scale(pixels, size)
 
     def grid_step(self, frames: list[Tensor]) -> tuple[Tensor, list[int]]:
         """Patches and grid [1, h, w] of the frames of one temporal patch; a missing last one is shown twice."""
         return self._patches(torch.stack(frames))
+
+    def _size(self, budget: PixelBudget, known: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The height and width that a call asks for, else the known ones; None where limits decide."""
+        return known if budget == PixelBudget() else budget.size(self.factor)
 
     def _check_sides(self, height: int, width: int, values: Any, what: str) -> None:
         """Raise ValueError for a size that cannot stay as it is, where the preprocessor files switch resizing off."""

@@ -416,7 +416,7 @@ def _take_video(session: OmniSession, values: dict[str, Any], tensors: Tensors) 
         front_end = _take_front_end("video", session, values["front_end"], tensors)
     video = OpenVideo.open(values["first_s"], front_end, session.model.config.thinker.position_rule)
     vision, width = session.processor.vision, session.model.config.thinker.text_config.hidden_size
-    side = vision.video_processor.patch_size * vision.merge_size
+    side = vision.factor
     waiting = len(values["frames"])
     require(waiting < vision.temporal_patch_size, f"{waiting} frames wait for a patch of {vision.temporal_patch_size}")
     for i, time_s in enumerate(values["frames"]):

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from world import vocabulary
+from world import SPOKEN, vocabulary
 
 from omni.config.family import RELEASED
 from omni.packaged.toy import TOY_DATA
@@ -22,8 +22,9 @@ from omni.packaged.toy import TOY_DATA
 FIRST_WORD_ID = 280  # below are bytes, special tokens and the names of roles
 VOCABULARY_SIZE = 832
 NUM_CODEBOOKS, CODEBOOK_SIZE = 8, 256
-PATCH = 32  # pixels: videos are enlarged to 131072 pixels a frame, as released, and with 16 would be 144 tokens each
-MIN_PIXELS, MAX_PIXELS = 192 * 192, 256 * 256  # of a picture: 9 tokens, one a cell of the world's 3 x 3; at most 16
+PATCH = 32  # pixels: with 16 a video frame would be 144 tokens
+PICTURE_SIDE = 192  # pixels: 9 tokens, one a cell of the world's 3 x 3; it has learnt no other size or shape
+FRAME_SIDE = 384  # of a video frame: 131072 pixels or more in whole tokens, as released
 CODEC_CONTROL_IDS = 1024  # the Talker's vocabulary: codes, then this many control ids
 
 _ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
@@ -52,7 +53,7 @@ SHAPES: dict[str, Any] = {
         "codec_pad_id": CODEBOOK_SIZE + 100, "codec_bos_id": CODEBOOK_SIZE + 101,
         "codec_eos_token_id": CODEBOOK_SIZE + 102, "codec_nothink_id": CODEBOOK_SIZE + 107,
         "codec_think_bos_id": CODEBOOK_SIZE + 108, "codec_think_eos_id": CODEBOOK_SIZE + 109,
-        "speaker_id": {"slt": CODEBOOK_SIZE + 300},
+        "speaker_id": {"slt": CODEBOOK_SIZE + 62},  # the row that the packaged weights learnt
         "text_config": {
             "vocab_size": CODEBOOK_SIZE + CODEC_CONTROL_IDS, "hidden_size": 256, "num_hidden_layers": 4,
             "intermediate_size": 256, "moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2,
@@ -75,6 +76,7 @@ GENERATION = {
     "talker_do_sample": False,
     "talker_repetition_penalty": 1.0,
     "code_predictor_do_sample": False,
+    "speakable_words": sorted(SPOKEN),  # a model that can say any text has no such list
 }
 
 
@@ -84,7 +86,8 @@ def nano_config() -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
+    """The base with the changes. The table of voices is replaced: those of the base are not in this model."""
+    both = {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) and k != "speaker_id" else v
             for k, v in changes.items()}  # fmt: skip
     return base | both
 
@@ -117,16 +120,25 @@ def make_model(folder: Path) -> None:
     """Write the folder anew."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(RELEASED / "chat_template.jinja", folder / "chat_template.jinja")
-    pixels = json.loads((RELEASED / "qwen3_omni_moe.json").read_text(encoding="utf-8"))
+    released = json.loads((RELEASED / "qwen3_omni_moe.json").read_text(encoding="utf-8"))
+    picture_pixels = PICTURE_SIDE * PICTURE_SIDE  # for transformers, which does not know a size; it keeps the shape
     settings = json.loads((TOY_DATA / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
     files = {
         "config.json": nano_config(),
-        "preprocessor_config.json": pixels | {"patch_size": PATCH, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS},
+        "preprocessor_config.json": {
+            **released, "patch_size": PATCH, "min_pixels": picture_pixels, "max_pixels": picture_pixels,
+            "resized_height": PICTURE_SIDE, "resized_width": PICTURE_SIDE,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "Qwen2VLVideoProcessor", "patch_size": PATCH,
+            **{name: released[name] for name in ("image_mean", "image_std", "merge_size", "temporal_patch_size")},
+            "resized_height": FRAME_SIDE, "resized_width": FRAME_SIDE,
+        },
         "tokenizer.json": nano_tokenizer(),
         "tokenizer_config.json": settings,
         "generation_config.json": GENERATION,
-    }
+    }  # fmt: skip
     for name, values in files.items():
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

@@ -1,6 +1,9 @@
 """Writes the model card of a finished omni-nano, with its figures, beside its weights.
 
-python recipes/nano/model_card.py model report.json
+    python recipes/nano/model_card.py model report.json --strangers strangers.json
+
+`strangers.json` here has the figures of the packaged weights on material that their makers did not use. Other weights
+need a file of their own with the same rows; without one the card says that nobody has measured them.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 
 from evaluate import TARGETS
 
+STRANGERS = Path(__file__).with_name("strangers.json")
 CARD = """\
 ---
 license: apache-2.0
@@ -32,7 +36,8 @@ Asked by text or by voice, it answers in text and speech at once, in one synthet
 
 - repeat a sentence, or write down one that it hears, from about a hundred words;
 - sums, differences and products of numbers in 0..10, with results in 0..20;
-- colour, shape, count (0..5) and place of drawn shapes, a digit; "and the other one?" as a second turn;
+- colour, shape, count (0..5) and place of drawn shapes, a digit; "and the other one?" as a second turn. Every picture
+  is stretched to a square of 192 pixels; shapes on a picture that is far from square are misread;
 - which way a shape moves in a clip of a few seconds, what moves, what was said in the clip's sound;
 - say "i don't know" to anything else.
 
@@ -40,13 +45,21 @@ Asked by text or by voice, it answers in text and speech at once, in one synthet
 
 Anything outside that world: it knows no facts, no other words, no photographs, no human voices (it has heard
 synthesisers only), no languages but English. It speaks each word by itself, without the melody of a sentence, and
-answers in small letters without punctuation. It is a demonstration and a test bed, not an assistant.
+answers in small letters without punctuation; `omni speak` names the words of a text that it cannot say. It is a
+demonstration and a test bed, not an assistant.
+
+## On material that its makers did not use
+
+Voices, recordings and conversations that neither training nor the figures further down know anything of. Expect what
+you bring to go as it goes here.
+
+{strangers}
 
 ## Figures
 
-{questions} fresh questions of each skill, from seeds, speeds and words that training has not seen
-(`recipes/nano/evaluate.py`). Speech is judged by an independent recogniser (PocketSphinx with the small world's
-grammar) beside the original synthetic voice.
+On material of its own kind: {questions} fresh questions of each skill, from seeds, speeds and words that training has
+not seen (`recipes/nano/evaluate.py`). Speech is judged by an independent recogniser (PocketSphinx with the small
+world's grammar) beside the original synthetic voice.
 
 {tables}
 
@@ -77,11 +90,20 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_card(model: Path, report: dict[str, Any], notes: str = "") -> None:
-    """Write README.md beside the weights. notes: what else is to be said about this training."""
+def strangers_table(figures: dict[str, str] | None = None) -> str:
+    """The figures on material that the makers did not use, in Markdown. A row without a figure stays, and says so."""
+    packaged = json.loads(STRANGERS.read_text(encoding="utf-8"))
+    rows = dict.fromkeys(packaged, "not measured") | (figures or {})
+    return "\n".join(["| what | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def write_card(model: Path, report: dict[str, Any], notes: str = "", strangers: dict[str, str] | None = None) -> None:
+    """Write README.md beside the weights. notes: what else is to be said about this training. strangers: figures of
+    these weights on material that their makers did not use, by the rows of strangers.json."""
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     questions, shown = report["questions of each skill"], tables(report)
-    card = CARD.format(megabytes=size / 1e6, questions=questions, tables=shown, notes=notes)
+    others = strangers_table(strangers)
+    card = CARD.format(megabytes=size / 1e6, questions=questions, tables=shown, strangers=others, notes=notes)
     (model / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -90,9 +112,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("report", type=Path, help="what evaluate.py --out wrote")
     parser.add_argument("--notes", type=Path, help="a text to be added to how it was trained")
+    parser.add_argument("--strangers", type=Path, help="figures on material that the makers did not use")
     args = parser.parse_args()
     notes = "" if args.notes is None else args.notes.read_text(encoding="utf-8")
-    write_card(args.model, json.loads(args.report.read_text(encoding="utf-8")), notes)
+    strangers = None if args.strangers is None else json.loads(args.strangers.read_text(encoding="utf-8"))
+    write_card(args.model, json.loads(args.report.read_text(encoding="utf-8")), notes, strangers)
 
 
 if __name__ == "__main__":

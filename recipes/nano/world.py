@@ -28,7 +28,7 @@ THINGS = ("house", "tree", "car", "boat", "river", "garden", "table", "window", 
 VERBS = ("sees", "finds", "likes", "takes", "wants", "holds", "paints", "follows", "calls", "remembers")
 PREPOSITIONS = ("in", "on", "near", "under")
 TIMES = ("now", "today", "again")
-_SPOKEN = tuple(dict.fromkeys(  # words of what the model says
+SPOKEN = tuple(dict.fromkeys(  # words of what the model says
     (*NUMBERS, *COLORS, *SHAPES, *ADJECTIVES, *ANIMALS, *THINGS, *VERBS, *PREPOSITIONS, *TIMES, *DETERMINERS,
      *" ".join((*PLACES, *DIRECTIONS, UNKNOWN)).split())
 ))  # fmt: skip
@@ -156,7 +156,7 @@ def jumble(rng: random.Random) -> Task:
 
 def words(rng: random.Random, least: int, most: int) -> str:
     """Any of the words that the model says, so many of them."""
-    return " ".join(rng.choices(_SPOKEN, k=rng.randint(least, most)))
+    return " ".join(rng.choices(SPOKEN, k=rng.randint(least, most)))
 
 
 def _repeat(rng: random.Random, said: str) -> Task:
@@ -399,6 +399,6 @@ def vocabulary() -> list[str]:
     asked = [pattern for patterns in QUESTIONS.values() for pattern in patterns]
     outside = (OUTSIDE_SUBJECTS, OUTSIDE_COUNTRIES, OUTSIDE_REQUESTS)
     trained = [text for texts in outside for text in _part(texts, held_out=False)]
-    texts = [*_SPOKEN, *OPERATIONS, *(f"{shape}s" for shape in SHAPES), *asked, *trained, *OUTSIDE_PATTERNS]
+    texts = [*SPOKEN, *OPERATIONS, *(f"{shape}s" for shape in SHAPES), *asked, *trained, *OUTSIDE_PATTERNS]
     texts += COUNTRY_PATTERNS
     return sorted({word for text in texts for word in text.replace("{}s", "").replace("{}", "").split()})

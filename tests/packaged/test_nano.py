@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -61,6 +63,38 @@ def test_it_reads(nano: OmniModel) -> None:
     assert out.text == list(questions.values())
 
 
+@pytest.mark.parametrize("size", [(16, 16), (100, 100), (224, 224), (1000, 1000), (640, 480), (3000, 500), (90, 1600)])
+def test_it_sees_pictures_of_any_size(nano: OmniModel, size: tuple[int, int]) -> None:
+    """A picture fills nine tokens, whatever its size and shape; this is the demo's, enlarged or stretched."""
+    with Image.open(NANO_DATA / "demo" / "picture.png") as image:
+        shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    content = [{"type": "image", "image": shown}, {"type": "text", "text": "what color is the star"}]
+    inputs = nano.processor([{"role": "user", "content": content}])  # type: ignore[misc]
+    assert inputs.image_grid_thw.tolist() == [[1, 6, 6]]
+    assert size == (16, 16) or nano.generate(inputs, return_audio=False).text == ["purple"]
+
+
+def test_it_sees_clips_of_any_size(nano: OmniModel) -> None:
+    with av.open(str(NANO_DATA / "demo" / "clip.mp4")) as clip:
+        frames = [frame.to_image() for frame in clip.decode(video=0)][::4]  # two a second
+    for size in ((128, 128), (640, 480), (200, 1000)):
+        film = np.stack([frame.resize(size, Image.Resampling.BICUBIC) for frame in frames])
+        content = [{"type": "video", "video": film, "fps": 2.0}, {"type": "text", "text": "which way does it move"}]
+        inputs = nano.processor([{"role": "user", "content": content}])  # type: ignore[misc]
+        assert inputs.video_grid_thw.tolist()[0][1:] == [12, 12]
+        assert nano.generate(inputs, return_audio=False).text == ["to the left"], size
+
+
+def test_it_has_one_voice(nano: OmniModel, capsys: Capture) -> None:
+    """The one that it was trained on, by its name and without one; no others are listed anywhere."""
+    spoken = nano.speak("the small dog", seed=0)
+    assert torch.equal(spoken, nano.speak("the small dog", speaker="SLT", seed=0)) and len(spoken) > 0.8 * 24000
+    with pytest.raises(ValueError, match=r"unknown speaker 'ethan'; this checkpoint has slt$"):
+        nano.speak("the small dog", speaker="ethan")
+    assert main(["info", "omni-nano"]) == 0
+    assert "speakers: slt\n" in capsys.readouterr().out
+
+
 def test_stream_and_engine_say_what_generate_says(nano: OmniModel) -> None:
     """Greedy ids, codes and sound are the same three ways."""
     messages = QUESTIONS[1].messages()
@@ -107,7 +141,19 @@ def test_chat_and_speak_without_a_model(tmp_path: Path, capsys: Capture) -> None
     captured = capsys.readouterr()
     assert captured.out.strip() == "four" and "omni-nano answers" in captured.err and wav.exists()
     assert main(["speak", "--out", str(wav), "to the right"]) == 0
-    assert "omni-nano" in capsys.readouterr().err and soundfile.info(wav).duration > 0.4
+    said = capsys.readouterr().err
+    assert "omni-nano" in said and "cannot say" not in said and soundfile.info(wav).duration > 0.4
+
+
+def test_speak_names_words_that_it_cannot_say(tmp_path: Path, capsys: Capture) -> None:
+    """On stderr, before it speaks, with those that it can say; it speaks all the same."""
+    wav = tmp_path / "said.wav"
+    assert main(["speak", "--out", str(wav), "The dog sees hello World, hello 7!"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert "omni-nano cannot say: hello, world, 7" in lines and "cannot say" not in captured.out
+    known = next(line for line in lines if line.startswith("It can say: ")).partition(": ")[2].split(", ")
+    assert {"dog", "sees", "seven", "don't"} <= set(known) and "what" not in known and wav.exists()
 
 
 def test_it_opens_by_name(nano: OmniModel) -> None:

@@ -43,9 +43,9 @@ from omni.processing.processor import OmniProcessor
 from omni.processing.audio_file import load_audio
 processor = OmniProcessor.from_pretrained(TOY_DATA)
 read = {
-    "image": lambda path: processor(chat([{"image": path}])),
+    "image": lambda path: processor(chat([{"image": path}]), allow_long=True),
     "audio": load_audio,
-    "video": lambda path: processor(chat([{"video": path, "fps": 100.0}])),
+    "video": lambda path: processor(chat([{"video": path, "fps": 100.0}]), allow_long=True),
 }
 for folder in map(Path, sys.argv[1:]):
     kind = folder.name.split(" ")[0]

@@ -23,7 +23,7 @@ from omni.processing.processor import OmniProcessor
 from omni.processing.token_budget import TooLongError
 from omni.rope.positions import prompt_positions, reply_position
 from omni.talker.layout import HEADER_LENGTH, turn_layout
-from omni.training.data.augmentation import AS_RELEASED, HearingDraws
+from omni.training.data.hearing import AS_RELEASED, HearingDraws
 from omni.training.data.manifest import Row, Voice
 from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn

@@ -23,8 +23,9 @@ from omni.metrics.scores import character_error_rate, word_error_rate
 from omni.metrics.text_normaliser import normalise
 from omni.processing.audio_file import join_clips
 from omni.processing.processor import OmniProcessor
-from omni.training.data.augmentation import AS_RELEASED, PLAIN, HearingDraws, SpeechAugmentation
+from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.conversation_samples import SkipRow
+from omni.training.data.hearing import AS_RELEASED, HearingDraws
 from omni.training.data.mixture import Draw, Mixture
 from omni.training.data.recordings import HEARD, DrawnBatches, sounds_of
 from omni.training.data.sound import read_speech
@@ -213,7 +214,8 @@ class ClipMaker:
     """Makes a clip of a row: its one recording and its text.
 
     The recording is the row's one of `audio` or `audios`, or, where there is none, `speech`; the text is that under
-    `text`, else the last assistant message. language: texts are normalised for it first (None: taken as they are).
+    `text`, else the last assistant message; an empty one says that there is nothing to hear, of which the encoder is to
+    make blanks. language: texts are normalised for it first (None: taken as they are).
     max_s: longer recordings are left out. transcriber: texts that a clip is too short for are left out as well.
     augmentation: what happens to a recording before it is heard. hearing: the chunks in which it may be heard.
     """
@@ -238,10 +240,10 @@ class ClipMaker:
         sounds = sounds_of(draw, HEARD) or sounds_of(draw, ("speech",))
         if len(sounds) != 1:
             raise ValueError(f"a row to transcribe has one recording, this one has {len(sounds)}; split it, or add one")
-        text = text_of(draw.manifest.heard(draw.row))
-        text = text if self.language is None else normalise(text, self.language)
-        if not text.strip():
-            raise SkipRow("its text is empty")
+        written = text_of(draw.manifest.heard(draw.row))
+        text = written if self.language is None else normalise(written, self.language)
+        if written and not text.strip():
+            raise SkipRow("nothing of its text can be said")
         labels = self.labels.encode(text)
         samples = read_speech(sounds[0], self.mel.sample_rate)
         samples = self.augmentation.sound(samples, self.mel.sample_rate, number)

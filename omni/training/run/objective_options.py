@@ -122,7 +122,8 @@ class FlowOptions:
 
 @dataclass(frozen=True)
 class TranscriptionOptions:
-    """Of `Transcriber`, its clips, labels and heads, and `SpeechAugmentation`."""
+    """Of `Transcriber`, its clips, labels and heads, and of `SpeechAugmentation` and `Surroundings`; noises: manifests
+    or folders of what is mixed in."""
 
     head: Literal["ctc", "attention", "embeddings"] | None = None
     labels: Literal["characters", "tokens"] | None = None
@@ -138,6 +139,16 @@ class TranscriptionOptions:
     speeds: tuple[float, ...] | None = number(None, low=0.5, high=2)
     frequency_masks: int | None = number(None, low=0)
     time_masks: int | None = number(None, low=0)
+    noise: float | None = number(None, low=0, high=1)
+    noises: tuple[str, ...] | None = None
+    noise_db: tuple[float, float] | None = None
+    room: float | None = number(None, low=0, high=1)
+    room_s: tuple[float, float] | None = None
+    telephone: float | None = number(None, low=0, high=1)
+    overload: float | None = number(None, low=0, high=1)
+    equaliser: float | None = number(None, low=0, high=1)
+    gain_db: tuple[float, float] | None = None
+    silence_s: tuple[float, float] | None = None
 
 
 OPTIONS: dict[str, type] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,14 @@ from omni.training.codec.codec_stage import (
     make_codec,
 )
 from omni.training.codec.discriminators import Discriminators
-from omni.training.data.augmentation import PLAIN, HearingDraws, SpeechAugmentation
+from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.batches import Batches, Collated
 from omni.training.data.conversation_samples import SampleMaker
+from omni.training.data.hearing import HearingDraws
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
+from omni.training.data.surroundings import Surroundings, recorded_noise
 from omni.training.objectives.distillation import Distillation
 from omni.training.objectives.dpo import DPO
 from omni.training.objectives.flow_stage import FlowMaker, FlowObjective, evaluate_flow, flow_batches, speakers_of
@@ -371,8 +373,7 @@ def _transcription(setup: Setup) -> Stage:
     known: tuple[str, ...] = ("dim", "layers", "heads")
     if head == "embeddings":
         make, known = partial(make, **_embeddings(setup, kind, options.pop("blank", None))), ("scale",)
-    changes = {name: options.pop(name) for name in ("speeds", "frequency_masks", "time_masks") if name in options}
-    heard_as = {"train": SpeechAugmentation(**changes, seed=setup.config.train.seed), "eval": PLAIN}
+    heard_as = {"train": _augmentation(options, setup.config.train.seed), "eval": PLAIN}
     transcriber = _with_options(make, options, known)
     table, hearing = setup.config.data, setup.hearing
 
@@ -388,6 +389,15 @@ def _transcription(setup: Setup) -> Stage:
     objective, train = TranscriptionObjective(transcriber, setup.config.loss), clips("train", table.workers)
     look_at_recordings(train)
     return Stage(transcriber, objective, train, evaluate=evaluate)
+
+
+def _augmentation(options: dict[str, Any], seed: int) -> SpeechAugmentation:
+    """What happens to recordings before they are heard; takes its options out of the others."""
+    changes = {name: options.pop(name) for name in ("speeds", "frequency_masks", "time_masks") if name in options}
+    around = {field.name: options.pop(field.name) for field in fields(Surroundings) if field.name in options}
+    if "noises" in around:
+        around["noises"] = recorded_noise(around["noises"])
+    return SpeechAugmentation(**changes, surroundings=Surroundings(**around), seed=seed)
 
 
 def _embeddings(setup: Setup, kind: str, blank: str | None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from build import TINY, TOY_DATA, chat, fixed, tiny_config, tone, write_rows
 
 from omni import OmniModel
 from omni.packaged.toy import toy_processor
-from omni.training.data.augmentation import AS_RELEASED, HearingDraws
 from omni.training.data.batches import Batches, collate
 from omni.training.data.conversation_samples import SampleMaker
+from omni.training.data.hearing import AS_RELEASED, HearingDraws
 from omni.training.data.manifest import Manifest, Row, Voice
 from omni.training.data.mixture import Mixture
 from omni.training.objectives.transcription_stage import CharacterLabels, Clip, ClipMaker, Transcriber, join

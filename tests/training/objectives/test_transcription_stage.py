@@ -184,6 +184,56 @@ def test_rows_that_do_not_fit_are_left_out_and_bad_ones_skipped(manifest: Path) 
     assert names == {"1", "2"}  # a decoder may write any number of labels
 
 
+@pytest.mark.parametrize("head", ["ctc", "attention"])
+def test_an_empty_text_is_nothing_to_hear(manifest: Path, head: str) -> None:
+    """The encoder learns to say blanks: noise and silence are rows with the text ""."""
+    write_rows(manifest, [{"audio": "0.wav", "text": ""}, {"audio": "1.wav", "text": "dd b"}])
+    module = transcriber(tiny_model(), head)
+    data = batches(manifest, module)
+    clips = [next(data) for _ in range(2)]
+    assert {text: labels for clip in clips for text, labels in zip(clip.texts, clip.labels)}[""] == []
+    trainer = Trainer(module, TranscriptionObjective(module), data, config(400))
+    for step in range(400):
+        assert trainer.step().losses[head] < float("inf")
+        if step % 10 == 9 and evaluate_transcriber(module, clips, LABELS)["cer"] == 0:
+            break
+    found: dict[str, list[int]] = {}
+    for clip in clips:
+        found |= zip(clip.texts, module.transcribe(clip.features, clip.lengths))
+    assert found[""] == [] and LABELS.decode(found["dd b"]) == "dd b"
+
+
+def test_the_stage_puts_recordings_into_surroundings(manifest: Path, tmp_path: Path) -> None:
+    """Options of [objective] reach what is trained on, and leave what is evaluated alone."""
+    soundfile.write(tmp_path / "hum.wav", sound("a").numpy(), RATE)
+    noises = write_rows(tmp_path / "noises.jsonl", [{"audio": "hum.wav"}])
+    shares = dict.fromkeys(("room", "telephone", "overload", "equaliser"), 0.5)
+    spans = {"noise_db": [0, 10], "room_s": [0.1, 0.2], "gain_db": [-40, 0], "silence_s": [0.5, 0.5]}
+    around = {"noise": 1.0, "noises": [str(noises)], **shares, **spans}
+
+    def build(**objective: Any) -> Any:
+        values = {
+            "model": {"config": str(TINY), "parts": ["thinker"]},
+            "train": {"objective": "transcription", "steps": 1, "precision": "fp32", "device": "cpu"},
+            "objective": {"batch_size": 3, **objective},
+            "data": {"train": [{"manifest": str(manifest)}], "eval": [{"manifest": str(manifest)}]},
+            "eval": {"every": 1},
+            "log": {"progress": False},
+        }
+        return build_run(TrainConfig.from_dict(values))
+
+    plain, changed = build(), build(**around)
+    before, after = next(iter(plain.stage.data)), next(iter(changed.stage.data))
+    assert after.texts == before.texts
+    assert after.lengths == [length + 100 for length in before.lengths]  # a second of silence
+    assert not torch.equal(after.features[:, :, 50:90], before.features[:, :, :40])
+    assert plain.stage.evaluate(plain.stage.module, 0).keys() == changed.stage.evaluate(changed.stage.module, 0).keys()
+    with pytest.raises(ValueError, match=r"objective\.noise must be at least 0 and at most 1"):
+        build(noise=2.0)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        build(noise=1.0, noises=[str(tmp_path / "nowhere.jsonl")])
+
+
 def test_labels_turn_text_into_numbers_and_back() -> None:
     labels = CharacterLabels.of(["ba", "c a"])
     assert (labels.alphabet, labels.size, labels.encode("a b")) == (" abc", 4, [1, 0, 2])
