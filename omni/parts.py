@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, Literal, Protocol, overload
@@ -21,7 +21,14 @@ from omni.code2wav.voices import Voice
 from omni.config.keywords import names_keywords
 from omni.config.model import OmniConfig
 from omni.config.reading import USUAL_STD
-from omni.encoders.contract import AudioEncoderContract, EncoderOutput, VisionEncoderContract, check_output
+from omni.encoders.contract import (
+    AudioEncoderContract,
+    EncoderOutput,
+    VisionEncoderContract,
+    check_output,
+    count_tokens,
+    joined_cuts,
+)
 from omni.layers.decoder_state import DecoderState
 from omni.layers.init import initialise
 from omni.layers.threads import threads_for, using_threads
@@ -181,17 +188,21 @@ class ModelParts(nn.Module):
             return using_threads(None)
         return using_threads(threads_for(self.config.thinker.text_config.hidden_size, tokens))
 
-    def encode_audio(self, features: Tensor, lengths: Tensor) -> EncoderOutput:
+    def encode_audio(
+        self, features: Tensor, lengths: Tensor, cuts: Sequence[Mapping[str, int]] | None = None
+    ) -> EncoderOutput:
         """Log-mel features [C, M, F] of clips of `lengths` frames -> embeddings as wide as the Thinker's.
 
-        Raises ValueError or TypeError if the encoder gives something else, or is not there.
+        cuts: chunk and attention window of each clip, `chosen_cuts` of the encoder (None: its own). Raises ValueError
+        or TypeError if the encoder gives something else, or is not there.
         """
         encoder = self.require("audio_encoder")
-        frames = lengths.tolist()
-        with self.reading_threads(sum(encoder.num_tokens(n) for n in frames)):
-            out = encoder(features.to(self.device, self.input_dtype("audio_encoder")), lengths)
+        frames, cuts = lengths.tolist(), [{}] * len(lengths) if cuts is None else cuts
+        counted = [count_tokens(encoder, n, own) for n, own in zip(frames, cuts)]
+        with self.reading_threads(sum(counted)):
+            out = encoder(features.to(self.device, self.input_dtype("audio_encoder")), lengths, **joined_cuts(cuts))
         out = check_output(encoder, out, self.config.thinker.text_config)
-        if (counted := [encoder.num_tokens(n) for n in frames]) != out.lengths:
+        if counted != out.lengths:
             raise ValueError(
                 f"{type(encoder).__name__} gives {out.lengths} tokens for clips of {frames} mel frames; its num_tokens "
                 f"says {counted}"
@@ -227,7 +238,7 @@ class ModelParts(nn.Module):
         count, written = self.audio_encoder.num_tokens, self.processor.audio_tokens
         if any(count(frames) != written(frames) for frames in _CLIPS):
             own = copy.copy(self.processor)  # another model may share the one that was given
-            own.audio_tokens = count
+            own.audio_tokens, own.chunk_frames = count, self.audio_encoder.chunk_frames
             vars(self)["processor"] = own
 
     @overload

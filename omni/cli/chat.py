@@ -54,6 +54,12 @@ def add_arguments(chat: argparse.ArgumentParser) -> None:
     chat.add_argument("--no-audio", action="store_true", help="answer in text only; the Talker is not loaded")
     add_speech_arguments(chat, "out.wav")
     chat.add_argument("--play", action="store_true", help="play the answer while it is made (package sounddevice)")
+    chat.add_argument(
+        "--audio-chunk",
+        type=seconds_value,
+        metavar="S",
+        help="seconds of sound that the hearing takes together, such as 0.48 (default: the checkpoint's)",
+    )
     live = chat.add_argument_group("real time")
     live.add_argument("--realtime", action="store_true", help="feed the media at their own pace; print a latency table")
     live.add_argument(
@@ -155,7 +161,7 @@ def _answer(
 
     assert model.processor is not None
     with progress.status("reading ..."):
-        events = model.stream(model.processor(_messages(args)), **arguments)
+        events = model.stream(model.processor(_messages(args), audio_chunk_s=args.audio_chunk), **arguments)
     return show_reply(events, console, progress, player)
 
 
@@ -179,7 +185,7 @@ def _answer_live(
     session = OmniSession(
         model,
         system=args.system,
-        streaming=StreamingConfig(audio_window_s=args.audio_window),
+        streaming=StreamingConfig(audio_window_s=args.audio_window, audio_chunk_s=args.audio_chunk),
         use_audio_in_video=args.use_audio_in_video or bool(args.audio and args.video),
     )
     for image in args.image:

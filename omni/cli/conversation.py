@@ -44,7 +44,7 @@ def converse(
         model,
         speaker=args.speaker,
         system=args.system,
-        streaming=StreamingConfig(audio_window_s=args.audio_window),
+        streaming=StreamingConfig(audio_window_s=args.audio_window, audio_chunk_s=args.audio_chunk),
         use_audio_in_video=args.use_audio_in_video,
         make_room=MAKE_ROOM,
     )

@@ -49,10 +49,11 @@ class Family:
         weights are called in files. turn_layout: name of the class that lays out a spoken turn.
     Media:
         processor_class: of preprocessor files. tokens: attribute of the tokenizer -> the token's usual spelling. rule:
-        positions, with the released rate. n_window: half the mel frames of a chunk of the audio encoder. clip_end: what
-        the mel front end hears behind a clip's last sample (`omni.encoders.mel.ENDS`). audio_tokens: name of the
-        function (mel frames, chunk_frames) -> audio tokens. frame_pixels: fewest and most of a video frame.
-        preprocessor: released values, for folders without preprocessor files.
+        positions, with the released rate. n_window: half the mel frames of a chunk of the audio encoder. chunk_step:
+        mel frames of which a shorter chunk that is chosen is a multiple (None: there is one chunk). clip_end: what the
+        mel front end hears behind a clip's last sample (`omni.encoders.mel.ENDS`). audio_tokens: name of the function
+        (mel frames, chunk_frames) -> audio tokens. frame_pixels: fewest and most of a video frame. preprocessor:
+        released values, for folders without preprocessor files.
     Speech:
         speech_system: the system text without which speech is out of what the model was trained on (None: any will do).
         default_speaker: the voice where none is asked for. code_sampling, residual_sampling: how the release draws
@@ -73,6 +74,7 @@ class Family:
     audio_tokens: str
     frame_pixels: tuple[int, int]
     preprocessor: Path
+    chunk_step: int | None = None
     speech_system: str | None = None
     default_speaker: str = ""
     code_sampling: Mapping[str, float] = field(default_factory=dict)
@@ -88,8 +90,8 @@ class Family:
         """What builds a part of the model."""
         return import_name(self.parts[part])
 
-    def token_counter(self, chunk_frames: int) -> Callable[[int], int]:
-        """What counts the audio tokens of a clip of so many mel frames."""
+    def token_counter(self, chunk_frames: int) -> Callable[..., int]:
+        """What counts the audio tokens of a clip of so many mel frames, in chunks of `chunk_frames`, also a keyword."""
         return partial(import_name(self.audio_tokens), chunk_frames=chunk_frames)
 
     def dotted_names(self) -> list[str]:

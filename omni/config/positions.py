@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,7 @@ class PositionRule:
     def of(cls, rule: PositionRule | float) -> PositionRule:
         """A bare number is a rate, under the default rules."""
         return rule if isinstance(rule, PositionRule) else cls(rule)
+
+    def at(self, rate: float | None) -> PositionRule:
+        """This rule with another number of positions a second (None: its own)."""
+        return self if rate is None else replace(self, rate=rate)

@@ -373,6 +373,7 @@ QWEN3_OMNI = Family(
     },
     rule=PositionRule(13.0),
     n_window=50,
+    chunk_step=8,  # 3 stride-2 convs
     clip_end="mirror",
     audio_tokens="omni.encoders.audio:num_audio_tokens",
     frame_pixels=(128 * _MERGED, 768 * _MERGED),

@@ -5,6 +5,10 @@ tokens with positions that restart at 0, and a transformer attends inside window
 another one before the transformer, and a window never sees another one at all, so a window can be encoded as soon as
 it is complete (`step`), and each clip is encoded as if it were alone.
 
+The chunk may be chosen for each clip: any multiple of 8 frames up to the checkpoint's own, or that itself. A multiple
+of 8 is what the convolutions turn into tokens of 80 ms each, without a shorter one at its end; the sinusoids of a chunk
+that is no longer than the own one are those that were learnt with. 48 frames (0.48 s) give 6 tokens.
+
 Shapes: C clips, M mel bins, F frames, N tokens of all clips (packed), D model width, H heads.
 """
 
@@ -21,13 +25,22 @@ from torch.nn import functional as F
 
 from omni.config.encoders import AudioTransformerConfig
 from omni.config.qwen3_omni import AudioEncoderConfig
-from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
+from omni.encoders.checks import (
+    FRAMES_HZ,
+    check_clips,
+    check_end,
+    check_frames,
+    check_open,
+    check_seconds,
+    chosen_chunk,
+    one_a_clip,
+)
 from omni.encoders.contract import AudioEncoderContract, EncoderOutput
 from omni.layers.attention_backends import packed_attention
 from omni.layers.packing import BlockPasses, PackedBlocks
 from omni.layers.state import State
 
-FRAMES_HZ = 100  # mel frames a second: 16 kHz, hop of 160 samples (released preprocessor config)
+CHUNK_STEP = 8  # mel frames of a token (3 stride-2 convs), of which a chosen chunk is a multiple
 _CHUNKS_AT_ONCE = 64  # bounds the memory of the convolutions (64 s of audio, released config)
 _CPU_VALUES = 1 << 21  # of the first convolution's output: larger ones leave the cache, and take 2 to 3 times as long
 _TOKENS_AT_ONCE = 8192  # bounds the memory of the layers (10 minutes of audio)
@@ -147,53 +160,71 @@ class AudioEncoder(AudioEncoderContract):
         self.proj1 = nn.Linear(config.d_model, config.d_model)
         self.proj2 = nn.Linear(config.d_model, config.output_dim)
 
-    def num_tokens(self, length: int) -> int:
-        """Tokens of a clip of `length` mel frames."""
-        return num_audio_tokens(length, self.config.chunk_frames)
+    def num_tokens(self, length: int, chunk_frames: int | None = None) -> int:
+        """Tokens of a clip of `length` mel frames, cut into chunks of `chunk_frames` (None: the config's)."""
+        return num_audio_tokens(length, self._chunk(chunk_frames))
 
-    def window_frames(self, seconds: float) -> int:
+    def chunk_frames(self, seconds: float) -> int:
+        """A chunk in mel frames, for all that takes `chunk_frames`: a multiple of 8 up to the own one, or that itself.
+
+        Raises TypeError for what is not a number, ValueError for any other chunk.
+        """
+        return chosen_chunk(seconds, self.config.chunk_frames, CHUNK_STEP)
+
+    def window_frames(self, seconds: float, chunk_frames: int | None = None) -> int:
         """An attention window in mel frames, for `forward` and `init_state`.
 
         Raises TypeError for what is not a number, ValueError unless it is a positive multiple of one chunk (1 s).
         """
-        chunk_s = self.config.chunk_frames / FRAMES_HZ
+        chunk = self._chunk(chunk_frames)
+        chunk_s = chunk / FRAMES_HZ
         check_seconds(seconds)
         chunks = round(seconds / chunk_s) if math.isfinite(seconds) else 0
         if chunks < 1 or abs(chunks * chunk_s - seconds) > 1e-6 * seconds:
             raise ValueError(
                 f"attention window of {seconds:g} s must be a positive multiple of one chunk of {chunk_s:g} s"
             )
-        return chunks * self.config.chunk_frames
+        return chunks * chunk
 
     def forward(
-        self, features: Tensor, lengths: Tensor | Sequence[int], window_frames: int | None = None
+        self,
+        features: Tensor,
+        lengths: Tensor | Sequence[int],
+        window_frames: int | Sequence[int] | None = None,
+        chunk_frames: int | Sequence[int] | None = None,
     ) -> EncoderOutput:
         """features [C, M, F], right-padded; lengths [C] in mel frames -> embeds [N, D_out] of all clips.
 
-        `window_frames` bounds attention (default: the config's `n_window_infer`, rounded down to whole chunks); a
-        shorter window answers earlier while streaming, a longer one hears more context. What lies beyond a clip's
-        length is never read, and no clip changes another one's result.
-        Raises ValueError for shapes or lengths that do not fit and for a window that is not a multiple of a chunk.
+        `chunk_frames` are convolved together (default: the config's `2 * n_window`); what may be chosen says the method
+        of that name. `window_frames` bounds attention (default: the config's `n_window_infer`, rounded down to whole
+        chunks); a shorter window answers earlier while streaming, a longer one hears more context. Each is one number,
+        or one for each clip. What lies beyond a clip's length is never read, and no clip changes another one's result.
+        Raises ValueError for shapes or lengths that do not fit, for a chunk that cannot be chosen and for a window that
+        is not a multiple of a chunk.
         """
         frames = self._check(features, lengths)
-        window = self._window_tokens(window_frames)
-        counts = [self.num_tokens(n) for n in frames]
+        chunks = [self._chunk(n) for n in one_a_clip("chunk_frames", chunk_frames, len(frames))]
+        windows = one_a_clip("window_frames", window_frames, len(frames))
+        blocks = [self._window_tokens(window, chunk) for window, chunk in zip(windows, chunks)]
+        counts = [self.num_tokens(n, chunk) for n, chunk in zip(frames, chunks)]
         if not frames:
             return EncoderOutput(self._no_embeds(), [], [])
-        x = torch.cat(self._tokens(features.to(self.conv2d1.weight), frames))  # [N, D]
+        x = torch.cat(self._tokens(features.to(self.conv2d1.weight), frames, chunks))  # [N, D]
         return EncoderOutput(
-            self._transform(x, [block for n in counts for block in split_blocks(n, window)]), counts, []
+            self._transform(x, [block for n, window in zip(counts, blocks) for block in split_blocks(n, window)]),
+            counts,
+            [],
         )
 
-    def init_state(self, window_frames: int | None = None) -> AudioEncoderState:
+    def init_state(self, window_frames: int | None = None, chunk_frames: int | None = None) -> AudioEncoderState:
         """The state before the first frame of a clip, in the dtype and on the device of the parameters.
 
-        `window_frames` as in `forward`; raises ValueError as there.
+        `window_frames` and `chunk_frames` as in `forward`; raises ValueError as there.
         """
-        weight = self.conv2d1.weight
+        weight, chunk = self.conv2d1.weight, self._chunk(chunk_frames)
         return AudioEncoderState(
-            tail=weight.new_zeros(self.config.num_mel_bins, self.config.chunk_frames),
-            tokens=weight.new_zeros(self._window_tokens(window_frames), self.config.d_model),
+            tail=weight.new_zeros(self.config.num_mel_bins, chunk),
+            tokens=weight.new_zeros(self._window_tokens(window_frames, chunk), self.config.d_model),
         )
 
     @torch.no_grad()
@@ -209,7 +240,7 @@ class AudioEncoder(AudioEncoderContract):
         whole = state.take(features)
         if not whole.shape[1]:
             return self._no_embeds()
-        return self._fill_window(self._convolve(cut_chunks(whole, self.config.chunk_frames)).flatten(0, 1), state)
+        return self._fill_window(self._convolve(cut_chunks(whole, state.tail.shape[1])).flatten(0, 1), state)
 
     @torch.no_grad()
     def finish(self, state: AudioEncoderState) -> Tensor:
@@ -221,7 +252,7 @@ class AudioEncoder(AudioEncoderContract):
         tokens = state.tokens[: state.filled]
         if state.held:
             # As in `_tokens`: a clip of one short chunk is not padded; a tail chunk is.
-            width = min(state.frames, self.config.chunk_frames)
+            width = min(state.frames, state.tail.shape[1])
             last = self._convolve(cut_chunks(state.tail[:, : state.held], width))[0]
             tokens = torch.cat((tokens, last[: conv_length(state.held)]))
         state.held, state.filled, state.finished = 0, 0, True
@@ -255,17 +286,17 @@ class AudioEncoder(AudioEncoderContract):
             parts.append(self.proj2(F.gelu(self.proj1(self.ln_post(x)))))
         return passes.join(parts)
 
-    def _tokens(self, features: Tensor, frames: list[int]) -> list[Tensor]:
-        """Convolved tokens [n, D] of each clip. Clips whose chunks have the same width share the convolutions."""
-        chunk = self.config.chunk_frames
+    def _tokens(self, features: Tensor, frames: list[int], sizes: list[int]) -> list[Tensor]:
+        """Convolved tokens [n, D] of each clip, in chunks of its size. Chunks of one width share the convolutions."""
         tokens: dict[int, Tensor] = {}
-        widths = [min(n, chunk) for n in frames]  # a clip of one short chunk is not padded; a tail chunk is
+        # A clip of one short chunk is not padded; a tail chunk is.
+        widths = [min(n, size) for n, size in zip(frames, sizes)]
         for width in sorted(set(widths)):
             clips = [i for i, w in enumerate(widths) if w == width]
             chunks = [cut_chunks(features[i, :, : frames[i]], width) for i in clips]
             done = self._convolve(torch.cat(chunks)).split([len(c) for c in chunks])
             for i, y in zip(clips, done):
-                tokens[i] = y.flatten(0, 1)[: self.num_tokens(frames[i])]
+                tokens[i] = y.flatten(0, 1)[: self.num_tokens(frames[i], sizes[i])]
         return [tokens[i] for i in range(len(frames))]
 
     def _convolve(self, chunks: Tensor) -> Tensor:
@@ -285,8 +316,12 @@ class AudioEncoder(AudioEncoderContract):
         values = self.conv2d1.out_channels * chunks[0].numel() // 4  # a quarter of the places, for each channel
         return min(max(_CPU_VALUES // max(values, 1), 1), _CHUNKS_AT_ONCE)
 
-    def _window_tokens(self, window_frames: int | None) -> int:
-        chunk = self.config.chunk_frames
+    def _chunk(self, chunk_frames: int | None) -> int:
+        """The chunk in mel frames. Raises ValueError for one that cannot be chosen."""
+        own = self.config.chunk_frames
+        return own if chunk_frames is None else chosen_chunk(chunk_frames / FRAMES_HZ, own, CHUNK_STEP)
+
+    def _window_tokens(self, window_frames: int | None, chunk: int) -> int:
         if window_frames is None:
             window_frames = self.config.n_window_infer // chunk * chunk
         if window_frames <= 0 or window_frames % chunk:

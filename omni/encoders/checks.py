@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from omni.config.encoders import VisionTransformerConfig
 
+FRAMES_HZ = 100  # mel frames a second: 16 kHz, hop of 160 samples (released preprocessor config)
 Grid = tuple[int, int, int]
 _MAX_SAMPLE = 1e15  # the squares that a spectrum adds up must stay within fp32
 
@@ -46,10 +48,45 @@ def check_end(frames: int, finished: bool) -> None:
         raise ValueError("an audio clip of 0 mel frames has no tokens; it must have at least 1 frame")
 
 
-def check_seconds(seconds: float) -> None:
-    """Raise TypeError unless an attention window is given as a number."""
+def check_seconds(seconds: float, what: str = "an attention window") -> None:
+    """Raise TypeError unless `what` is given as a number."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"an attention window is a number of seconds, got {seconds!r}")
+        raise TypeError(f"{what} is a number of seconds, got {seconds!r}")
+
+
+def chosen_chunk(seconds: float, own_frames: int, step_frames: int | None) -> int:
+    """A chunk of so many seconds in mel frames: the checkpoint's own, or a shorter one of a multiple of `step_frames`.
+
+    step_frames: None where there is no other chunk. Raises TypeError for what is not a number, ValueError for a chunk
+    that is not to be had.
+    """
+    check_seconds(seconds, "a chunk of sound")
+    frames = round(seconds * FRAMES_HZ) if math.isfinite(seconds) else 0
+    exact = abs(frames / FRAMES_HZ - seconds) <= 1e-6 * abs(seconds)
+    shorter = step_frames is not None and 0 < frames <= own_frames and frames % step_frames == 0
+    if exact and (frames == own_frames or shorter):
+        return frames
+    own_s = own_frames / FRAMES_HZ
+    if step_frames is None or step_frames > own_frames:
+        raise ValueError(
+            f"audio_chunk_s of {seconds:g} s is not possible: this encoder cuts sound into chunks of {own_s:g} s; "
+            "leave it out"
+        )
+    step_s, most_s = step_frames / FRAMES_HZ, own_frames // step_frames * step_frames / FRAMES_HZ
+    raise ValueError(
+        f"audio_chunk_s of {seconds:g} s is not possible: a chunk is a positive multiple of {step_s:g} s up to "
+        f"{most_s:g} s, or the checkpoint's own {own_s:g} s"
+    )
+
+
+def one_a_clip(name: str, value: int | Sequence[int] | Tensor | None, clips: int) -> list[int | None]:
+    """A value for all clips, or one for each, as a list. Raises ValueError for another number of them."""
+    if value is None or isinstance(value, int):
+        return [value] * clips
+    values: list[int | None] = [int(n) for n in (value.tolist() if isinstance(value, Tensor) else value)]
+    if len(values) != clips:
+        raise ValueError(f"{clips} audio clips need one {name}, or as many, got {len(values)}")
+    return values
 
 
 def check_frames(features: Tensor, num_mel_bins: int) -> None:

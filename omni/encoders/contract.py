@@ -1,7 +1,8 @@
 """What an encoder has to do, and what it gets for nothing: the contracts of the audio and the vision encoder.
 
 An audio encoder of one's own needs `forward` and `num_tokens`. Sessions hear it piece by piece all the same: `step` and
-`finish` here keep the features of a clip and encode it at its end. An encoder that can answer earlier has its own.
+`finish` here keep the features of a clip and encode it at its end. An encoder that can answer earlier has its own. One
+whose chunks or attention windows may be chosen says which (`chunk_frames`, `window_frames`); they become keywords.
 
 Shapes: C clips, M mel bins, F frames, N tokens of all items (packed), D width of the Thinker.
 """
@@ -9,6 +10,7 @@ Shapes: C clips, M mel bins, F frames, N tokens of all items (packed), D width o
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.config.decoder import DecoderConfig
-from omni.encoders.checks import check_end, check_open, check_seconds
+from omni.encoders.checks import FRAMES_HZ, check_end, check_open, check_seconds
 from omni.layers.state import State
 
 
@@ -76,11 +78,52 @@ class WholeClipState(State):
         self.frames = end
 
 
+def chosen_cuts(encoder: Any, chunk_s: float | None, window_s: float | None) -> dict[str, int]:
+    """Chunk and attention window, in seconds (None: the encoder's own), as the keywords `chunk_frames` and
+    `window_frames` of an audio encoder's methods, without those that are not chosen.
+
+    Raises TypeError for what is not a number, ValueError for what this encoder cannot have.
+    """
+    cuts: dict[str, int] = {}
+    if chunk_s is not None:
+        cuts["chunk_frames"] = encoder.chunk_frames(chunk_s)
+    if window_s is not None:
+        cuts["window_frames"] = encoder.window_frames(window_s, **cuts)
+    return cuts
+
+
+def count_tokens(encoder: Any, length: int, cuts: Mapping[str, int]) -> int:
+    """Tokens of a clip of `length` mel frames, cut as `chosen_cuts` says."""
+    chunk = {name: frames for name, frames in cuts.items() if name == "chunk_frames"}
+    tokens: int = encoder.num_tokens(length, **chunk)
+    return tokens
+
+
+def joined_cuts(clips: Sequence[Mapping[str, int]]) -> dict[str, int | list[int]]:
+    """`chosen_cuts` of each clip as keywords of `forward`: one number where all have it, else a list."""
+    lists = {name: [cuts[name] for cuts in clips] for name in (clips[0] if clips else {})}
+    return {name: own[0] if len(set(own)) == 1 else own for name, own in lists.items()}
+
+
+def chosen_rate(num_tokens: Callable[..., int], chunk_frames: int | None, own_frames: int) -> float | None:
+    """Tokens a second of sound in chunks that were chosen (48 mel frames: 12.5); None in the encoder's own ones, whose
+    positions a second are the release's to say.
+
+    num_tokens: counts as an encoder's method of that name does.
+    """
+    if chunk_frames is None or chunk_frames == own_frames:
+        return None
+    return num_tokens(chunk_frames, chunk_frames=chunk_frames) * FRAMES_HZ / chunk_frames
+
+
 class AudioEncoderContract(nn.Module):
     """Log-mel features of several clips -> packed Thinker embeddings.
 
     A class of one's own gives the first two methods; the others come as one: with a `step` of its own an encoder has
-    `init_state`, `finish` and, where its attention has a window that can be chosen, `window_frames`.
+    `init_state` and `finish`. Where its attention has a window that can be chosen it has `window_frames`, and `forward`
+    and `init_state` take a keyword of that name: mel frames, in `forward` of all clips or a list with one a clip. Where
+    sound can be cut into other chunks it has `chunk_frames`, likewise a keyword of these two, and of `num_tokens` and
+    `window_frames`, which a chunk may change. A keyword is passed only where one was chosen.
     """
 
     keep_together = True  # on one device: `step` does not pass through the hooks of `forward`
@@ -97,8 +140,19 @@ class AudioEncoderContract(nn.Module):
     def num_tokens(self, length: int) -> int:
         """Tokens of a clip of `length` mel frames, which are the embeds that `forward` gives for it."""
 
-    def window_frames(self, seconds: float) -> int:
-        """An attention window of so many seconds in mel frames, for `init_state`.
+    def chunk_frames(self, seconds: float) -> int:
+        """Chunks of so many seconds in mel frames, instead of those into which the encoder cuts sound by itself.
+
+        Raises TypeError for what is not a number, ValueError for a chunk that this encoder cannot have.
+        """
+        check_seconds(seconds, "a chunk of sound")
+        raise ValueError(
+            f"audio_chunk_s of {seconds:g} s is not possible: {type(self).__name__} has no chunks to be chosen; leave "
+            "it out"
+        )
+
+    def window_frames(self, seconds: float, chunk_frames: int | None = None) -> int:
+        """An attention window of so many seconds in mel frames, for `forward` and `init_state`.
 
         Raises TypeError for what is not a number, ValueError for a window that this encoder cannot have.
         """
@@ -108,11 +162,16 @@ class AudioEncoderContract(nn.Module):
             "audio_window_s out"
         )
 
-    def init_state(self, window_frames: int | None = None) -> Any:
+    def init_state(self, window_frames: int | None = None, chunk_frames: int | None = None) -> Any:
         """The state before the first frame of a clip, a `State` whose fields are tensors and plain values.
 
-        window_frames: of `window_frames`; None is the encoder's usual way.
+        window_frames, chunk_frames: of the methods of these names; None is the encoder's usual way.
         """
+        if chunk_frames is not None:
+            raise ValueError(
+                f"{type(self).__name__} keeps a clip to its end without its chunks of {chunk_frames} frames; give it "
+                "init_state, step and finish of its own"
+            )
         if window_frames is not None:
             raise ValueError(f"{type(self).__name__} encodes whole clips and has no window of {window_frames} frames")
         like = next(self.parameters(), torch.zeros(0))

@@ -8,6 +8,7 @@ Shapes: n samples, F frames, M mel bins.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -136,6 +137,14 @@ class LogMel:
         self.window = torch.hann_window(n_fft)
         self.filters = mel_filter_bank(num_mels, n_fft, sample_rate)
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def in_chunks(self, chunk_frames: int | None) -> LogMel:
+        """The same front end with another chunk for its level (None: its own); they share their tables."""
+        if chunk_frames is None or chunk_frames == self.chunk_frames:
+            return self
+        other = copy.copy(self)
+        other.chunk_frames = chunk_frames
+        return other
 
     def num_frames(self, samples: int) -> int:
         """Feature frames of a clip of that many samples."""

@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni.config.qwen2_5_omni import WhisperAudioEncoderConfig
-from omni.encoders.audio import FRAMES_HZ, AudioLayer, ClipState, sinusoids
-from omni.encoders.checks import check_clips, check_end, check_frames, check_open, check_seconds
+from omni.encoders.audio import AudioLayer, ClipState, sinusoids
+from omni.encoders.checks import (
+    FRAMES_HZ,
+    check_clips,
+    check_end,
+    check_frames,
+    check_open,
+    check_seconds,
+    chosen_chunk,
+    one_a_clip,
+)
 from omni.encoders.contract import AudioEncoderContract, EncoderOutput
 from omni.layers.packing import BlockPasses, PackedBlocks
 
@@ -63,11 +72,19 @@ class WhisperAudioEncoder(AudioEncoderContract):
         # The release holds it and nothing reads it: it is here so that a checkpoint comes back complete.
         self.audio_bos_eos_token = nn.Embedding(2, config.output_dim).requires_grad_(False)
 
-    def num_tokens(self, length: int) -> int:
-        """Tokens of a clip of `length` mel frames."""
+    def num_tokens(self, length: int, chunk_frames: int | None = None) -> int:
+        """Tokens of a clip of `length` mel frames. chunk_frames: None, or the frames of a block."""
+        self._check_cuts(None, chunk_frames)
         return num_whisper_tokens(length)
 
-    def window_frames(self, seconds: float) -> int:
+    def chunk_frames(self, seconds: float) -> int:
+        """A chunk in mel frames: the only one there is, a block.
+
+        Raises TypeError for what is not a number, ValueError for any other length.
+        """
+        return chosen_chunk(seconds, self.config.chunk_frames, None)
+
+    def window_frames(self, seconds: float, chunk_frames: int | None = None) -> int:
         """An attention window in mel frames, for `forward` and `init_state`: the only one there is, a block.
 
         Raises TypeError for what is not a number, ValueError for any other length.
@@ -81,16 +98,24 @@ class WhisperAudioEncoder(AudioEncoderContract):
         return self.config.chunk_frames
 
     def forward(
-        self, features: Tensor, lengths: Tensor | Sequence[int], window_frames: int | None = None
+        self,
+        features: Tensor,
+        lengths: Tensor | Sequence[int],
+        window_frames: int | Sequence[int] | None = None,
+        chunk_frames: int | Sequence[int] | None = None,
     ) -> EncoderOutput:
         """features [C, M, F], right-padded; lengths [C] in mel frames -> embeds [N, D_out] of all clips.
 
-        What lies beyond a clip's length is never read, and no clip changes another one's result. `window_frames` is
-        here for the encoders' common contract: None, or the frames of a block.
-        Raises ValueError for shapes or lengths that do not fit and for another window.
+        What lies beyond a clip's length is never read, and no clip changes another one's result. `window_frames` and
+        `chunk_frames` are here for the encoders' common contract: None, or the frames of a block.
+        Raises ValueError for shapes or lengths that do not fit and for another window or chunk.
         """
         frames = check_clips(features, lengths, self.config.num_mel_bins)
-        self._check_window(window_frames)
+        for cuts in zip(
+            one_a_clip("window_frames", window_frames, len(frames)),
+            one_a_clip("chunk_frames", chunk_frames, len(frames)),
+        ):
+            self._check_cuts(*cuts)
         if not frames:
             return EncoderOutput(self._no_embeds(), [], [])
         features = features.to(self.conv1.weight)
@@ -98,12 +123,12 @@ class WhisperAudioEncoder(AudioEncoderContract):
         embeds = self._encode([block for blocks in clips for block in blocks])
         return EncoderOutput(embeds, [self.num_tokens(n) for n in frames], [])
 
-    def init_state(self, window_frames: int | None = None) -> ClipState:
+    def init_state(self, window_frames: int | None = None, chunk_frames: int | None = None) -> ClipState:
         """The state before the first frame of a clip, in the dtype and on the device of the parameters.
 
-        `window_frames` as in `forward`; raises ValueError as there.
+        `window_frames` and `chunk_frames` as in `forward`; raises ValueError as there.
         """
-        self._check_window(window_frames)
+        self._check_cuts(window_frames, chunk_frames)
         return ClipState(tail=self.conv1.weight.new_zeros(self.config.num_mel_bins, self.config.chunk_frames))
 
     @torch.no_grad()
@@ -160,10 +185,15 @@ class WhisperAudioEncoder(AudioEncoderContract):
             return x.flatten(0, 1)
         return torch.cat([row[:count] for row, count in zip(x, counts)])
 
-    def _check_window(self, window_frames: int | None) -> None:
-        chunk = self.config.chunk_frames
-        if window_frames not in (None, chunk):
+    def _check_cuts(self, window_frames: int | None, chunk_frames: int | None) -> None:
+        block = self.config.chunk_frames
+        if window_frames not in (None, block):
             raise ValueError(
                 f"attention window of {window_frames} mel frames is not possible: this encoder attends in blocks of "
-                f"{chunk}; leave the window out"
+                f"{block}; leave the window out"
+            )
+        if chunk_frames not in (None, block):
+            raise ValueError(
+                f"chunks of {chunk_frames} mel frames are not possible: this encoder cuts sound into blocks of "
+                f"{block}; leave the chunk out"
             )

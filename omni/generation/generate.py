@@ -77,6 +77,11 @@ def start(model: ModelParts, inputs: OmniInputs, args: TurnArguments, streaming:
         raise ValueError("stop needs text: load the model with its tokenizer files, or set model.processor")
     if model.processor is None and args.tools:
         raise ValueError("tools need text: load the model with its tokenizer files, or set model.processor")
+    if (chunk_s := streaming.audio_chunk_s) is not None and any(own != chunk_s for own, _ in inputs.audio_cuts()):
+        raise ValueError(
+            f"streaming.audio_chunk_s is {chunk_s:g} s, and the inputs hold sound laid out in other chunks; make them "
+            f"with processor(..., audio_chunk_s={chunk_s:g})"
+        )
     with model.reading_threads(inputs.input_ids.numel()):
         return _start(model, inputs, args, streaming)
 

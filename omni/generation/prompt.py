@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from omni.encoders.contract import chosen_cuts
 from omni.parts import ModelParts
 from omni.processing.inputs import OmniInputs
 from omni.rope.positions import Segment, prompt_positions, reply_position
@@ -58,6 +60,7 @@ def encode_prompt(
     thinker = model.require("thinker")
     config, device = model.config.thinker, model.device
     _check(model, inputs)
+    cuts = [chosen_cuts(model.audio_encoder, *own) for own in inputs.audio_cuts()]
     segments = inputs.segments(config, None if model.audio_encoder is None else model.audio_encoder.num_tokens)
     laid_out = [prompt_positions(own, config.position_rule)[0] for own in segments]
     following = [reply_position(own) for own in laid_out]
@@ -66,7 +69,7 @@ def encode_prompt(
     ids, lengths, columns = _left_align(inputs)
     valid = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     embeds = thinker.embed_tokens(ids) * valid[..., None]
-    embeds, taps, media = _merge_media(model, inputs, ids, embeds, valid, touch_absent)
+    embeds, taps, media = _merge_media(model, inputs, ids, embeds, valid, cuts, touch_absent)
     positions = torch.zeros(3, *ids.shape)
     for row, own in enumerate(laid_out):
         positions[:, row, : own.shape[1]] = own
@@ -146,9 +149,15 @@ def _no_vision(model: ModelParts) -> Tensor | float:
 
 
 def _merge_media(
-    model: ModelParts, inputs: OmniInputs, ids: Tensor, embeds: Tensor, valid: Tensor, touch_absent: bool
+    model: ModelParts,
+    inputs: OmniInputs,
+    ids: Tensor,
+    embeds: Tensor,
+    valid: Tensor,
+    cuts: Sequence[Mapping[str, int]],
+    touch_absent: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Encode all media of the batch and put them in place -> (embeds, taps, media mask).
+    """Encode all media of the batch, clips cut by `cuts`, and put them in place -> (embeds, taps, media mask).
 
     Audio comes before vision and each encoder is called once at most, with touch_absent exactly once: processes that
     share their weights then meet in the same calls, whatever they read.
@@ -157,7 +166,7 @@ def _merge_media(
     masks = {kind: (ids == getattr(config, f"{kind}_token_id")) & valid for kind in ("audio", "image", "video")}
     if inputs.input_features is not None:
         assert inputs.feature_attention_mask is not None
-        out = model.encode_audio(inputs.input_features, inputs.feature_attention_mask.sum(1))
+        out = model.encode_audio(inputs.input_features, inputs.feature_attention_mask.sum(1), cuts)
         embeds = merge_embeddings(embeds, masks["audio"], out.embeds)
     elif touch_absent:
         embeds = embeds + _no_audio(model)

@@ -13,13 +13,16 @@ from omni.code2wav.ode_sampler import ODEConfig
 
 @dataclass(frozen=True)
 class StreamingConfig:
-    """How a turn streams. None of these changes what is said, except the audio window.
+    """How a turn streams. None of these changes what is said, except the audio window and the audio chunk.
 
     chunk_frames: frames a chunk of sound, one after the other, the last value for all that follow (a frame is 80 ms in
     the release): small first chunks answer early, larger ones later cost less. text_ahead: reply tokens that the
     Thinker may be ahead of the frames spoken. prefill_tokens: prompt tokens read in one piece at most, so that running
     streams of an engine do not wait long. audio_window_s: attention window of the audio encoder in seconds of a
     session's input (None: the checkpoint's, 8 s in the release); a shorter one lets reading follow speech closely.
+    audio_chunk_s: seconds of sound that the encoder convolves together (None: the checkpoint's, 1 s of 13 tokens in the
+    release); there also a multiple of 0.08 s below that, of a token each: 0.48 is heard as 6 tokens. The window is a
+    multiple of it. It is a session's; inputs of `stream` say their own (`audio_chunk_s` of the processor).
     silence_s, loop_frames: speech is ended as runaway after that much silence, or when codebook 0 has repeated itself
     with one period for that many frames (the default is 20 s in the release, 5 s in Qwen2.5-Omni's). codec_schedule,
     codec_ode: of a codec decoder that draws sound by windows (`Token2Wav`): how codes are cut (None: its own way;
@@ -31,6 +34,7 @@ class StreamingConfig:
     text_ahead: int = 1
     prefill_tokens: int = 512
     audio_window_s: float | None = None
+    audio_chunk_s: float | None = None
     silence_s: float | None = 10.0
     loop_frames: int | None = 250
     codec_schedule: ChunkSchedule | str | None = None
@@ -44,7 +48,7 @@ class StreamingConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("audio_window_s", "silence_s", "loop_frames"):
+        for name in ("audio_window_s", "audio_chunk_s", "silence_s", "loop_frames"):
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)
             if value is not None and not (number and value > 0):

@@ -18,6 +18,8 @@ from torch import Tensor
 from omni.config.family import family_of
 from omni.config.keywords import nearest
 from omni.config.model import ThinkerConfig
+from omni.encoders.checks import FRAMES_HZ
+from omni.encoders.contract import chosen_rate
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, parse_segments
 
 # What a transformers processor may return beside the fields; nothing here is needed to run the model.
@@ -28,6 +30,7 @@ _INTEGERS = (
     *("input_ids", "attention_mask", "feature_attention_mask", "image_grid_thw", "video_grid_thw"),
     "reply_start",
 )
+_CUTS = ("audio_chunk_s", "audio_window_s")
 _FEATURES = ("input_features", "pixel_values", "pixel_values_videos")
 
 
@@ -43,6 +46,9 @@ class OmniInputs:
         attention_mask: int64 [B, T], 1 on tokens, 0 on padding (None: no padding).
         input_features: float [A, M, F] log-mel of every clip, in the order of the prompts.
         feature_attention_mask: int64 [A, F], 1 on the clip's frames (None: all frames count).
+        audio_chunk_s, audio_window_s: float64 [A], or one number for all clips: seconds of the chunks into which the
+            audio encoder cuts a clip, and of its attention window (None: the checkpoint's). The placeholders of a clip
+            are those of its chunks.
         pixel_values: float [P, D] patches of all images; image_grid_thw: int64 [N, 3].
         pixel_values_videos: float [P, D] patches of all videos; video_grid_thw: int64 [V, 3].
         video_second_per_grid: float32 [V], seconds between two grid steps.
@@ -57,6 +63,8 @@ class OmniInputs:
     attention_mask: Tensor
     input_features: Tensor | None = None
     feature_attention_mask: Tensor | None = None
+    audio_chunk_s: Tensor | None = None
+    audio_window_s: Tensor | None = None
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
     pixel_values_videos: Tensor | None = None
@@ -84,6 +92,8 @@ class OmniInputs:
         _check_mask(self.input_ids, self.attention_mask)
         _check_starts(self.input_ids, self.reply_start)
         _check_audio(self)
+        for name in _CUTS:
+            setattr(self, name, _one_a_clip(name, getattr(self, name), self.feature_attention_mask))
         _check_grid("pixel_values", self.pixel_values, "image_grid_thw", self.image_grid_thw)
         _check_grid("pixel_values_videos", self.pixel_values_videos, "video_grid_thw", self.video_grid_thw)
         _check_times(self)
@@ -99,7 +109,7 @@ class OmniInputs:
     def to(self, device: Union[torch.device, str, int, None] = None, dtype: torch.dtype | None = None) -> OmniInputs:
         """A copy on `device`. `dtype` casts pixel values and mel features; ids, masks, grids and times keep theirs.
 
-        Times stay on the CPU, where positions are computed.
+        Times and chunks stay on the CPU, where positions are computed.
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"OmniInputs.to takes a device first, got {device}; write to(dtype={device})")
@@ -119,12 +129,12 @@ class OmniInputs:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def segments(self, config: ThinkerConfig, audio_tokens: Callable[[int], int] | None = None) -> list[list[Segment]]:
+    def segments(self, config: ThinkerConfig, audio_tokens: Callable[..., int] | None = None) -> list[list[Segment]]:
         """What lies where in every prompt, padding removed: one list of segments a row.
 
-        `audio_tokens` gives the tokens of a clip of so many mel frames (None: as the config's encoder). Raises
-        ValueError where placeholders in the ids and media features disagree, or where the model has no encoder for a
-        medium.
+        `audio_tokens` gives the tokens of a clip of so many mel frames (None: as the config's encoder), with the
+        keyword `chunk_frames` in chunks that were chosen. Raises ValueError where placeholders in the ids and media
+        features disagree, or where the model has no encoder for a medium.
         """
         tokens = MediaTokens(
             audio=config.audio_token_id,
@@ -173,15 +183,35 @@ class OmniInputs:
         seconds = float(self.video_second_per_grid[index])
         return tuple(step * seconds for step in range(int(self.video_grid_thw[index, 0])))
 
-    def _audios(self, config: ThinkerConfig, audio_tokens: Callable[[int], int] | None) -> list[Audio]:
+    def _audios(self, config: ThinkerConfig, audio_tokens: Callable[..., int] | None) -> list[Audio]:
         if self.feature_attention_mask is None:
             return []
+        audio = config.audio_config
         if audio_tokens is None:
-            if config.audio_config is None:
+            if audio is None:
                 raise ValueError("the inputs hold audio but this model has no audio encoder; leave the audio out")
-            audio = config.audio_config
             audio_tokens = family_of(audio).token_counter(audio.chunk_frames)
-        return [Audio(audio_tokens(int(frames))) for frames in self.feature_attention_mask.sum(-1).tolist()]
+        own = 0 if audio is None else audio.chunk_frames
+        lengths = self.feature_attention_mask.sum(-1).tolist()
+        chunks = [None if chunk_s is None else round(chunk_s * FRAMES_HZ) for chunk_s, _ in self.audio_cuts()]
+        return [clip(audio_tokens, int(frames), chunk, own) for frames, chunk in zip(lengths, chunks)]
+
+    def audio_cuts(self) -> list[tuple[float | None, float | None]]:
+        """Chunk and attention window of each clip in seconds, None for the checkpoint's."""
+        clips = 0 if self.feature_attention_mask is None else len(self.feature_attention_mask)
+        chunks, windows = (
+            [None] * clips if values is None else values.tolist()
+            for values in (self.audio_chunk_s, self.audio_window_s)
+        )
+        return list(zip(chunks, windows))
+
+
+def clip(audio_tokens: Callable[..., int], frames: int, chunk_frames: int | None, own_frames: int = 0) -> Audio:
+    """A clip of so many mel frames, in chunks of `chunk_frames` (None: the encoder's own, of `own_frames`)."""
+    if chunk_frames is None:
+        return Audio(audio_tokens(frames))
+    rate = chosen_rate(audio_tokens, chunk_frames, own_frames)
+    return Audio(audio_tokens(frames, chunk_frames=chunk_frames), rate)
 
 
 def _merge_size(config: ThinkerConfig, media: str) -> int:
@@ -204,6 +234,8 @@ def _read_field(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError(f"use_audio_in_video must be None, True or False, got {value!r}")
         return value
+    if name in _CUTS:
+        return _read_times(name, value)
     if name == "video_grid_times":
         return [_read_times(f"video_grid_times[{i}]", times) for i, times in enumerate(value)]
     tensor = _tensor(name, value)
@@ -276,6 +308,19 @@ def _check_audio(inputs: OmniInputs) -> None:
     if not bool((mask.sum(-1) > 0).all()):
         raise ValueError("input_features hold a clip without frames; leave empty clips out")
     _check_finite("input_features", features)
+
+
+def _one_a_clip(name: str, values: Tensor | None, clips: Tensor | None) -> Tensor | None:
+    """Seconds of each clip, positive; None without clips."""
+    if values is None or clips is None:
+        return None
+    if values.dim() == 0:
+        values = values.expand(len(clips)).clone()
+    if values.shape != (len(clips),):
+        raise ValueError(f"{name} must be one number, or one for each of {len(clips)} clips, got {values.tolist()}")
+    if not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise ValueError(f"{name} must be positive numbers of seconds, got {values.tolist()}")
+    return values
 
 
 def _check_grid(pixels_name: str, pixels: Tensor | None, grid_name: str, grid: Tensor | None) -> None:

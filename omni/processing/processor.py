@@ -7,7 +7,7 @@ for the positions in the model alike. Every medium is processed alone, so what s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni.config.keywords import check_flags, names_keywords, nearest
+from omni.config.keywords import check_flags, names_keywords
 from omni.config.writing import atomic_folder
-from omni.encoders.mel import LEVELS, LogMel
+from omni.encoders.checks import chosen_chunk
+from omni.encoders.mel import LogMel
 from omni.processing.audio_file import join_clips, load_audio
+from omni.processing.call_options import CallOptions, usable
 from omni.processing.files import ProcessorFiles, build_tokenizer, choose_templates, load_files
-from omni.processing.inputs import OmniInputs
+from omni.processing.inputs import OmniInputs, clip
 from omni.processing.media_budget import DEFAULT_BUDGET, MediaBudget
 from omni.processing.messages import Medium, located, read_conversation, split_batch
 from omni.processing.sources import describe, is_source
@@ -29,39 +31,15 @@ from omni.processing.template import ChatTokenizer, built_in_template
 from omni.processing.token_budget import TokenBudget
 from omni.processing.tool_turns import ToolTurns
 from omni.processing.video_file import DEFAULT_FPS
-from omni.processing.vision import PixelBudget, VisionProcessor
+from omni.processing.vision import VisionProcessor
 from omni.rope.positions import Audio, AudioVideo, Image, MediaTokens, Segment, Video, placeholder_ids
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """What a call asks of all its media; an item's own options win."""
-
-    use_audio_in_video: bool | None = None
-    fps: float | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    total_pixels: int | None = None
-    max_frames: int | None = None
-    mel_level: str = "clip"
-    device: torch.device | None = None
-    media_budget: MediaBudget = DEFAULT_BUDGET
-
-    def __post_init__(self) -> None:
-        if self.use_audio_in_video is not None and not isinstance(self.use_audio_in_video, bool):
-            raise TypeError(f"use_audio_in_video must be None, True or False, got {self.use_audio_in_video!r}")
-        if not isinstance(self.media_budget, MediaBudget):
-            raise TypeError(f"media_budget must be a MediaBudget, got {self.media_budget!r}")
-
-    def budget(self, options: Mapping[str, Any]) -> PixelBudget:
-        names = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
-        return PixelBudget(*(options.get(name, getattr(self, name, None)) for name in names))
 
 
 @dataclass
 class _Batch:
-    """Features of a batch's media in prompt order, collected row by row."""
+    """Features of a batch's media in prompt order, collected row by row. chunk_frames: of sound, None for the own."""
 
+    chunk_frames: int | None = None
     mels: list[Tensor] = field(default_factory=list)
     image_pixels: list[Tensor] = field(default_factory=list)
     image_grids: list[list[int]] = field(default_factory=list)
@@ -99,7 +77,9 @@ class OmniProcessor:
             chunk_frames=2 * files.n_window,
             end=family.clip_end,
         )
-        self.audio_tokens: Callable[[int], int] = family.token_counter(self.log_mel.chunk_frames)
+        own = self.log_mel.chunk_frames
+        self.audio_tokens: Callable[..., int] = family.token_counter(own)
+        self.chunk_frames: Callable[[float], int] = partial(chosen_chunk, own_frames=own, step_frames=family.chunk_step)
         self.position_rule = files.position_rule
         self.speech_system = family.speech_system
         self.media_budget = DEFAULT_BUDGET
@@ -164,6 +144,8 @@ class OmniProcessor:
         total_pixels: int | None = None,
         max_frames: int | None = None,
         mel_level: str = "clip",
+        audio_chunk_s: float | None = None,
+        audio_window_s: float | None = None,
         device: torch.device | str | None = None,
         media_budget: MediaBudget | None = None,
     ) -> OmniInputs:
@@ -190,14 +172,14 @@ class OmniProcessor:
                 frames (default: 128000 * 0.9 tokens, Qwen's own recipe: 117964800 pixels where a token has 32 x 32).
             max_frames: most frames taken from one video (default 768).
             mel_level: the reference level of the log-mel features: "clip" takes each clip's loudest value, "causal" the
-                loudest up to the end of each second, as sessions do.
+                loudest up to the end of each chunk (a second), as sessions do.
+            audio_chunk_s, audio_window_s: chunks into which the audio encoder is to cut sound, and its attention window
+                (None: the checkpoint's), as in `StreamingConfig`; `OmniInputs` take them to the model.
             device: where features are computed from decoded sound and pictures, and where the inputs lie (None: CPU).
             media_budget: what one medium may cost while it is decoded (None: the attribute `media_budget`).
 
         Raises ValueError, TypeError, FileNotFoundError or OSError naming the message or medium and the remedy.
         """
-        if mel_level not in LEVELS:
-            raise ValueError(f"unknown mel_level {mel_level!r}; {nearest(str(mel_level), LEVELS)}")
         check_flags(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -211,7 +193,9 @@ class OmniProcessor:
             total_pixels,
             max_frames,
             mel_level,
-            _usable(device),
+            audio_chunk_s,
+            audio_window_s,
+            usable(device),
             self.media_budget if media_budget is None else media_budget,
         )
         template_options: dict[str, Any] = {
@@ -221,7 +205,7 @@ class OmniProcessor:
         }
         if enable_thinking is not None:
             template_options["enable_thinking"] = enable_thinking
-        batch = _Batch()
+        batch = _Batch(None if audio_chunk_s is None else self.chunk_frames(audio_chunk_s))
         rows = []
         given = split_batch(messages)
         for number, row in enumerate(given):
@@ -235,7 +219,7 @@ class OmniProcessor:
                 ids = chat.encode_chat(conversation.messages, tools, check=check, **template_options)
                 budget.spend(len(ids), "text")
                 rows.append(self._expand(ids, conversation.media, options, batch, budget))
-        inputs = self._pack(rows, batch)
+        inputs = self._pack(rows, batch, options)
         if continue_final_message:
             width = inputs.input_ids.shape[1]
             inputs.reply_start = torch.tensor([width - len(row) + self.chat.reply_start(row) for row in rows])
@@ -349,15 +333,16 @@ class OmniProcessor:
             part = own.get("audio_start", 0.0), own.get("audio_end")
             rate = own.get("sampling_rate")
             samples = load_audio(medium.source, rate, options.device, options.media_budget, *part)
-            if self._clip_tokens(samples.numel()) == 0:
-                least = next((n for n in range(1, self.log_mel.sample_rate) if self._clip_tokens(n)), None)
+            tokens = partial(self._clip_tokens, chunk_frames=batch.chunk_frames)
+            if tokens(samples.numel()) == 0:
+                least = next((n for n in range(1, self.log_mel.sample_rate) if tokens(n)), None)
                 if least is None:
                     raise ValueError("the audio encoder's num_tokens gives no token for any clip of up to a second")
                 raise ValueError(
                     f"audio {describe(medium.source)} is too short: {samples.numel()} samples at 16 kHz; at least "
                     f"{least} ({1000 * least / self.log_mel.sample_rate:.3g} ms) are needed"
                 )
-            check(self._clip_tokens(samples.numel()))
+            check(tokens(samples.numel()))
             segment = self._add_clip(samples, options, batch)
         elif medium.kind == "image":
             limits = options.budget(medium.options)
@@ -371,14 +356,15 @@ class OmniProcessor:
         budget.spend(len(ids), name)
         return [self.tokens.audio_start, *ids, self.audio_end_id] if isinstance(segment, AudioVideo) else ids
 
-    def _clip_tokens(self, samples: int) -> int:
+    def _clip_tokens(self, samples: int, chunk_frames: int | None) -> int:
         """Audio tokens of a clip; none for what is shorter than one mel frame."""
-        return 0 if samples < self.log_mel.hop_length else self.audio_tokens(self.log_mel.num_frames(samples))
+        frames = self.log_mel.num_frames(samples)
+        return 0 if samples < self.log_mel.hop_length else clip(self.audio_tokens, frames, chunk_frames).length
 
     def _add_clip(self, samples: Tensor, options: CallOptions, batch: _Batch) -> Audio:
-        mel = self.log_mel(samples.to(options.device), options.mel_level)
+        mel = self.log_mel.in_chunks(batch.chunk_frames)(samples.to(options.device), options.mel_level)
         batch.mels.append(mel)
-        return Audio(self.audio_tokens(mel.shape[1]))
+        return clip(self.audio_tokens, mel.shape[1], batch.chunk_frames, self.log_mel.chunk_frames)
 
     def _add_video(
         self, medium: Medium, options: CallOptions, batch: _Batch, check: Callable[[int], None]
@@ -391,25 +377,25 @@ class OmniProcessor:
             raise ValueError("a video item has nframes or fps, not both: each says how many frames are taken")
         settings = {"fps": options.fps, "max_frames": options.max_frames, **medium.options}
         budget = options.budget(medium.options)
-        clip = self.vision.video(
+        film = self.vision.video(
             medium.source, settings, budget, want_sound, options.device, options.media_budget, check
         )
-        batch.video_pixels.append(clip.pixels)
-        batch.video_grids.append(clip.grid)
-        batch.video_times.append(torch.tensor(clip.grid_times_s, dtype=torch.float64))
-        steps = len(clip.grid_times_s) - 1
+        batch.video_pixels.append(film.pixels)
+        batch.video_grids.append(film.grid)
+        batch.video_times.append(torch.tensor(film.grid_times_s, dtype=torch.float64))
+        steps = len(film.grid_times_s) - 1
         fallback = self.vision.temporal_patch_size / (settings["fps"] or DEFAULT_FPS)
-        span = clip.grid_times_s[-1] - clip.grid_times_s[0]
+        span = film.grid_times_s[-1] - film.grid_times_s[0]
         batch.video_seconds.append(span / steps if span > 0 else fallback)
         merge = self.vision.merge_size
-        video = Video(tuple(clip.grid_times_s), clip.grid[1] // merge, clip.grid[2] // merge)
-        if clip.sound is None or self._clip_tokens(clip.sound.numel()) == 0:
+        video = Video(tuple(film.grid_times_s), film.grid[1] // merge, film.grid[2] // merge)
+        if film.sound is None or self._clip_tokens(film.sound.numel(), batch.chunk_frames) == 0:
             if own:
-                raise ValueError(f"video {clip.name} has no sound, but use_audio_in_video is set for it; leave it out")
+                raise ValueError(f"video {film.name} has no sound, but use_audio_in_video is set for it; leave it out")
             return video
-        return AudioVideo(video, self._add_clip(clip.sound, options, batch))
+        return AudioVideo(video, self._add_clip(film.sound, options, batch))
 
-    def _pack(self, rows: list[list[int]], batch: _Batch) -> OmniInputs:
+    def _pack(self, rows: list[list[int]], batch: _Batch, options: CallOptions) -> OmniInputs:
         """Rows padded on the left, and the media side by side."""
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
@@ -421,6 +407,7 @@ class OmniProcessor:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if batch.mels:
             inputs["input_features"], inputs["feature_attention_mask"] = join_clips(batch.mels)
+            inputs |= {"audio_chunk_s": options.audio_chunk_s, "audio_window_s": options.audio_window_s}
         if batch.image_grids:
             inputs["pixel_values"] = _join(batch.image_pixels)
             inputs["image_grid_thw"] = torch.tensor(batch.image_grids)
@@ -430,18 +417,6 @@ class OmniProcessor:
             inputs["video_second_per_grid"] = torch.tensor(batch.video_seconds)
             inputs["video_grid_times"] = batch.video_times
         return OmniInputs(**inputs)
-
-
-def _usable(device: torch.device | str | None) -> torch.device | None:
-    """The device, after one value was put there; ValueError if this machine does not have it."""
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
-    return found
 
 
 def _join(pixels: Sequence[Tensor]) -> Tensor:

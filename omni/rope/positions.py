@@ -29,9 +29,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Audio:
-    """A clip of `length` audio tokens."""
+    """A clip of `length` audio tokens.
+
+    rate: tokens a second, where they are other than the positions that the rule gives a second: sound in chunks that
+    were chosen. A video takes the rate of its sound, so that both tell the same time.
+    """
 
     length: int
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ def interleave(segment: AudioVideo, rate: Rule) -> tuple[bool, ...]:
     """
     if segment.order is not None:
         return segment.order
-    return tuple(video for run in _runs(segment, PositionRule.of(rate)) for video in [run.video] * run.tokens)
+    rule = PositionRule.of(rate).at(segment.audio.rate)
+    return tuple(video for run in _runs(segment, rule) for video in [run.video] * run.tokens)
 
 
 def _runs(segment: AudioVideo, rule: PositionRule) -> Iterator[Run]:
@@ -167,6 +173,7 @@ def segment_positions(segment: Segment, start: float, rate: Rule) -> tuple[Tenso
     elif isinstance(segment, Video):
         positions = _grid_positions(step_positions(segment.times, rule), segment.height, segment.width, start)
     else:
+        rule = rule.at(segment.audio.rate)
         taken = interleave(segment, rule)
         order = torch.tensor(taken)
         video, _ = segment_positions(segment.video, start, rule)

@@ -63,7 +63,7 @@ class Attached:
         """Make the conversation, in an empty row."""
         self._conversation = Conversation(self.model.config.thinker.text_config.max_position_embeddings)
         self._reader = RowReader(rows, row, self.streaming.prefill_tokens)
-        self._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
+        self._encoders = Encoders(self.model, self.processor, self.streaming, rows.stage)
 
     def _write_beginning(self, system: str | None) -> None:
         """Write what comes before the first user turn: what the chat template writes there."""
@@ -203,7 +203,7 @@ class Attached:
 
     def _encoders_to(self, rows: Rows) -> None:
         """Let the encoders note their times where these rows do."""
-        self._encoders = Encoders(self.model, self.processor, self.streaming.audio_window_s, rows.stage)
+        self._encoders = Encoders(self.model, self.processor, self.streaming, rows.stage)
         if self._conversation.open is not None:
             self._conversation.open.move(self._encoders)
 

@@ -67,7 +67,7 @@ def save_session(session: OmniSession, folder: Path) -> None:
         "open": None if conversation.open is None else _put_turn(conversation.open, tensors),
         "tools": session.tools,
         "speaker": session.speaker,
-        "streaming": dataclasses.asdict(session.streaming),
+        "streaming": _put_streaming(session.streaming),
         "use_audio_in_video": session.use_audio_in_video,
         "keep_media": session.keep_media,
         "media_bytes": session.media_bytes,
@@ -85,6 +85,12 @@ def save_session(session: OmniSession, folder: Path) -> None:
     with atomic_folder(folder) as target:
         (target / "session.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, target / "session.safetensors")
+
+
+def _put_streaming(streaming: StreamingConfig) -> dict[str, Any]:
+    """Without a chunk that is not chosen: such a file is one that versions without chunks write and read."""
+    values = dataclasses.asdict(streaming)
+    return {name: value for name, value in values.items() if name != "audio_chunk_s" or value is not None}
 
 
 class SavedSession:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from omni.config.positions import PositionRule
+from omni.encoders.contract import chosen_cuts, chosen_rate
 from omni.encoders.resample import StreamingResampler
+from omni.generation.streaming_config import StreamingConfig
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import VideoPixels, VisionProcessor
@@ -39,13 +41,16 @@ class AudioFrontEnd:
         self,
         model: ModelParts,
         processor: OmniProcessor,
-        window_s: float | None,
+        streaming: StreamingConfig,
         stage: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.encoder = encoder = model.require("audio_encoder")
-        self.model, self.log_mel, self.stage = model, processor.log_mel, stage
-        window = None if window_s is None else encoder.window_frames(window_s)
-        self.mel_state, self.encoder_state = self.log_mel.init_state(), encoder.init_state(window)
+        cuts = chosen_cuts(encoder, streaming.audio_chunk_s, streaming.audio_window_s)
+        chunk, own = cuts.get("chunk_frames"), processor.log_mel.chunk_frames
+        self.model, self.log_mel, self.stage = model, processor.log_mel.in_chunks(chunk), stage
+        self.rate = chosen_rate(encoder.num_tokens, chunk, own)  # tokens a second, None: as the position rule says
+        self.mel_state = self.log_mel.init_state()
+        self.encoder_state = encoder.init_state(cuts.pop("window_frames", None), **cuts)
         self.rate_hz = SAMPLE_RATE_HZ
         self.resampler: StreamingResampler | None = None
         self.resampler_state: Any = None
@@ -191,7 +196,7 @@ class OpenVideo:
         """A video whose first frame was shown at `first_s`. Without sound it is one piece, not cut into chunks."""
         if front_end is None:
             return cls(first_s, None, Interleave(replace(rule, chunk_s=None), sound_over=True))
-        return cls(first_s, front_end, Interleave(rule))
+        return cls(first_s, front_end, Interleave(rule.at(front_end.rate)))
 
     def clone(self) -> OpenVideo:
         """An independent copy."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from omni.config.positions import PositionRule
+from omni.generation.streaming_config import StreamingConfig
 from omni.parts import ModelParts
 from omni.processing.processor import OmniProcessor
 from omni.processing.vision import VideoPixels
@@ -23,17 +24,17 @@ from omni.session.live_media import AudioFrontEnd, OpenClip, OpenVideo
 
 @dataclass(frozen=True)
 class Encoders:
-    """What turns media into embeddings: the model's encoders, what prepares their input, and the audio window in
-    seconds (None: the checkpoint's). stage: notes the time that they take."""
+    """What turns media into embeddings: the model's encoders, what prepares their input, and the audio chunk and window
+    of `streaming`. stage: notes the time that they take."""
 
     model: ModelParts
     processor: OmniProcessor
-    window_s: float | None
+    streaming: StreamingConfig
     stage: Callable[[str], AbstractContextManager[None]]
 
     def sound(self) -> AudioFrontEnd:
         """For a clip that arrives in pieces. Raises ValueError without an audio encoder."""
-        return AudioFrontEnd(self.model, self.processor, self.window_s, self.stage)
+        return AudioFrontEnd(self.model, self.processor, self.streaming, self.stage)
 
     def pictures(self, pixels: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Patches of a picture, or of grid steps [t, h, w] -> embeddings [n, D] and taps [n_taps, n, D]."""

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from omni.encoders.contract import chosen_cuts
 from omni.generation.arguments import speaker_name
 from omni.generation.streaming_config import StreamingConfig
 from omni.parts import ModelParts
@@ -37,9 +38,9 @@ def check_speaker(model: ModelParts, speaker: Any) -> None:
 
 
 def check_window(model: ModelParts, streaming: StreamingConfig) -> None:
-    """The audio window is one that the encoder can have. Raises TypeError or ValueError."""
-    if model.audio_encoder is not None and streaming.audio_window_s is not None:
-        model.audio_encoder.window_frames(streaming.audio_window_s)
+    """The audio chunk and window are ones that the encoder can have. Raises TypeError or ValueError."""
+    if model.audio_encoder is not None:
+        chosen_cuts(model.audio_encoder, streaming.audio_chunk_s, streaming.audio_window_s)
 
 
 def check_text(name: str, value: Any) -> None:

@@ -114,10 +114,23 @@ def test_realtime_misuse_and_failures(tiny_checkpoint: Path, tmp_path: Path, cap
     assert "one sound" in fails(capsys, *ask, "--audio", "a", "--video", "b", "--use-audio-in-video", code=2)
     assert "'-1'" in fails(capsys, *ask, "--audio", "a", "--pace=-1", code=2)
     assert "'0'" in fails(capsys, *ask, "--audio", "a", "--audio-window", "0", code=2)
+    assert "'0'" in fails(capsys, *ask, "--audio", "a", "--audio-chunk", "0", code=2)
     assert "--realtime" in fails(capsys, "chat", "--model", "x", "--pace", "0", "Hi", code=2)
     assert "--play" in fails(capsys, "chat", "--model", "x", "--no-audio", "--play", "Hi", code=2)
     missing = ("chat", "--model", tiny_checkpoint, "--realtime", "--no-audio", "--audio", tmp_path / "missing.wav")
     assert "missing.wav" in fails(capsys, *missing)
+    half = (
+        "chat",
+        "--model",
+        tiny_checkpoint,
+        "--no-audio",
+        "--audio",
+        TOY_DATA / "question.wav",
+        "--audio-chunk",
+        "0.5",
+    )
+    for how in ((), ("--realtime",)):
+        assert "audio_chunk_s of 0.5 s is not possible" in fails(capsys, *half, *how)
 
 
 # --- info

@@ -58,6 +58,7 @@ def test_realtime_shows_text_and_times_and_writes_the_answer(
     [
         ("--video", TOY_DATA / "clip.mp4", "--use-audio-in-video"),
         ("--video", TOY_DATA / "clip.mp4", "--audio", TOY_DATA / "question.wav", "--audio-window", "1"),
+        ("--audio", TOY_DATA / "question.wav", "--audio-chunk", "0.48", "--audio-window", "0.96"),
         (
             "--video",
             TOY_DATA / "clip.mp4",
@@ -68,7 +69,7 @@ def test_realtime_shows_text_and_times_and_writes_the_answer(
             "Be brief.",
         ),
     ],
-    ids=["its own sound", "another sound", "silent"],
+    ids=["its own sound", "another sound", "shorter chunks", "silent"],
 )
 def test_realtime_video(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, words: tuple[str, ...]

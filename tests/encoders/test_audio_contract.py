@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omni.encoders.contract import AudioEncoderContract, EncoderOutput
+from omni.encoders.contract import AudioEncoderContract, EncoderOutput, chosen_cuts
 
 
 class Means(AudioEncoderContract):
@@ -71,6 +71,13 @@ def test_what_it_refuses() -> None:
         encoder.window_frames("1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no window of 100 frames"):
         encoder.init_state(100)
+    with pytest.raises(ValueError, match=r"audio_chunk_s of 0.48 s is not possible: Means has no chunks to be chosen"):
+        chosen_cuts(encoder, 0.48, None)
+    with pytest.raises(TypeError, match="number of seconds"):
+        encoder.chunk_frames("1")  # type: ignore[arg-type]
+    assert chosen_cuts(encoder, None, None) == {}
+    with pytest.raises(ValueError, match="without its chunks of 14 frames; give it init_state, step and finish"):
+        encoder.init_state(chunk_frames=14)
 
 
 def test_a_state_has_the_type_and_the_place_of_the_parameters() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +31,14 @@ def make_encoder(seed: int = 0, **changes: int) -> AudioEncoder:
         return draw(AudioEncoder(AudioEncoderConfig.from_dict({**SIZES, **changes})))
 
 
-def encode(encoder: AudioEncoder, *clips: torch.Tensor, window_frames: int | None = None) -> list[torch.Tensor]:
+def encode(encoder: AudioEncoder, *clips: torch.Tensor, window_frames: Any = None, **cuts: Any) -> list[torch.Tensor]:
     """Embeddings of each clip [M, F], encoded together; the padding is rubbish that must not be read."""
     longest = max(clip.shape[1] for clip in clips)
     features = torch.full((len(clips), clips[0].shape[0], longest), 1e3)
     for row, clip in zip(features, clips):
         row[:, : clip.shape[1]] = clip
     with torch.no_grad():
-        out = encoder(features, torch.tensor([clip.shape[1] for clip in clips]), window_frames)
+        out = encoder(features, torch.tensor([clip.shape[1] for clip in clips]), window_frames, **cuts)
     assert out.taps == []
     return list(out.embeds.split(out.lengths))
 
@@ -137,6 +138,62 @@ def test_window_in_seconds() -> None:
     for frames in (150, 0):
         with pytest.raises(ValueError, match="multiple of one chunk of 100"):
             encoder.init_state(frames)
+
+
+@pytest.mark.parametrize("chunk", [8, 48, 96])
+def test_a_chosen_chunk_is_that_of_an_encoder_made_for_it(chunk: int) -> None:
+    encoder, made_for_it = make_encoder(), make_encoder(n_window=chunk // 2, n_window_infer=200)
+    made_for_it.load_state_dict(encoder.state_dict())
+    clips = [torch.randn(16, n) for n in (5, chunk, 130, 470)]
+    for window in (None, 2 * chunk):
+        expected = encode(made_for_it, *clips, window_frames=window)
+        for own, found in zip(expected, encode(encoder, *clips, window_frames=window, chunk_frames=chunk)):
+            assert torch.equal(own, found)
+    lengths = range(1, 500)
+    counts = [encoder.num_tokens(n, chunk) for n in lengths]
+    assert counts == [made_for_it.num_tokens(n) for n in lengths] and counts[-1] != encoder.num_tokens(499)
+
+
+def test_the_own_chunk_may_be_named() -> None:
+    encoder, clip = make_encoder(), torch.randn(16, 430)
+    assert torch.equal(encode(encoder, clip)[0], encode(encoder, clip, chunk_frames=100)[0])
+    assert encoder.init_state(chunk_frames=100).tail.shape == encoder.init_state().tail.shape
+
+
+def test_every_clip_may_have_a_chunk_and_a_window_of_its_own() -> None:
+    encoder = make_encoder()
+    clips = [torch.randn(16, n) for n in (250, 48, 333, 48, 20)]
+    chunks, windows = [100, 48, 48, 100, 8], [200, 96, 48, 100, 16]
+    together = encode(encoder, *clips, window_frames=windows, chunk_frames=chunks)
+    for clip, chunk, window, found in zip(clips, chunks, windows, together):
+        alone = encode(encoder, clip, window_frames=window, chunk_frames=chunk)[0]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+    for name in ("window_frames", "chunk_frames"):
+        with pytest.raises(ValueError, match=f"5 audio clips need one {name}, or as many, got 2"):
+            encode(encoder, *clips, **{name: [200, 200]})
+    with pytest.raises(ValueError, match="window of 200 mel frames must be a positive multiple of one chunk of 48"):
+        encode(encoder, *clips, window_frames=windows, chunk_frames=48)
+
+
+def test_chunk_in_seconds() -> None:
+    encoder = make_encoder()
+    assert [encoder.chunk_frames(s) for s in (0.48, 0.08, 0.96, 1, 1.0000000001)] == [48, 8, 96, 100, 100]
+    assert make_encoder(n_window=15).chunk_frames(0.24) == 24 and make_encoder(n_window=2).chunk_frames(0.04) == 4
+    assert encoder.window_frames(0.96, chunk_frames=48) == 96
+    for bad in (0, -0.48, 0.5, 0.485, 0.481, 1.04, 2.0, float("nan"), float("inf"), 1e-9):
+        with pytest.raises(ValueError, match=r"audio_chunk_s of .* multiple of 0.08 s up to 0.96 s, or .* own 1 s"):
+            encoder.chunk_frames(bad)
+    with pytest.raises(ValueError, match=r"audio_chunk_s of 0.08 s is not possible: .* chunks of 0.04 s; leave it out"):
+        make_encoder(n_window=2, n_window_infer=4).chunk_frames(0.08)
+    for wrong in ("1", None, True):
+        with pytest.raises(TypeError, match="a chunk of sound is a number of seconds"):
+            encoder.chunk_frames(wrong)
+    for frames in (50, 0, 104):
+        for use in (encoder.init_state, encoder.num_tokens):
+            with pytest.raises(ValueError, match=r"multiple of 0.08 s"):
+                use(100, chunk_frames=frames)
+    with pytest.raises(ValueError, match=r"1 s must be a positive multiple of one chunk of 0.48 s"):
+        encoder.window_frames(1.0, chunk_frames=48)
 
 
 def test_positions_restart_in_every_chunk() -> None:

@@ -88,9 +88,9 @@ def joint(part: Any) -> int:
     return 0 if isinstance(part, AudioEncoder) else -1
 
 
-def encode(clip: Tensor, window_frames: int | None = None) -> Tensor:
+def encode(clip: Tensor, window_frames: int | None = None, chunk_frames: int | None = None) -> Tensor:
     with torch.no_grad():
-        return ENCODER(clip[None], [clip.shape[1]], window_frames).embeds
+        return ENCODER(clip[None], [clip.shape[1]], window_frames, chunk_frames).embeds
 
 
 def assert_near(a: Tensor, b: Tensor, tolerance: float) -> None:
@@ -151,6 +151,15 @@ def test_audio_encoder(frames: int, places: list[float], window: int | None) -> 
     streamed = stream(ENCODER, clip, cut(frames, places), ENCODER.init_state(window))
     assert streamed.shape == (ENCODER.num_tokens(frames), 12)
     assert_near(streamed, encode(clip, window), 1e-5)
+
+
+@fuzz
+@given(st.integers(1, 200), cuts, st.sampled_from([8, 16, 20]), st.sampled_from([None, 1, 2, 5]))
+def test_audio_encoder_in_other_chunks(frames: int, places: list[float], chunk: int, windows: int | None) -> None:
+    clip, window = torch.randn(16, frames, generator=seeded(frames)), None if windows is None else windows * chunk
+    streamed = stream(ENCODER, clip, cut(frames, places), ENCODER.init_state(window, chunk))
+    assert streamed.shape == (ENCODER.num_tokens(frames, chunk), 12)
+    assert_near(streamed, encode(clip, window, chunk), 1e-5)
 
 
 @fuzz

@@ -220,6 +220,17 @@ def test_the_window_is_a_block() -> None:
     assert encoder.init_state(200).tail.shape == (16, 200)
     with pytest.raises(ValueError, match=r"window of 400 mel frames is not possible: .* blocks of 200"):
         encoder.init_state(400)
+    assert encoder.chunk_frames(2) == 200 and encoder.num_tokens(99, chunk_frames=200) == encoder.num_tokens(99)
+    assert len(encoder(torch.zeros(1, 16, 60), [60], 200, chunk_frames=[200]).embeds) == encoder.num_tokens(60)
+    with pytest.raises(ValueError, match=r"audio_chunk_s of 0.48 s is not possible: .* chunks of 2 s; leave it out"):
+        encoder.chunk_frames(0.48)
+    for use in (
+        lambda: encoder(torch.zeros(1, 16, 60), [60], chunk_frames=48),
+        lambda: encoder.num_tokens(60, 48),
+        lambda: encoder.init_state(None, 48),
+    ):
+        with pytest.raises(ValueError, match=r"chunks of 48 mel frames are not possible: .* blocks of 200"):
+            use()
 
 
 # ---- cost ----

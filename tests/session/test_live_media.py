@@ -52,6 +52,8 @@ class Written:
 class SlowEncoder:
     """A front end that gives the vectors it is told, each some pieces late."""
 
+    rate = None  # as the position rule says
+
     def __init__(self, tokens: int, rng: random.Random) -> None:
         self.left, self.rng = -torch.arange(1.0, tokens + 1)[:, None], rng
 

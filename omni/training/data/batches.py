@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
 import torch
@@ -46,7 +46,7 @@ class _Bucket:
     number: int
     before: dict[str, Any]
     after: dict[str, Any]
-    work: Sequence[Draw | Future[_Outcome]]
+    work: Sequence[tuple[Draw, int] | Future[_Outcome]]
     tally: dict[str, Any] = field(default_factory=dict)
     batches: list[list[Made]] = field(default_factory=list)
     given: int = 0
@@ -132,14 +132,14 @@ class Batches(Tallied):
 
     def _begin(self, number: int) -> _Bucket:
         before = self.mixture.state_dict()
-        draws = [next(self.mixture) for _ in range(self.bucket_size)]
-        work = draws if self._pool is None else [self._pool.submit(self._make, draw) for draw in draws]
+        draws = [(next(self.mixture), self.mixture.draws) for _ in range(self.bucket_size)]
+        work = draws if self._pool is None else [self._pool.submit(self._make, *draw) for draw in draws]
         return _Bucket(number, before, self.mixture.state_dict(), work)
 
     def _fill(self, bucket: _Bucket) -> None:
         """Finish a bucket's samples, account for those left out, and cut the rest into batches."""
         bucket.tally = self.tally.state_dict()
-        outcomes = [self._make(item) if isinstance(item, Draw) else item.result() for item in bucket.work]
+        outcomes = [self._make(*item) if isinstance(item, tuple) else item.result() for item in bucket.work]
         bucket.work = ()
         for outcome in outcomes:
             if outcome.bad:
@@ -152,9 +152,9 @@ class Batches(Tallied):
         bucket.batches = [packs[i] for i in order]
         self._bucket = bucket
 
-    def _make(self, draw: Draw) -> _Outcome:
+    def _make(self, draw: Draw, number: int) -> _Outcome:
         try:
-            sample = self.make_sample(draw.read())
+            sample = self.make_sample(replace(draw.read(), number=number))
         except SkipRow as skipped:
             return _Outcome(draw.name, reason=str(skipped), kind=skipped.kind)
         except RunError:
@@ -306,6 +306,12 @@ def _join_inputs(rows: Sequence[OmniInputs], pad_token_id: int) -> OmniInputs:
     clips = [clip for row in rows for clip in _clips(row)]
     if clips:
         fields["input_features"], fields["feature_attention_mask"] = join_clips(clips)
+        heard = [row for row in rows if row.input_features is not None]
+        for name in ("audio_chunk_s", "audio_window_s"):
+            values = [getattr(row, name) for row in heard if getattr(row, name) is not None]
+            if 0 < len(values) < len(heard):
+                raise ValueError(f"{len(values)} of {len(heard)} samples with sound say {name}; let all of them say it")
+            fields[name] = torch.cat(values) if values else None
     for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
         if values:

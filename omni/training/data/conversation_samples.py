@@ -23,6 +23,7 @@ from omni.processing.processor import OmniProcessor
 from omni.processing.token_budget import TooLongError
 from omni.rope.positions import prompt_positions, reply_position
 from omni.talker.layout import HEADER_LENGTH, turn_layout
+from omni.training.data.hearing import AS_RELEASED, HearingDraws
 from omni.training.data.manifest import Row, Voice
 from omni.training.data.row_forms import NotUnderstood
 from omni.training.data.samples import IGNORED, Pair, Sample, SpokenTurn
@@ -54,6 +55,7 @@ class SampleMaker:
         max_frames: rows with a longer answer in speech are skipped (None: as many as the Talker has positions for).
         loss_on: "assistant", every answer is learnt, or "last", only the last one; a row's own `learn` goes before it.
         speech: False leaves speech and codes out, to train the Thinker on the same manifests.
+        hearing: the chunks and attention windows in which sound is heard, drawn by the row's number.
         options: further arguments of the processor for every row, those of `OPTIONS`.
         pairs: whether rows have to have a rejected answer, or must have none (None: either).
 
@@ -73,6 +75,7 @@ class SampleMaker:
         loss_on: str = "assistant",
         speech: bool = True,
         options: Mapping[str, Any] | None = None,
+        hearing: HearingDraws = AS_RELEASED,
         pairs: bool | None = None,
     ) -> None:
         if loss_on not in LOSS_ON:
@@ -86,7 +89,7 @@ class SampleMaker:
         positions = config.thinker.text_config.max_position_embeddings
         self.processor, self.config, self.codes = processor, config, codes
         self.max_tokens = min(positions, max_tokens or positions)
-        self.max_frames = max_frames
+        self.max_frames, self.hearing = max_frames, hearing
         self.loss_on, self.speech, self.options, self.pairs = loss_on, speech, dict(options or {}), pairs
         self._media = torch.tensor([*processor.tokens, processor.audio_end_id, processor.vision_end_id])
         self._newline = processor.encode_text("\n")[-1]
@@ -132,6 +135,7 @@ class SampleMaker:
                 tools=row.tools,
                 use_audio_in_video=row.use_audio_in_video,
                 **self.options,
+                **self.hearing.of(row.number),
             )
         except TooLongError as error:
             raise self._too_long() from error

@@ -58,6 +58,7 @@ class Row:
     """One checked row: messages as `OmniProcessor` takes them, one voice for each assistant message, options.
 
     learn: whether each assistant message is learnt, None where the run decides; empty: it decides for all.
+    number: of the draw that reads it, from 1 (0: none does).
     rejected_messages, rejected_voices: the worse conversation, where more than the last answer's content differs.
     """
 
@@ -70,6 +71,7 @@ class Row:
     learn: Sequence[bool | None] = ()
     rejected_messages: list[dict[str, Any]] | None = None
     rejected_voices: list[Voice] = field(default_factory=list)
+    number: int = 0
 
     def worse(self) -> tuple[list[dict[str, Any]], list[Voice]]:
         """Messages and voices of the conversation with the rejected answer. Only for rows that have one."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from omni.config.keywords import nearest
-from omni.encoders.contract import EncoderOutput
+from omni.encoders.contract import EncoderOutput, chosen_cuts
 from omni.encoders.mel import LogMel
 from omni.metrics.scores import character_error_rate, word_error_rate
 from omni.metrics.text_normaliser import normalise
@@ -24,6 +25,7 @@ from omni.processing.audio_file import join_clips
 from omni.processing.processor import OmniProcessor
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.conversation_samples import SkipRow
+from omni.training.data.hearing import AS_RELEASED, HearingDraws
 from omni.training.data.mixture import Draw, Mixture
 from omni.training.data.recordings import HEARD, DrawnBatches, sounds_of
 from omni.training.data.sound import read_speech
@@ -104,23 +106,27 @@ class TokenLabels:
 
 @dataclass(frozen=True)
 class Clip:
-    """Mel features [M, F] of one clip, its text and the text's labels."""
+    """Mel features [M, F] of one clip, its text and the text's labels; number: of its draw, from 1."""
 
     features: Tensor
     text: str
     labels: list[int]
     name: str = ""
+    number: int = 0
 
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips side by side: features [C, M, F], lengths in frames, and the text and labels of each."""
+    """Clips side by side: features [C, M, F], lengths in frames, and the text and labels of each; in which chunks and
+    attention window they are heard, in seconds (None: the checkpoint's)."""
 
     features: Tensor
     lengths: list[int]
     labels: list[list[int]]
     texts: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    audio_chunk_s: float | None = None
+    audio_window_s: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -132,12 +138,13 @@ class ClipBatch:
         return replace(self, features=self.features.to(device))
 
 
-def join(clips: Sequence[Clip]) -> ClipBatch:
-    """Clips as a batch."""
+def join(clips: Sequence[Clip], hearing: HearingDraws = AS_RELEASED, *, draws: bool = True) -> ClipBatch:
+    """Clips as a batch. What `hearing` draws follows from the number of its last draw; draws: False takes number 0."""
     features, mask = join_clips([clip.features for clip in clips])
     return ClipBatch(
-        features, mask.sum(1).tolist(), [c.labels for c in clips], [c.text for c in clips], [c.name for c in clips]
-    )
+        features, mask.sum(1).tolist(), [c.labels for c in clips], [c.text for c in clips], [c.name for c in clips],
+        **hearing.of(max(clip.number for clip in clips) if draws else 0),
+    )  # fmt: skip
 
 
 class Transcriber(nn.Module):
@@ -169,9 +176,17 @@ class Transcriber(nn.Module):
             made = CTCHead(width, num_labels) if head == "ctc" else AttentionDecoder(width, num_labels, **options)
         self.head = made.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
-    def forward(self, features: Tensor, lengths: Sequence[int]) -> EncoderOutput:
-        """features [C, M, F], lengths in frames -> what the head reads."""
-        output = self.audio_encoder(features, lengths)
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Sequence[int],
+        audio_chunk_s: float | None = None,
+        audio_window_s: float | None = None,
+    ) -> EncoderOutput:
+        """features [C, M, F], lengths in frames, chunk and attention window (None: the encoder's own) -> what the head
+        reads. Raises ValueError for a chunk or a window that the encoder cannot have."""
+        cuts = chosen_cuts(self.audio_encoder, audio_chunk_s, audio_window_s)
+        output = self.audio_encoder(features, lengths, **cuts)
         return output._replace(embeds=output.embeds.to(next(self.head.parameters()).dtype))
 
     def shortest(self, labels: Sequence[int]) -> int:
@@ -179,9 +194,17 @@ class Transcriber(nn.Module):
         return ctc_length(labels) if isinstance(self.head, CTCHead) else 1
 
     @torch.no_grad()
-    def transcribe(self, features: Tensor, lengths: Sequence[int], max_length: int = 256) -> list[list[int]]:
-        """The labels of each clip, the likeliest at each place; max_length: of the attention decoder."""
-        output = self(features, lengths)
+    def transcribe(
+        self,
+        features: Tensor,
+        lengths: Sequence[int],
+        max_length: int = 256,
+        audio_chunk_s: float | None = None,
+        audio_window_s: float | None = None,
+    ) -> list[list[int]]:
+        """The labels of each clip, the likeliest at each place; max_length: of the attention decoder; chunk and window
+        as in `forward`."""
+        output = self(features, lengths, audio_chunk_s, audio_window_s)
         if isinstance(self.head, CTCHead):
             return ctc_transcribe(self.head, output)
         return attention_transcribe(self.head, output, max_length)
@@ -194,7 +217,7 @@ class ClipMaker:
     `text`, else the last assistant message; an empty one says that there is nothing to hear, of which the encoder is to
     make blanks. language: texts are normalised for it first (None: taken as they are).
     max_s: longer recordings are left out. transcriber: texts that a clip is too short for are left out as well.
-    augmentation: what happens to a recording before it is heard.
+    augmentation: what happens to a recording before it is heard. hearing: the chunks in which it may be heard.
     """
 
     def __init__(
@@ -206,8 +229,9 @@ class ClipMaker:
         max_s: float = 30.0,
         mel: LogMel | None = None,
         augmentation: SpeechAugmentation = PLAIN,
+        hearing: HearingDraws = AS_RELEASED,
     ) -> None:
-        self.augmentation = augmentation
+        self.augmentation, self.hearing = augmentation, hearing
         self.labels, self.transcriber, self.language, self.max_s = labels, transcriber, language, max_s
         self.mel = mel or LogMel(num_mels=transcriber.audio_encoder.config.num_mel_bins)
 
@@ -226,13 +250,13 @@ class ClipMaker:
         if len(samples) > self.max_s * self.mel.sample_rate:
             raise SkipRow(f"more than {self.max_s} s")
         features = self.augmentation.features(self.mel(samples), number)
-        tokens = self.transcriber.audio_encoder.num_tokens(features.shape[1])
+        tokens = self.hearing.fewest_tokens(self.transcriber.audio_encoder, features.shape[1])
         if self.transcriber.shortest(labels) > tokens:
             raise SkipRow(
                 f"its text needs {self.transcriber.shortest(labels)} tokens of audio, it has {tokens}",
                 "its text needs more tokens of audio than it has",
             )
-        return Clip(features, text, labels, draw.name)
+        return Clip(features, text, labels, draw.name, number)
 
 
 def text_of(row: Mapping[str, Any]) -> str:
@@ -262,16 +286,19 @@ def clip_batches(
     skip_limit: int = 100,
     workers: int = 0,
     augmentation: SpeechAugmentation = PLAIN,
+    hearing: HearingDraws = AS_RELEASED,
+    draws: bool = True,
 ) -> DrawnBatches[Clip, ClipBatch]:
-    """Endless batches of a mixture's clips, see `ClipMaker` and `DrawnBatches`.
+    """Endless batches of a mixture's clips, see `ClipMaker`, `join` and `DrawnBatches`.
 
     The release's encoder learnt from 80 % pseudo-labelled Chinese and English speech, 10 % speech in other languages
     and 10 % audio understanding: a mixture of three manifests with weights 8, 1 and 1.
     """
     make: Callable[[Draw, int], Clip] = ClipMaker(
-        labels, transcriber, language=language, max_s=max_s, augmentation=augmentation
+        labels, transcriber, language=language, max_s=max_s, augmentation=augmentation, hearing=hearing
     )
-    return DrawnBatches(mixture, make, join, batch_size=batch_size, skip_limit=skip_limit, workers=workers)
+    joined = partial(join, hearing=hearing, draws=draws)
+    return DrawnBatches(mixture, make, joined, batch_size=batch_size, skip_limit=skip_limit, workers=workers)
 
 
 class TranscriptionObjective:
@@ -297,7 +324,7 @@ class TranscriptionObjective:
 
     def losses(self, model: Any, batch: ClipBatch) -> dict[str, Loss]:
         """The head's loss, gradients attached."""
-        output = model(batch.features, batch.lengths)
+        output = model(batch.features, batch.lengths, batch.audio_chunk_s, batch.audio_window_s)
         loss = ctc_loss if self.name == "ctc" else attention_loss
         return {self.name: loss(model.head, output, batch.labels)}
 
@@ -310,7 +337,12 @@ def evaluate_transcriber(
     device = next(transcriber.parameters()).device
     texts, written = [], []
     for batch in batches:
-        found = transcriber.transcribe(batch.features.to(device), batch.lengths)
+        found = transcriber.transcribe(
+            batch.features.to(device),
+            batch.lengths,
+            audio_chunk_s=batch.audio_chunk_s,
+            audio_window_s=batch.audio_window_s,
+        )
         written += [labels.decode(row) for row in found]
         texts += batch.texts
     return {

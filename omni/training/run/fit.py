@@ -24,6 +24,8 @@ _READ_BY = {
     "lora": _CONVERSATIONS,
     "speaker": (*_SPOKEN, "dpo"),
     "data.loss_on": _CONVERSATIONS,
+    "data.audio_chunks_s": (*_CONVERSATIONS, "transcription"),
+    "data.audio_windows_s": (*_CONVERSATIONS, "transcription"),
     "data.codec": (*_SPOKEN, "dpo", "codec", "flow_matching"),
     "eval.metrics": _CONVERSATIONS,
     "eval.scorer": _CONVERSATIONS,

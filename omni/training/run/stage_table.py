@@ -32,6 +32,7 @@ from omni.training.codec.discriminators import Discriminators
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.batches import Batches, Collated
 from omni.training.data.conversation_samples import SampleMaker
+from omni.training.data.hearing import HearingDraws
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Mixture
 from omni.training.data.recordings import crop_batches, open_sounds
@@ -74,6 +75,16 @@ class Setup:
     def options(self) -> dict[str, Any]:
         """The options of the objective that are given, checked."""
         return objective_options(self.config)
+
+    @property
+    def hearing(self) -> HearingDraws:
+        """Chunks and windows of data.audio_chunks_s and data.audio_windows_s. Raises ValueError for those that the
+        audio encoder cannot have."""
+        table = self.config.data
+        draws = HearingDraws(table.audio_chunks_s, table.audio_windows_s, self.config.train.seed)
+        if self.model.audio_encoder is not None:
+            draws.check(self.model.audio_encoder)
+        return draws
 
     def require_processor(self) -> OmniProcessor:
         """The processor, or a ValueError with the remedy."""
@@ -154,6 +165,7 @@ def conversations(setup: Setup, *, speech: bool, pairs: bool | None = None) -> C
         max_tokens=table.max_tokens,
         loss_on=table.loss_on,
         speech=speech,
+        hearing=setup.hearing,
         pairs=pairs,
     )
     look_at_rows(mixture, maker, setup.config, learns)
@@ -363,12 +375,13 @@ def _transcription(setup: Setup) -> Stage:
         make, known = partial(make, **_embeddings(setup, kind, options.pop("blank", None))), ("scale",)
     heard_as = {"train": _augmentation(options, setup.config.train.seed), "eval": PLAIN}
     transcriber = _with_options(make, options, known)
-    table = setup.config.data
+    table, hearing = setup.config.data, setup.hearing
 
     def clips(part: str, workers: int = 0) -> Any:
         return clip_batches(
             setup.mixture(part=part), labels, transcriber, language=language, max_s=max_s, batch_size=batch_size,
-            skip_limit=table.skip_limit, workers=workers, augmentation=heard_as[part],
+            skip_limit=table.skip_limit, workers=workers, augmentation=heard_as[part], hearing=hearing,
+            draws=part == "train",
         )  # fmt: skip
 
     score = partial(evaluate_transcriber, labels=labels, language=language or "en")

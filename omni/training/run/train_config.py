@@ -137,7 +137,9 @@ class CodecTable:
 class DataTable:
     """[data]: max_tokens: Thinker tokens and frames of one micro-batch; bucket: samples read at a time;
     loss_on: which assistant turns are learned, where rows do not say it; skip_limit: bad rows before the run ends;
-    ignore_columns: columns of rows that are not read."""
+    ignore_columns: columns of rows that are not read. audio_chunks_s, audio_windows_s: chunks of which each row (of
+    `transcription`: each batch) is heard in one, and the least and the most seconds of the attention window, which is a
+    random whole number of chunks; see `HearingDraws`."""
 
     train: tuple[SourceTable, ...] = ()
     eval: tuple[SourceTable, ...] = ()
@@ -148,6 +150,8 @@ class DataTable:
     skip_limit: int = _number(100, low=0)
     filters: tuple[FilterTable, ...] = ()
     ignore_columns: tuple[str, ...] = ()
+    audio_chunks_s: tuple[float, ...] = _number((), above=0)
+    audio_windows_s: tuple[float, float] | None = _number(None, above=0)
     codec: CodecTable = field(default_factory=CodecTable)
 
 

@@ -119,6 +119,8 @@ USELESS: dict[str, tuple[str, dict[str, Any]]] = {
     "speaker  ": ("thinker", {"speaker": {"add": "robin"}}),
     "speaker   ": ("dpo", {"speaker": {"add": "robin"}}),
     "data.loss_on": ("transcription", {"data": {"loss_on": "last"}}),
+    "data.audio_chunks_s": ("codec", {"data": {"audio_chunks_s": [0.48]}}),
+    "data.audio_windows_s": ("flow_matching", {"data": {"audio_windows_s": [1.0, 8.0]}}),
     "data.codec": ("thinker", {"data": {"codec": {"kind": "mel", "path": "codes"}}}),
     "data.codec ": ("codec", {"data": {"codec": {"kind": "mel", "path": "codes"}}}),
     "eval.metrics": ("codec", {"eval": {"metrics": ["wer"]}}),
