@@ -305,7 +305,7 @@ class AudioEncoder(AudioEncoderContract):
         for part in chunks.split(self._chunks_at_once(chunks)):
             y = part[:, None]  # [c, 1, M, width]
             for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
-                y = F.gelu(conv(y))
+                y = F.gelu(_halved(conv, y))
             parts.append(self.conv_out(rearrange(y, "chunks channels mels t -> chunks t (channels mels)")))
         y = torch.cat(parts)
         return y + sinusoids(y.shape[1], y.shape[2], y.device).to(y.dtype)
@@ -333,6 +333,17 @@ class AudioEncoder(AudioEncoderContract):
     def _check(self, features: Tensor, lengths: Tensor | Sequence[int]) -> list[int]:
         """The lengths as a list, after checking them against the features."""
         return check_clips(features, lengths, self.config.num_mel_bins)
+
+
+def _halved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """One of the convolutions: x [c, channels, M, width] -> half of both axes, rounded up.
+
+    Where one column comes out, torch's bfloat16 kernel for CPUs with AMX reads beyond what it was given (2.13: values
+    of any size, NaN among them): two are computed there, with zeros on the right as the padding has them.
+    """
+    if x.device.type == "cpu" and x.shape[-1] < 3:
+        return conv(F.pad(x, (0, 3 - x.shape[-1])))[..., :1]
+    return conv(x)
 
 
 def cut_chunks(clip: Tensor, width: int) -> Tensor:
