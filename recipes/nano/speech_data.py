@@ -1,0 +1,160 @@
+"""Makes the speech that hearing is learnt from: clips of many speakers, noises, and sound in which nothing is said.
+
+    python recipes/nano/speech_data.py data [--clips 30000] [--jobs 2]
+
+Clips come in files of some hundred rows, one engine each, `data/heard/<engine>_<file>.jsonl`; a run that is interrupted
+goes on with the file that is missing. A number names a clip: its speaker, text and tempo follow from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import noises
+import numpy as np
+import soundfile
+from engines import open_engines
+from english import draw_text
+from speakers import RATE_HZ, SHARES, Speaker, all_speakers, say
+from tqdm import tqdm
+
+CLIPS = 30_000
+NOISES, UNSAID = 400, 1500
+TEMPO = (0.88, 1.2)
+_ROWS = 200  # of a file
+_JOINED = 0.12  # of the clips: each word by itself, as in recorded announcements
+_GAP_S = (0.0, 0.35)
+_NOISE_S = (6.0, 12.0)
+_UNSAID_S = (0.3, 8.0)
+_PEAK = 0.6
+
+
+@cache
+def _engine(name: str, folder: Path) -> Any:
+    return open_engines([name], folder)
+
+
+@cache
+def _speakers() -> dict[str, list[Speaker]]:
+    found: dict[str, list[Speaker]] = {name: [] for name in SHARES}
+    for speaker in all_speakers():
+        found[speaker.engine].append(speaker)
+    return found
+
+
+def clip(engine: str, number: int, folder: Path) -> tuple[np.ndarray, str, int]:
+    """A clip's sound, its text, and which of the engine's speakers says it."""
+    rng = random.Random(f"heard {engine} {number}")
+    speakers = _speakers()[engine]
+    who = rng.randrange(len(speakers))
+    text, tempo = draw_text(rng), rng.uniform(*TEMPO)
+    if rng.random() < _JOINED and len(text.split()) <= 6:
+        return joined(engine, text, speakers[who], tempo, rng, folder), text, who
+    return say(_engine(engine, folder), text, speakers[who], tempo), text, who
+
+
+def joined(engine: str, text: str, speaker: Speaker, tempo: float, rng: random.Random, folder: Path) -> np.ndarray:
+    """Every word said by itself, with pauses."""
+    parts: list[np.ndarray] = []
+    for word in text.split():
+        parts += [say(_engine(engine, folder), word, speaker, tempo)]
+        parts += [np.zeros(int(rng.uniform(*_GAP_S) * RATE_HZ), np.float32)]
+    return np.concatenate(parts[:-1])
+
+
+def write_clips(folder: Path, engine: str, part: int) -> int:
+    """Write one file of clips; returns its rows. Clips that an engine cannot say are left out."""
+    sounds = folder / "heard" / engine
+    sounds.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(part * _ROWS, (part + 1) * _ROWS):
+        try:
+            samples, text, who = clip(engine, number, folder)
+        except (ValueError, RuntimeError):
+            continue
+        if len(samples) < RATE_HZ // 10:
+            continue
+        path = sounds / f"{number}.wav"
+        soundfile.write(path, samples, RATE_HZ, subtype="PCM_16")
+        rows.append({"audio": f"{engine}/{path.name}", "text": text, "speaker": f"{engine} {who}"})
+    _write_rows(folder / "heard" / f"{engine}_{part:03d}.jsonl", rows)
+    return len(rows)
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
+
+def files(clips: int) -> Iterator[tuple[str, int]]:
+    """Engine and number of every file, engines in turn, so that any beginning of them has all kinds of speakers."""
+    counts = {name: -(-round(share * clips) // _ROWS) for name, share in SHARES.items()}
+    for place in range(max(counts.values())):
+        yield from ((name, place) for name, count in counts.items() if place < count)
+
+
+def write_noises(folder: Path) -> None:
+    """Noises to be mixed in (`noises.jsonl`), a fifth of them babble, and sound without speech (`unsaid.jsonl`)."""
+    sounds = folder / "noise"
+    sounds.mkdir(parents=True, exist_ok=True)
+    spoken = sorted((folder / "heard").glob("*/*.wav"))
+    mixed = []
+    for number in range(NOISES):
+        rng = np.random.default_rng([1, number])
+        count = int(rng.uniform(*_NOISE_S) * RATE_HZ)
+        if number % 5 == 0 and spoken:
+            samples = noises.babble(count, rng, lambda: soundfile.read(rng.choice(spoken), dtype="float32")[0])  # noqa: B023
+        else:
+            samples = noises.make(rng.choice(noises.KINDS), count, rng)
+        mixed.append({"audio": _write_sound(sounds / f"n{number}.wav", samples)})
+    unsaid = []
+    for number in range(UNSAID):
+        rng = np.random.default_rng([2, number])
+        kind = "silence" if number % 10 == 0 else rng.choice(noises.KINDS)
+        samples = noises.make(kind, int(rng.uniform(*_UNSAID_S) * RATE_HZ), rng)
+        unsaid.append({"audio": _write_sound(sounds / f"u{number}.wav", samples), "text": ""})
+    _write_rows(folder / "unsaid.jsonl", unsaid)
+    _write_rows(folder / "noises.jsonl", mixed)
+
+
+def _write_sound(path: Path, samples: np.ndarray) -> str:
+    highest = max(float(np.abs(samples).max()), 1e-6)
+    soundfile.write(path, samples * (_PEAK / highest), RATE_HZ, subtype="PCM_16")
+    return f"noise/{path.name}"
+
+
+def make_speech(folder: Path, clips: int = CLIPS, jobs: int = 2) -> None:
+    """All files that are missing, and the manifests `heard.jsonl`, `unsaid.jsonl` and `noises.jsonl`."""
+    todo = [one for one in files(clips) if not (folder / "heard" / "{}_{:03d}.jsonl".format(*one)).exists()]
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(write_clips, folder, *one) for one in todo]
+        for done in tqdm(waiting, "speech"):
+            done.result()
+    if not (folder / "noises.jsonl").exists():
+        write_noises(folder)
+    rows: list[dict[str, Any]] = []
+    for one in files(clips):
+        lines = (folder / "heard" / "{}_{:03d}.jsonl".format(*one)).read_text(encoding="utf-8").splitlines()
+        rows += [{**(row := json.loads(line)), "audio": f"heard/{row['audio']}"} for line in lines]
+    _write_rows(folder / "heard.jsonl", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--clips", type=int, default=CLIPS, help=f"how many (default {CLIPS})")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once (default 2)")
+    args = parser.parse_args()
+    make_speech(args.folder, args.clips, args.jobs)
+
+
+if __name__ == "__main__":
+    main()
