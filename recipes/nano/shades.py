@@ -130,6 +130,8 @@ def is_named(color: RGB, name: str, slack: float = 0.0) -> bool:
 
     slack: in lightness and chroma; a hue may be ten degrees off for every 0.01."""
     lightness, chroma, hue = oklch(color)
+    if max(color) < 12:  # a step of one is far there, and not seen
+        chroma = 0.0
     for low, high, dull, vivid, first, last in RANGES[name]:
         hue_slack = 1000 * slack + 1
         turned = (hue - first + hue_slack) % 360
