@@ -24,6 +24,7 @@ import world
 from drawing import draw_clip, draw_picture, draw_scene
 from pictures import write_clip
 from scenes import ANYWHERE, Clip, Item, Picture, random_clip, random_picture, scene_of
+from talk import scenes as talked
 
 
 def test_names_of_colors_do_not_meet() -> None:
@@ -100,6 +101,20 @@ def test_pictures_of_the_world_keep_their_cells(skill: str) -> None:
         scene = scene_of(Picture(items, picture.seed))
         asked = sorted((item.cell, item.color, item.shape) for item in items)
         assert sorted((item.cell, item.color, item.shape) for item in scene.items) == asked
+
+
+def test_what_is_talked_about_is_drawn() -> None:
+    """Pictures and clips of the larger world keep what is asked about: things, colours, cells, directions."""
+    for seed in range(150):
+        rng = random.Random(seed)
+        told = talked.picture_for(("count", "color", "digit", "empty", "unknown shape")[seed % 5], rng)
+        scene = scene_of(scenes.from_talk(told))
+        asked, drawn = (sorted((i.cell, i.color, i.shape, i.outline) for i in whose.items) for whose in (told, scene))
+        assert asked == drawn
+        clip = talked.clip_for(rng)
+        moving = scenes.clip_from_talk(clip)
+        assert (moving.shape, moving.color, moving.direction) == (clip.shape, clip.color, clip.direction)
+        scenes.clip_scene_of(moving)
 
 
 @pytest.mark.parametrize("shape", figures.SHAPES)

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 Point = tuple[float, float]
 Slant = tuple[float, float, float, float]  # a 2 x 2 matrix, row by row: turns and slants a figure
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "pentagon", "heart", "cross")
-OTHER = "other"
+OTHER = "other"  # any of
+OTHERS = ("arrow", "moon", "letter", "scribble", "bolt", "spiral", "house", "tick", "hexagon")
 LETTERS = "ABCDEFGHJKLMNPQRSUVWYZ&?%#@"  # none that is a shape: I, O, T, X
 # Fonts that many machines have; those that are found are drawn with, beside the one that comes with Pillow.
 _FONTS = (
@@ -49,8 +50,8 @@ class Figure:
 
 def figure(shape: str, rng: random.Random) -> Figure:
     """A shape, a digit (its numeral) or something of another kind; rng: of proportions, fonts and what other kind."""
-    if shape == OTHER:
-        return _other(rng)
+    if shape == OTHER or shape in OTHERS:
+        return _other(rng.choice(OTHERS) if shape == OTHER else shape, rng)
     if shape.isdigit():
         if rng.random() < 0.08:
             lines = tuple(_SEGMENT_LINES[name] for name in _SEGMENTS[int(shape)])
@@ -63,7 +64,7 @@ def usual_turn(shape: str, rng: random.Random) -> float:
     """By how many degrees a shape may be turned and still be called so: a square on its corner is a diamond."""
     if shape == "square":
         return rng.uniform(-30, 30)
-    if shape.isdigit() or shape == OTHER:
+    if shape not in SHAPES:
         return rng.uniform(-18, 18)
     if shape == "heart":
         return rng.gauss(0, 40)
@@ -156,8 +157,7 @@ _OUTLINES: dict[str, Callable[[random.Random], list[Point]]] = {
 }  # fmt: skip
 
 
-def _other(rng: random.Random) -> Figure:
-    kind = rng.choice(("arrow", "moon", "letter", "letter", "scribble", "bolt", "spiral", "house", "tick", "hexagon"))
+def _other(kind: str, rng: random.Random) -> Figure:
     if kind == "letter":
         return _glyph(rng.choice(LETTERS), rng)
     if kind == "scribble":

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import shades
 from figures import OTHER, SHAPES, Slant, usual_turn
@@ -277,6 +278,42 @@ def _thing(item: Item, on: Ground, aspect: float, rng: random.Random) -> Thing:
     if not line and item.shape in SHAPES and rng.random() < 0.08:
         edge = rng.choice(((0, 0, 0), (40, 40, 40), shades.near(item.shade or (0, 0, 0), rng, 0.08, 0.2)))
     return Thing(item, slant, line, edge, rng.getrandbits(32))
+
+
+# ---- what is asked about ----
+
+_GROUNDS = {"plain": None, "noisy": "noise", "photo": "photographed"}  # of talk.shapes; plain: nobody asks for it
+
+
+def from_talk(told: Any) -> Picture:
+    """A picture (`talk.turns.Picture`, `world.Picture`): its things in their cells, its ground, and which things are
+    lines; all else is left open. On another ground where the colours could not be told from that one."""
+    items = tuple(Item(i.shape, i.color, i.cell, outline=getattr(i, "outline", None)) for i in told.items)
+    ground = getattr(told, "ground", None)
+    for kind in (_GROUNDS.get(ground, ground), None):
+        for change in range(20):
+            picture = Picture(items, told.seed + (change << 32), kind)
+            try:
+                scene_of(picture)
+            except ValueError:
+                continue
+            return picture
+    raise ValueError(f"found no way to draw {told}")
+
+
+def clip_from_talk(told: Any) -> Clip:
+    """A clip (`talk.turns.Clip`, `world.Clip`), as `from_talk`."""
+    ground = getattr(told, "ground", None)
+    for kind in (_GROUNDS.get(ground, ground), None):
+        for change in range(20):
+            clip = Clip(told.shape, told.color, told.direction, told.seed + (change << 32), told.said, kind,
+                        outline=getattr(told, "outline", None))  # fmt: skip
+            try:
+                clip_scene_of(clip)
+            except ValueError:
+                continue
+            return clip
+    raise ValueError(f"found no way to draw {told}")
 
 
 # ---- clips ----

@@ -99,7 +99,9 @@ def place_words(middle: tuple[float, float]) -> tuple[str, ...]:
 
 def item_words(item: Item) -> tuple[str, ...]:
     """Colour and kind."""
-    return item.color, NUMBERS[int(item.shape)] if item.shape.isdigit() else item.shape
+    if item.shape.isdigit():
+        return item.color, NUMBERS[int(item.shape)]
+    return item.color, item.shape if item.shape in SHAPES else OTHER
 
 
 def move_words(clip: Clip) -> tuple[str, ...]:
