@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "nan
 
 import name_things
 from scenes import Clip, Item, Picture
-from seeing_data import NOTHING, WORD, WORDS, Show, packed, tokens_of, told
+from seeing_data import KINDS_OF_THINGS, NOTHING, WORD, WORDS, Show, packed, tokens_of, told
 
 SMALL = name_things.VISION | {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128}
 
@@ -71,6 +72,31 @@ def test_pictures_of_all_sizes_take_about_as_many_tokens(pixels: tuple[int, int]
     assert token % columns >= columns // 2 and token // columns <= grid[0] // 4
 
 
+def test_parts_of_tokens_are_covered_by_things() -> None:
+    """As much as the thing is large, where it is; its kind is said wherever it covers a good part of a token."""
+    item = Item("square", "red", 4, middle=(0.5, 0.25), size=0.4, turn=0.0)
+    shown = Show().picture(Picture((item,), 1, ground="white", pixels=(256, 256)))
+    area = (0.4 * 0.85) ** 2
+    assert float(shown.covered.mean()) == pytest.approx(area, rel=0.1)
+    assert int(shown.covered.mean(1).argmax()) in (11, 12, 19, 20)
+    kinds = shown.kinds.unflatten(0, (8, 8))
+    assert (kinds[0:3, 3:5] == KINDS_OF_THINGS.index("square")).all() and (kinds[4:] == -1).all()
+    line = Show().picture(Picture((replace(item, outline=True),), 1, ground="white", pixels=(256, 256)))
+    assert float(line.covered.mean()) == pytest.approx(area, rel=0.1)
+
+
+def test_what_is_said_aside_is_not_kept() -> None:
+    encoder = name_things.new_encoder(SMALL, aside=True)
+    kept = name_things.new_encoder(SMALL)
+    kept.load_state_dict(name_things.without_asides(encoder.state_dict()))
+    batch = Show().batch(3, 2)
+    with torch.no_grad():
+        more, said = encoder(batch.patches, batch.grids).embeds, kept(batch.patches, batch.grids).embeds
+    assert said.shape[1] == len(WORDS) and more.shape[1] == len(WORDS) + name_things.ASIDE
+    assert torch.allclose(more[:, : len(WORDS)], said, atol=1e-6)
+    assert name_things.loss_of(more, batch) > name_things.loss_of(said, batch)
+
+
 def test_frames_say_which_way_a_thing_moves() -> None:
     for direction, words in (("to the left", ("to", "left")), ("down", ("down",)), ("still", None)):
         clip = Clip("star", "blue", direction, 3, ground="white", pixels=(320, 180))
@@ -83,9 +109,9 @@ def test_frames_say_which_way_a_thing_moves() -> None:
 
 
 def test_batches_are_the_same_every_time() -> None:
-    one, other = (Show().batch(7, 6) for _ in range(2))
+    one, other = (Show().batch(9000, 6) for _ in range(2))
     assert torch.equal(one.patches, other.patches) and one.things == other.things
-    assert len(one.grids) == 6 and len(one.wanted) * 4 == len(one.patches)
+    assert len(one.grids) in (6, 10) and len(one.wanted) * 4 == len(one.patches)
     tokens = (one.grids[:, 1] * one.grids[:, 2]).tolist()
     assert tokens == sorted(tokens)
 
@@ -98,7 +124,7 @@ def test_training_lowers_the_loss_and_goes_on(tmp_path: Path, monkeypatch: pytes
     name_things.train(tmp_path / "whole", 24, config=SMALL, batch=4)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 24
-    test = Show().batch(1000, 12)
+    test = Show().batch(9001, 12)
     before, after = name_things.new_encoder(SMALL), name_things.new_encoder(SMALL)
     after.load_state_dict(name_things.trained(tmp_path / "whole"))
     with torch.no_grad():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from figures import figure, mask
@@ -74,6 +75,14 @@ def _with_things(
     return pixels
 
 
+def covered(thing: Thing, width: int, height: int, middle: tuple[float, float] | None = None) -> Pixels:
+    """Which part of each pixel a thing covers, 0..1 [height, width]; also what lies inside a line."""
+    pixels = np.zeros((height, width, 1), np.float32)
+    filled = replace(thing, line=0.0, edge=None, item=replace(thing.item, shade=(1, 1, 1)))
+    _draw_thing(pixels, filled, middle or thing.item.middle, crisp=False)
+    return pixels[..., 0]
+
+
 def _draw_thing(pixels: Pixels, thing: Thing, middle: tuple[float, float] | None, crisp: bool) -> None:
     item, (height, width) = thing.item, pixels.shape[:2]
     assert middle is not None and item.size is not None and item.shade is not None
@@ -101,4 +110,4 @@ def _blend(pixels: Pixels, color: RGB, inside: Image.Image, corner: tuple[int, i
         return
     share = np.asarray(inside, np.float32)[y0 - top : y1 - top, x0 - left : x1 - left, None] / np.float32(255)
     part = pixels[y0:y1, x0:x1]
-    part += share * (np.asarray(color, np.float32) - part)
+    part += share * (np.asarray(color[: pixels.shape[2]], np.float32) - part)

@@ -34,6 +34,7 @@ from seeing_data import (
     KINDS_OF_THINGS,
     MERGE,
     NOTHING,
+    PARTS,
     PATCH,
     WHERE,
     WORD,
@@ -63,16 +64,23 @@ VISION: dict[str, Any] = {  # vision_config of the model; no DeepStack: all that
 _BATCH = 16  # pictures, or pairs of frames
 _LEARNING_RATE, _WARMUP, _LEAST_RATE = 2e-3, 100, 0.02
 _THING = 4.0  # weight of a token that holds a thing
-_CHOICE, _SHARPNESS = 0.1, 8.0  # of the cross-entropy of colour and kind beside least squares; of its logits
+_CHOICE, _SHARPNESS = 0.2, 8.0  # of the cross-entropy of colour and kind beside least squares; of its logits
+ASIDE = PARTS + len(KINDS_OF_THINGS)
+_AREA, _PART = 4.0, 0.5  # weight of what is covered, and of what kind it is
 _EXAMPLES = 4  # batches
 _LOGGED, _SAVED = 50, 500  # steps
 
 
-def new_encoder(config: Mapping[str, Any] = VISION, seed: int = 0, examples: Tensor | None = None) -> VisionEncoder:
-    """An untrained encoder that says weights of `WORDS`. examples: patches, whose principal components it then begins
-    to look at, each as strong as the others."""
+def new_encoder(
+    config: Mapping[str, Any] = VISION, seed: int = 0, examples: Tensor | None = None, *, aside: bool = False
+) -> VisionEncoder:
+    """An untrained encoder that says weights of `WORDS`.
+
+    examples: patches, whose principal components it then begins to look at, each as strong as the others. aside: it
+    also says what only training asks for, behind the words.
+    """
     torch.manual_seed(seed)
-    encoder = VisionEncoder(VisionEncoderConfig(**{**config, "out_hidden_size": len(WORDS)}))
+    encoder = VisionEncoder(VisionEncoderConfig(**{**config, "out_hidden_size": len(WORDS) + (ASIDE if aside else 0)}))
     for module in encoder.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
@@ -122,10 +130,14 @@ def says(encoder: VisionEncoder, batch: Batch) -> Tensor:
 
 def loss_of(said: Tensor, batch: Batch) -> Tensor:
     """Squares between what tokens say and are to say, and the cross-entropy of colour and kind where things are."""
+    said, aside = said[:, : len(WORDS)], said[:, len(WORDS) :]
     named = 1 - batch.wanted[:, WORD[NOTHING]]
     weights = 1 + (_THING - 1) * named
     squares = (said - batch.wanted).square().sum(1)
     loss = (weights * squares).sum() / weights.sum()
+    if aside.shape[1]:
+        loss = loss + _AREA * (aside[:, :PARTS] - batch.covered).square().mean()
+        loss = loss + _PART * F.cross_entropy(aside[:, PARTS:], batch.kinds, ignore_index=-1)
     if batch.things:
         places = torch.tensor([place for place, _ in batch.things])
         for part in (COLOR_WORDS, KIND_WORDS):
@@ -136,9 +148,17 @@ def loss_of(said: Tensor, batch: Batch) -> Tensor:
 
 def names_right(said: Tensor, batch: Batch) -> list[bool]:
     """For each thing, whether the token that holds its middle says its colour and its kind before all others."""
-    colors = said[:, COLOR_WORDS].argmax(1) + COLOR_WORDS.start
-    kinds = said[:, KIND_WORDS].argmax(1) + KIND_WORDS.start
-    return [(WORDS[int(colors[at])], WORDS[int(kinds[at])]) == words[:2] for at, words in batch.things]
+    return [all(pair) for pair in zip(*names(said, batch))]
+
+
+def names(said: Tensor, batch: Batch) -> tuple[list[bool], list[bool]]:
+    """For each thing, whether its token says its colour before all others, and its kind."""
+    colors = (said[:, COLOR_WORDS].argmax(1) + COLOR_WORDS.start).tolist()
+    kinds = (said[:, KIND_WORDS].argmax(1) + KIND_WORDS.start).tolist()
+    return (
+        [WORDS[colors[at]] == words[0] for at, words in batch.things],
+        [WORDS[kinds[at]] == words[1] for at, words in batch.things],
+    )
 
 
 def train(
@@ -154,7 +174,7 @@ def train(
     same call goes on from. workers: processes that draw. Returns the share of things named right in the end."""
     show = Show()
     examples = torch.cat([show.batch(-1 - number, batch).patches for number in range(_EXAMPLES)])
-    encoder = new_encoder(config, seed, examples)
+    encoder = new_encoder(config, seed, examples, aside=True)
     learner = torch.optim.AdamW(encoder.parameters(), lr=_LEARNING_RATE, weight_decay=0.02, betas=(0.9, 0.98))
     folder.mkdir(parents=True, exist_ok=True)
     state, first = folder / "state.pt", 0
@@ -164,7 +184,7 @@ def train(
         learner.load_state_dict(kept["learner"])
         first = kept["step"]
     source = DataLoader(_Batches(steps, batch), batch_size=None, sampler=range(first, steps), num_workers=workers)  # type: ignore[arg-type]  # a range is a sampler
-    recent: list[tuple[float, float]] = []
+    recent: list[tuple[float, float, float, float]] = []
     logged, start = min(_LOGGED, max(1, steps // 10)), time.perf_counter()
     for step, shown in zip(range(first, steps), source):
         with use_attention("plain"):  # backwards its products are faster here than the fused kernel
@@ -177,20 +197,23 @@ def train(
             factor = lr_factor(step, steps=steps, warmup_steps=_WARMUP, min_lr_ratio=_LEAST_RATE)
             group["lr"] = _LEARNING_RATE * factor
         learner.step()
-        right = names_right(said.detach(), shown)
-        recent = [*recent, (loss.item(), sum(right) / max(1, len(right)))][-logged:]
+        colors, kinds = names(said.detach(), shown)
+        both = names_right(said.detach(), shown)
+        shares = [sum(right) / max(1, len(right)) for right in (both, colors, kinds)]
+        recent = [*recent, (loss.item(), *shares)][-logged:]
         if (step + 1) % logged == 0 or step + 1 == steps:
-            error, share = (sum(values) / len(recent) for values in zip(*recent))
+            error, *means = (sum(values) / len(recent) for values in zip(*recent))
             seconds = (time.perf_counter() - start) / (step + 1 - first)
-            row = {"step": step + 1, "losses": {"words": error, "named": share}, "loss": error, "seconds": seconds}
+            found = dict(zip(("named", "colors", "kinds"), means))
+            row = {"step": step + 1, "losses": {"words": error, **found}, "loss": error, "seconds": seconds}
             with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if (step + 1) % _SAVED == 0:
             partial = state.with_suffix(".part")
             torch.save({"encoder": encoder.state_dict(), "learner": learner.state_dict(), "step": step + 1}, partial)
             partial.replace(state)
-    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, folder / "vision.safetensors")
-    return sum(share for _, share in recent) / max(1, len(recent))
+    save_file(without_asides(encoder.state_dict()), folder / "vision.safetensors")
+    return sum(share for _, share, *_ in recent) / max(1, len(recent))
 
 
 # ---- how well ----
@@ -311,7 +334,13 @@ def main() -> None:
 def trained(folder: Path) -> dict[str, Tensor]:
     """The weights that `train` has written, or those of its last checkpoint."""
     done = folder / "vision.safetensors"
-    return load_file(done) if done.exists() else torch.load(folder / "state.pt")["encoder"]
+    return load_file(done) if done.exists() else without_asides(torch.load(folder / "state.pt")["encoder"])
+
+
+def without_asides(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what was said aside."""
+    last = ("merger.mlp.2.weight", "merger.mlp.2.bias")
+    return {name: (value[: len(WORDS)] if name in last else value).contiguous() for name, value in weights.items()}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ it moves; a token that holds no middle says `NOTHING`. Near the edge of two toke
 shares of all tokens add up to the number of things. What a token says is a weight for each of `WORDS`: in which vectors
 it says them is decided later (`name_things.put_into`).
 
+While it is trained, a token also says how much of each of its 8 x 8 parts is covered by things, and of what kind the
+thing is that covers it: much more to learn from than the middles alone. This is not kept.
+
 Shapes: K words; patches fp32 [N, 3 * 2 * 16 * 16]; a grid is (1, h, w) in patches, and h * w / 4 tokens.
 """
 
@@ -15,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from drawing import CLIP_FPS, CLIP_SECONDS, clip_frames, draw_scene, frame_count
+from drawing import CLIP_FPS, CLIP_SECONDS, clip_frames, covered, draw_scene, frame_count
 from figures import OTHER, SHAPES
 from PIL import Image
 from scenes import (
@@ -24,6 +27,7 @@ from scenes import (
     Item,
     Picture,
     Scene,
+    Thing,
     any_pixels,
     cell_of,
     clip_scene_of,
@@ -52,12 +56,16 @@ TOKEN = PATCH * MERGE  # pixels of a token's side
 MIN_PIXELS, MAX_PIXELS = 224 * 224, 256 * 256  # of a picture as the encoder sees it: 49 to 64 tokens
 FRAME_SIDE = 192  # pixels of a frame of a clip, whatever its aspect: 36 tokens for two frames
 _USUAL = PixelBudget()  # the processor's own
+_FINE = 8
+PARTS = _FINE * _FINE
+_LEAST_COVERED = 0.15  # of a token, to be of a kind
 _SHARED = 0.08  # of a token's side: so near its edge a thing belongs to its neighbour too
 _IMAGE_SETTINGS = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "image_mean": [0.5] * 3,
                    "image_std": [0.5] * 3, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}  # fmt: skip
 _CLIPS = 0.25  # share of a batch
 _COUNTS = (1, 3, 4, 4, 4, 3, 2, 2, 1)  # how often so many things are in a picture: many teach much
 _COARSE, _COARSE_PIXELS = 0.4, 160 * 160  # share of batches of smaller pictures, twice as many; they cost a third
+_EASY_STEPS = 3000  # at first all batches are easy, then less and less often, until here
 _SIZES = 5  # of pictures in a batch
 _LARGEST_DRAWN = 640  # pixels; larger pictures are shrunk to the same as these, and take long to draw
 
@@ -65,12 +73,15 @@ _LARGEST_DRAWN = 640  # pixels; larger pictures are shrunk to the same as these,
 @dataclass(frozen=True)
 class Shown:
     """One picture, or two frames of a clip. wanted [tokens, K]: the weight of each word in each token. things: what is
-    there, as (token that holds its middle, its words)."""
+    there, as (token that holds its middle, its words). covered [tokens, PARTS], 0..1: of each part of a token; kinds
+    int64 [tokens]: which of `KINDS_OF_THINGS` covers it most, -1 for none."""
 
     patches: Tensor
     grid: tuple[int, int, int]
     wanted: Tensor
     things: list[tuple[int, tuple[str, ...]]]
+    covered: Tensor
+    kinds: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ class Batch:
     grids: Tensor
     wanted: Tensor
     things: list[tuple[int, tuple[str, ...]]]
+    covered: Tensor
+    kinds: Tensor
 
 
 def vision_processor() -> VisionProcessor:
@@ -158,8 +171,14 @@ class Show:
         """A picture, within the limits of the model or others."""
         scene = scene_of(picture)
         patches, grid = self.processor.image(draw_scene(scene), budget)
-        wanted, things = tokens_of(_named(scene), grid[1] // MERGE, grid[2] // MERGE)
-        return Shown(patches, (1, grid[1], grid[2]), wanted, things)
+        rows, columns = grid[1] // MERGE, grid[2] // MERGE
+        places = [(thing, (thing.item.middle,)) for thing in scene.things if thing.item.middle]
+        return Shown(
+            patches,
+            (1, grid[1], grid[2]),
+            *tokens_of(_named(scene), rows, columns),
+            *_covered(places, rows, columns),
+        )
 
     def clip(self, clip: Clip, rng: random.Random) -> Shown:
         """Two frames of a clip, half a second apart."""
@@ -170,14 +189,29 @@ class Show:
         size = (FRAME_SIDE, FRAME_SIDE)
         frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in clip_frames(scene, seconds, numbers)]
         patches, grid = self.processor.grid_step([self.processor.frame(frame) for frame in frames])
-        middle = scene.middle(sum(numbers) / 2 / (total - 1))
+        first_place, middle, last_place = (
+            scene.middle(n / (total - 1)) for n in (first, sum(numbers) / 2, first + step)
+        )
         words = (*item_words(scene.scene.items[0]), *(move_words(clip) or place_words(middle)))
-        wanted, things = tokens_of([(middle, words)], grid[1] // MERGE, grid[2] // MERGE)
-        return Shown(patches, (1, grid[1], grid[2]), wanted, things)
+        rows, columns = grid[1] // MERGE, grid[2] // MERGE
+        return Shown(
+            patches,
+            (1, grid[1], grid[2]),
+            *tokens_of([(middle, words)], rows, columns),
+            *_covered([(scene.scene.things[0], (first_place, last_place))], rows, columns),
+        )
+
+    def _easy(self, rng: random.Random) -> Shown:
+        """A small square picture of large things, upright and filled."""
+        side, count = rng.choice((128, 160, 256)), rng.randint(2, 5)
+        picture = random_picture(rng, count=count, pixels=(side, side), size=(0.2, 0.36), outline=False, turned=False)
+        return self.picture(picture, PixelBudget(max_pixels=_COARSE_PIXELS))
 
     def batch(self, number: int, size: int) -> Batch:
         """The batch of a step: the same every time."""
         rng = random.Random(f"seeing {number}")
+        if rng.random() < 1 - number / _EASY_STEPS:
+            return packed([self._easy(rng) for _ in range(round(size * 1.5))])
         clips = round(size * _CLIPS)
         shown = [self.clip(random_clip(rng), rng) for _ in range(clips)]
         coarse = rng.random() < _COARSE
@@ -188,6 +222,23 @@ class Show:
             picture = random_picture(rng, count=count, pixels=sizes[number % _SIZES])
             shown.append(self.picture(picture, budget))
         return packed(shown)
+
+
+def _covered(
+    things: Sequence[tuple[Thing, tuple[tuple[float, float], ...]]], rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """`Shown.covered` and `Shown.kinds` of things at one or more places, of which each counts as much."""
+    everything = torch.zeros(rows * columns, PARTS)
+    kinds, most = torch.full((rows * columns,), -1), torch.full((rows * columns,), _LEAST_COVERED)
+    for thing, places in things:
+        area = sum(covered(thing, columns * _FINE, rows * _FINE, place) for place in places) / len(places)
+        parts = torch.from_numpy(area).unflatten(0, (rows, _FINE)).unflatten(2, (columns, _FINE))
+        parts = parts.transpose(1, 2).reshape(rows * columns, PARTS)
+        everything += parts
+        share = parts.mean(1)
+        kinds[share > most] = KINDS_OF_THINGS.index(item_words(thing.item)[1])
+        most = torch.maximum(most, share)
+    return everything.clamp(max=1), kinds
 
 
 def packed(shown: Sequence[Shown]) -> Batch:
@@ -202,4 +253,6 @@ def packed(shown: Sequence[Shown]) -> Batch:
         torch.tensor([one.grid for one in shown]),
         torch.cat([one.wanted for one in shown]),
         things,
+        torch.cat([one.covered for one in shown]),
+        torch.cat([one.kinds for one in shown]),
     )
