@@ -73,10 +73,10 @@ def track(clip: Clip, seconds: float, rng: random.Random) -> tuple[float, list[t
 
 
 def write_clip(path: Path, frames: list[Image.Image], sound: np.ndarray | None) -> None:
-    """H.264 in MP4, with the sound [n] at SOUND_RATE_HZ as AAC if there is any."""
+    """H.264 in MP4, of even sides, with the sound [n] at SOUND_RATE_HZ as AAC if there is any."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("h264", rate=CLIP_FPS, options={"crf": "20", "preset": "veryfast"})
-        video.width = video.height = SIZE
+        video.width, video.height = frames[0].size
         video.pix_fmt = "yuv420p"
         audio = container.add_stream("aac", rate=SOUND_RATE_HZ, layout="mono") if sound is not None else None
         for frame in frames:
