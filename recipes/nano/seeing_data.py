@@ -39,8 +39,7 @@ from shades import COLORS
 from torch import Tensor
 from world import NO_WORD, NUMBERS
 
-from omni.processing.processor import PixelBudget
-from omni.processing.vision import VisionProcessor
+from omni.processing.vision import PixelBudget, VisionProcessor
 
 NOTHING = NO_WORD
 KINDS_OF_THINGS = (*SHAPES, *NUMBERS[:10], OTHER)

@@ -232,6 +232,7 @@ def test_what_is_refused() -> None:
             OmniInputs(**usual, **{name: -1.0})
 
 
+@pytest.mark.filterwarnings("ignore:the conversation does not begin")
 def test_a_family_with_one_chunk_refuses_another(tmp_path: Path) -> None:
     values = config_values(3, audio={}, vocabulary=512)
     second = OmniModel(OmniConfig.from_dict(values), ("thinker",))

@@ -230,7 +230,7 @@ class Edits(RuleBasedStateMachine):
 def check(model: OmniModel, folder: Path, streaming: StreamingConfig, sequences: int) -> None:
     machine = type("Machine", (Edits,), {"model": model, "folder": folder / "saved", "streaming": streaming})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=sequences, stateful_step_count=10, phases=[Phase.generate])
+        machine, settings=settings(max_examples=sequences, stateful_step_count=8, phases=[Phase.generate])
     )
 
 

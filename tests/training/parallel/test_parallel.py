@@ -80,6 +80,7 @@ def test_two_kinds_at_once_equal_one_process(folder: Path) -> None:
     run(worker.four_processes, 4, folder)
 
 
+@pytest.mark.slow  # three starts of torch; a signal to one process is in test_run_checks
 def test_torchrun_starts_and_ends_the_group(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
     command += [worker.__file__, str(tmp_path)]

@@ -108,6 +108,7 @@ def test_an_export_of_two_processes_is_a_model(folder: Path) -> None:
     assert model(inputs).logits.isfinite().all()
 
 
+@pytest.mark.slow  # of one process: test_trainer; of two that resume: test_parallel
 def test_a_killed_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
     """Both processes end by kill -9 in the middle of a save; the resumed run equals the whole one bit for bit."""
     assert run(worker.killed, folder) == [-signal.SIGKILL] * 2
