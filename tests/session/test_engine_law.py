@@ -350,7 +350,7 @@ def test_a_forked_child_is_told(engine: OmniEngine, model: OmniModel) -> None:
 ENDS = {"end": "", "sys.exit": "sys.exit(0)", "exception": "raise ValueError('the end')"}
 
 
-@pytest.mark.parametrize("end", list(ENDS))
+@pytest.mark.parametrize("end", ["end", *(pytest.param(end, marks=pytest.mark.slow) for end in list(ENDS)[1:])])
 def test_a_process_may_end_while_a_turn_runs(end: str) -> None:
     script = f"""
 import sys; sys.path.insert(0, "tests")

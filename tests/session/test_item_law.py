@@ -227,16 +227,16 @@ class Edits(RuleBasedStateMachine):
             self.answer(aloud=True)
 
 
-def check(model: OmniModel, folder: Path, streaming: StreamingConfig, sequences: int) -> None:
+def check(model: OmniModel, folder: Path, streaming: StreamingConfig, sequences: int, steps: int = 10) -> None:
     machine = type("Machine", (Edits,), {"model": model, "folder": folder / "saved", "streaming": streaming})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=sequences, stateful_step_count=8, phases=[Phase.generate])
+        machine, settings=settings(max_examples=sequences, stateful_step_count=steps, phases=[Phase.generate])
     )
 
 
 @pytest.mark.parametrize("family", ["first", "second"])
 def test_any_sequence_of_edits(family: str, tmp_path: Path) -> None:
-    _check_family(family, tmp_path, 50)
+    _check_family(family, tmp_path, 50, steps=8)
 
 
 @pytest.mark.slow
@@ -245,6 +245,6 @@ def test_many_sequences_of_edits(family: str, tmp_path: Path) -> None:
     _check_family(family, tmp_path, int(os.environ.get("OMNI_EDIT_SEQUENCES", "1000")))
 
 
-def _check_family(family: str, tmp_path: Path, sequences: int) -> None:
+def _check_family(family: str, tmp_path: Path, sequences: int, **options: int) -> None:
     model = (first_model if family == "first" else second_model)(tmp_path / "files")
-    check(model, tmp_path, QUICK if family == "first" else StreamingConfig(prefill_tokens=16), sequences)
+    check(model, tmp_path, QUICK if family == "first" else StreamingConfig(prefill_tokens=16), sequences, **options)

@@ -139,7 +139,9 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", list(ENDS))
+@pytest.mark.parametrize(
+    "end", [pytest.param(end, marks=pytest.mark.slow) if end in ("sys.exit", "exception") else end for end in ENDS]
+)
 def test_a_process_may_end_while_it_ticks(end: str) -> None:
     """The thread is inside of the model then, which must not be torn away under it."""
     script = f"""
