@@ -2,7 +2,8 @@
 
 `CTCHead` reads each token by itself (Graves et al., 2006); `AttentionDecoder` writes the text from all of them, as the
 encoder of the release was trained. `EmbeddingHead` is a CTC head that compares with given embeddings, the Thinker's:
-the encoder then learns to say a word as the Thinker reads it. All stand behind the encoder's whole forward pass, its
+the encoder then learns to say a word as the Thinker reads it. `SpellingHead` stands beside a head of longer labels and
+reads letters, which are found sooner (Sanabria and Metze, 2018). All stand behind the encoder's whole forward pass, its
 projections included, so that every parameter of it learns. They are thrown away afterwards; the encoder is kept.
 
 Shapes: C clips, N tokens of all clips (packed), n tokens of the longest, D encoder output width, L labels of the
@@ -41,7 +42,8 @@ class CTCHead(nn.Module):
 
 
 class EmbeddingHead(CTCHead):
-    """A CTC head whose logits are cosines with fixed embeddings, times a learnt scale. [N, D] -> [N, V + 1].
+    """A CTC head whose logits are cosines with fixed embeddings, times a learnt scale, plus a learnt prior a label.
+    [N, D] -> [N, V + 1].
 
     embeddings [V, D], one a label; blank: the label whose embedding stands for no label instead. Cosines are largest
     for tokens that point where an embedding points, so the encoder's output becomes the embedding's direction; the
@@ -58,11 +60,27 @@ class EmbeddingHead(CTCHead):
         directions[blank] = 0  # a label of its own no more
         self.register_buffer("directions", directions)
         self.scale = nn.Parameter(torch.tensor(scale))
+        self.prior = nn.Parameter(torch.zeros(len(directions)))
 
     directions: Tensor
 
     def forward(self, embeds: Tensor) -> Tensor:
-        return self.scale * (F.normalize(embeds, dim=1) @ self.directions.t())
+        return self.scale * (F.normalize(embeds, dim=1) @ self.directions.t()) + self.prior
+
+
+class SpellingHead(nn.Module):
+    """Logits of A characters and, last, the blank, `slots` times for each token: characters come faster than tokens.
+    [N, D] -> [N * slots, A + 1]."""
+
+    def __init__(self, width: int, alphabet: int, slots: int = 3) -> None:
+        super().__init__()
+        self.blank, self.slots = alphabet, slots
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, slots * (alphabet + 1))
+        _initialise(self)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return self.proj(self.norm(embeds)).view(-1, self.blank + 1)
 
 
 class AttentionDecoder(nn.Module):
@@ -121,14 +139,27 @@ def ctc_loss(head: CTCHead, output: EncoderOutput, targets: Sequence[Sequence[in
                 f"the text of clip {clip} needs {ctc_length(labels)} tokens of audio, but the clip has {tokens}; leave "
                 "such clips out (ctc_length tells), or use longer labels"
             )
-    logits = _wide(head(output.embeds))
-    lengths = torch.tensor(output.lengths)
+    return _alignments(head(output.embeds), output.lengths, targets, head.blank)
+
+
+def spelling_loss(head: SpellingHead, output: EncoderOutput, spelled: Sequence[Sequence[int]]) -> Loss:
+    """As `ctc_loss`, of characters 0 .. A - 1; a clip too short for its characters counts nothing. Counts clips."""
+    _check(spelled, output, head.blank)
+    return _alignments(head(output.embeds), [n * head.slots for n in output.lengths], spelled, head.blank, lenient=True)
+
+
+def _alignments(
+    logits: Tensor, counts: Sequence[int], targets: Sequence[Sequence[int]], blank: int, *, lenient: bool = False
+) -> Loss:
+    """CTC of packed logits, `counts` of each clip; lenient: what has no alignment counts nothing."""
+    logits, lengths = _wide(logits), torch.tensor(counts)
     places = torch.arange(int(lengths.max()))[:, None] + (lengths.cumsum(0) - lengths)  # [n, C], of each clip's tokens
     scores = logits.log_softmax(-1)[places.clamp(max=len(logits) - 1)]  # behind a clip's end nothing is read
     flat = torch.tensor([label for text in targets for label in text], dtype=torch.long, device=logits.device)
     total = F.ctc_loss(
-        scores, flat, lengths, torch.tensor([len(text) for text in targets]), blank=head.blank, reduction="sum"
-    )
+        scores, flat, lengths, torch.tensor([len(text) for text in targets]), blank=blank, reduction="sum",
+        zero_infinity=lenient,
+    )  # fmt: skip
     return Loss(total, torch.tensor(float(len(targets)), device=logits.device))
 
 

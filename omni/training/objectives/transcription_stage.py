@@ -34,11 +34,13 @@ from omni.training.objectives.transcription import (
     AttentionDecoder,
     CTCHead,
     EmbeddingHead,
+    SpellingHead,
     attention_loss,
     attention_transcribe,
     ctc_length,
     ctc_loss,
     ctc_transcribe,
+    spelling_loss,
 )
 
 HEADS = ("ctc", "attention", "embeddings")
@@ -157,10 +159,13 @@ class Transcriber(nn.Module):
         audio_encoder: nn.Module,
         num_labels: int,
         head: Literal["ctc", "attention", "embeddings"] = "ctc",
+        *,
+        spelling: int = 0,
         **options: Any,
     ) -> None:
         """options: those of `AttentionDecoder` (dim, layers, heads) or of `EmbeddingHead` (embeddings, blank, scale).
-        Raises ValueError for another head."""
+        spelling: so many letters a token, of `ENGLISH`, are read by a head beside it; 0 for none. Raises ValueError for
+        another head."""
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}; {nearest(str(head), HEADS)}")
@@ -174,7 +179,9 @@ class Transcriber(nn.Module):
             made = EmbeddingHead(**options)
         else:
             made = CTCHead(width, num_labels) if head == "ctc" else AttentionDecoder(width, num_labels, **options)
-        self.head = made.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        kind = torch.promote_types(like.dtype, torch.float32)
+        self.head = made.to(like.device, kind)
+        self.spelling = SpellingHead(width, len(ENGLISH), spelling).to(like.device, kind) if spelling else None
 
     def forward(
         self,
@@ -301,16 +308,25 @@ def clip_batches(
     return DrawnBatches(mixture, make, joined, batch_size=batch_size, skip_limit=skip_limit, workers=workers)
 
 
+def spelled(text: str) -> list[int]:
+    """The letters of a text in `ENGLISH`, as labels; other characters are left out."""
+    return [ENGLISH.index(letter) for letter in text.lower() if letter in ENGLISH]
+
+
 class TranscriptionObjective:
-    """Trains the parameters of a `Transcriber` that require gradients: "ctc" over clips, or "attention" over labels and
-    ends. given: another weight than 1. Raises ValueError for a weight of a loss that the head has not."""
+    """Trains the parameters of a `Transcriber` that require gradients.
+
+    Its losses: "ctc" over clips, or "attention" over labels and ends, and "spelling" over clips where it has such a
+    head. given: other weights than 1. Raises ValueError for a weight of a loss that it has not.
+    """
 
     def __init__(self, transcriber: Transcriber, given: Mapping[str, float] | None = None) -> None:
         self.name = "ctc" if isinstance(transcriber.head, CTCHead) else "attention"
+        known = {self.name: 1.0} if transcriber.spelling is None else {self.name: 1.0, "spelling": 1.0}
         for name in given or {}:
-            if name != self.name:
-                raise ValueError(f"[loss] has {name!r}, but this objective's loss is {self.name!r}")
-        self.weights = {self.name: 1.0, **(given or {})}
+            if name not in known:
+                raise ValueError(f"[loss] has {name!r}, but this objective's losses are {', '.join(map(repr, known))}")
+        self.weights = {**known, **(given or {})}
         self.device = next(transcriber.parameters()).device
 
     def prepare(self, model: Transcriber, batch: ClipBatch) -> ClipBatch:
@@ -319,14 +335,18 @@ class TranscriptionObjective:
 
     def counts(self, batch: ClipBatch) -> dict[str, float]:
         """Clips, or labels and ends."""
-        ends = len(batch.labels)
-        return {self.name: float(ends if self.name == "ctc" else ends + sum(map(len, batch.labels)))}
+        clips = len(batch.labels)
+        counts = {"ctc": clips, "attention": clips + sum(map(len, batch.labels)), "spelling": clips}
+        return {name: float(counts[name]) for name in self.weights}
 
     def losses(self, model: Any, batch: ClipBatch) -> dict[str, Loss]:
         """The head's loss, gradients attached."""
         output = model(batch.features, batch.lengths, batch.audio_chunk_s, batch.audio_window_s)
         loss = ctc_loss if self.name == "ctc" else attention_loss
-        return {self.name: loss(model.head, output, batch.labels)}
+        losses = {self.name: loss(model.head, output, batch.labels)}
+        if model.spelling is not None:
+            losses["spelling"] = spelling_loss(model.spelling, output, [spelled(text) for text in batch.texts])
+        return losses
 
 
 @torch.no_grad()

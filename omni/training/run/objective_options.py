@@ -135,6 +135,7 @@ class TranscriptionOptions:
     dim: int | None = number(None, low=1)
     layers: int | None = number(None, low=1)
     heads: int | None = number(None, low=1)
+    spelling: int | None = number(None, low=0)
     scale: float | None = number(None, above=0)
     speeds: tuple[float, ...] | None = number(None, low=0.5, high=2)
     frequency_masks: int | None = number(None, low=0)

@@ -370,9 +370,9 @@ def _transcription(setup: Setup) -> Stage:
     if kind == "tokens":
         labels = TokenLabels(setup.require_processor())
     make = partial(Transcriber, setup.model.audio_encoder, labels.size, head)
-    known: tuple[str, ...] = ("dim", "layers", "heads")
+    known: tuple[str, ...] = ("dim", "layers", "heads", "spelling")
     if head == "embeddings":
-        make, known = partial(make, **_embeddings(setup, kind, options.pop("blank", None))), ("scale",)
+        make, known = partial(make, **_embeddings(setup, kind, options.pop("blank", None))), ("scale", "spelling")
     heard_as = {"train": _augmentation(options, setup.config.train.seed), "eval": PLAIN}
     transcriber = _with_options(make, options, known)
     table, hearing = setup.config.data, setup.hearing

@@ -17,13 +17,16 @@ from omni.packaged.toy import TOY_DATA, toy_processor
 from omni.training.data.manifest import Manifest
 from omni.training.data.mixture import Draw, Mixture
 from omni.training.objectives.transcription_stage import (
+    ENGLISH,
     CharacterLabels,
+    ClipBatch,
     ClipMaker,
     TokenLabels,
     Transcriber,
     TranscriptionObjective,
     clip_batches,
     evaluate_transcriber,
+    spelled,
     text_of,
 )
 from omni.training.run.optimiser import trainable
@@ -203,6 +206,40 @@ def test_an_empty_text_is_nothing_to_hear(manifest: Path, head: str) -> None:
     assert found[""] == [] and LABELS.decode(found["dd b"]) == "dd b"
 
 
+@pytest.mark.parametrize("head", ["ctc", "attention"])
+def test_letters_are_learnt_beside_the_labels(manifest: Path, head: str) -> None:
+    """Three letters a token at most; what is too short for its letters, or has none, costs the labels nothing."""
+    rows = [("0.wav", "ab cd"), ("1.wav", "dd b"), ("2.wav", "")]
+    write_rows(manifest, [{"audio": audio, "text": text} for audio, text in rows])
+    options = {"dim": 32, "layers": 1, "heads": 2} if head == "attention" else {}
+    with fixed(1):
+        module = Transcriber(tiny_model().audio_encoder, LABELS.size, head, spelling=3, **options)  # type: ignore[arg-type]
+    objective = TranscriptionObjective(module, {"spelling": 0.5})
+    assert objective.weights == {head: 1.0, "spelling": 0.5}
+    trainer = Trainer(module, objective, batches(manifest, module), config(400))
+    assert trainer.step().losses.keys() == {head, "spelling"}
+    batch = next(batches(manifest, module))
+
+    def read() -> list[str]:
+        logits = module.spelling(module(batch.features, batch.lengths).embeds)  # type: ignore[misc]
+        clips = logits.argmax(-1).split([3 * module.audio_encoder.num_tokens(n) for n in batch.lengths])
+        merged = [clip.unique_consecutive().tolist() for clip in clips]
+        return ["".join(ENGLISH[label] for label in labels if label != len(ENGLISH)) for labels in merged]
+
+    for step in range(399):
+        trainer.step()
+        if step % 10 == 9 and read() == batch.texts:
+            break
+    assert read() == batch.texts
+    assert spelled("Ab-C é") == [ENGLISH.index(letter) for letter in "abc "]
+    tight = ClipBatch(batch.features[:1, :, :8], [8], [[0]], ["ab cd ab cd"])
+    losses = objective.losses(module, objective.prepare(module, tight))
+    assert losses["spelling"].total == 0 and losses[head].total > 0
+    assert objective.counts(tight)["spelling"] == 1
+    with pytest.raises(ValueError, match=f"losses are '{head}'"):
+        TranscriptionObjective(transcriber(tiny_model(), head), {"spelling": 1.0})
+
+
 def test_the_stage_puts_recordings_into_surroundings(manifest: Path, tmp_path: Path) -> None:
     """Options of [objective] reach what is trained on, and leave what is evaluated alone."""
     soundfile.write(tmp_path / "hum.wav", sound("a").numpy(), RATE)
@@ -254,7 +291,7 @@ def test_heads_and_weights_that_are_not_there_are_named() -> None:
         Transcriber(model.audio_encoder, 3, "ctcc")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no options, got dim"):
         Transcriber(model.audio_encoder, 3, "ctc", dim=4)
-    with pytest.raises(ValueError, match="loss is 'ctc'"):
+    with pytest.raises(ValueError, match="losses are 'ctc'"):
         TranscriptionObjective(transcriber(model), {"attention": 1.0})
     half = transcriber(tiny_model().bfloat16())
     features, lengths = torch.zeros(1, 128, 100), [100]
@@ -284,7 +321,7 @@ def test_the_stage_spells_characters_or_tokens(manifest: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'tokens'"):
         build(labels="token")
     tied = build(head="embeddings", labels="tokens", blank="~", language="")
-    assert [name for name, _ in tied.stage.module.head.named_parameters()] == ["scale"]
+    assert [name for name, _ in tied.stage.module.head.named_parameters()] == ["scale", "prior"]
     assert tied.trainer.step().losses["ctc"] > 0
     with pytest.raises(ValueError, match="a text of one token"):
         build(head="embeddings", labels="tokens")
