@@ -11,7 +11,7 @@ READY := .venv/.omni-ready
 # What the tests draw, and the threads of each of their two processes: `make test OMNI_TEST_SEED=3 OMNI_TEST_THREADS=2`.
 export OMNI_TEST_SEED ?= 0
 export OMNI_TEST_THREADS ?= 1
-TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(OMNI_TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile
+TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(OMNI_TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 UV = $$(command -v uv || echo .venv-uv/bin/uv)
 
 # The training of omni-nano is many small operations: more threads than this only wait for each other.

@@ -32,7 +32,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # under nohup, and in the
     signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests press Ctrl-C
 
 
+# Files that take longest come first, so that no process is left with one of them at the end.
+LONGEST = (
+    "test_item_law", "test_nano_recipe", "test_distributed_run", "test_parallel", "test_trainer", "test_run_checks",
+    "test_conversation", "test_engine_law", "test_overfit", "test_import_time", "test_readme", "test_training_page",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.stem) in LONGEST else len(LONGEST))
     for item in items:
         if SEED and getattr(item, "function", None) and hypothesis.is_hypothesis_test(item.function):
             hypothesis.seed(SEED)(item.function)
