@@ -96,7 +96,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     if not (narrow and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+        wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*wide, **options).to(q.dtype)
 
 
 def _fold_mask(mask: Tensor, kv_heads: int, groups: int, queries: int) -> Tensor:

@@ -254,6 +254,9 @@ def test_gradients_on_a_cpu_are_taken_in_fp32(how: str, monkeypatch: pytest.Monk
     with torch.autocast("cpu", torch.bfloat16):
         run(torch.float32, grad=True)
         assert set(seen) == {torch.float32}
+        seen.clear()
+        run(torch.float64, grad=True)
+        assert set(seen) == {torch.float64}
 
 
 def test_neighbours_of_equal_length_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
