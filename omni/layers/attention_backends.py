@@ -96,8 +96,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     if not (narrow and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
-        wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*wide, **options).to(q.dtype)
+        query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        return F.scaled_dot_product_attention(query, key, value, **options).to(q.dtype)
 
 
 def _fold_mask(mask: Tensor, kv_heads: int, groups: int, queries: int) -> Tensor:
