@@ -69,6 +69,8 @@ def centre_hz(samples: np.ndarray) -> float:
 
 def test_speakers_are_many_and_always_the_same() -> None:
     assert sum(speakers.SHARES.values()) == pytest.approx(1)
+    assert set(speech_data.CLIP_SHARES) == set(speakers.SHARES)
+    assert sum(speech_data.CLIP_SHARES.values()) == pytest.approx(1)
     everyone = all_speakers()
     assert len(everyone) >= 250 and len(set(everyone)) == len(everyone) and everyone == all_speakers()
     assert len({speaker.manner.voice for speaker in everyone}) >= 12
@@ -182,7 +184,16 @@ def test_clips_go_on_where_they_were(wordnet: None, tmp_path: Path, monkeypatch:
     ):
         monkeypatch.setattr(speech_data, name, value)
     speech_data.make_speech(tmp_path, 20)
-    rows = [json.loads(line) for line in (tmp_path / "heard.jsonl").read_text().splitlines()]
+
+    def heard() -> list[dict[str, Any]]:
+        files = [tmp_path / f"heard_{name}.jsonl" for name in speech_data.CLIP_SHARES]
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    rows = heard()
+    brief = [json.loads(line) for line in (tmp_path / "first.jsonl").read_text().splitlines()]
+    seconds = {row["audio"]: soundfile.info(tmp_path / row["audio"]).duration for row in rows}
+    assert brief == [row for row in rows if row["speaker"].startswith("heart") and seconds[row["audio"]] < 2.2]
+    assert brief
     assert 15 <= len(rows) <= 30 and len({row["speaker"].split()[0] for row in rows}) == len(speakers.SHARES)
     for row in rows:
         assert len(soundfile.read(tmp_path / row["audio"])[0]) > 0 and row["text"]
@@ -194,7 +205,12 @@ def test_clips_go_on_where_they_were(wordnet: None, tmp_path: Path, monkeypatch:
     speech_data.make_speech(tmp_path, 20)
     again = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert {path.parent.name for path in again} == {"flite"}
-    assert rows == [json.loads(line) for line in (tmp_path / "heard.jsonl").read_text().splitlines()]
+    assert rows == heard()
+    for engine in ("kokoro", "flite"):
+        next((tmp_path / "heard").glob(f"{engine}_000.jsonl")).unlink()
+    speech_data.make_speech(tmp_path, 20, only=["flite"])
+    assert [path.name[:6] for path in (tmp_path / "heard").glob("*_000.jsonl")].count("kokoro") == 0
+    assert (tmp_path / "heard/flite_000.jsonl").exists()
 
 
 def test_a_joined_clip_has_pauses_between_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def test_any_text_comes_back_in_small_letters(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text.lower()
 
 
+def test_roles_are_tokens_of_their_own() -> None:
+    assert [TOKENIZER.encode(role).ids for role in ("system", "user", "assistant")] == [[276], [277], [278]]
+
+
 def test_english_falls_into_long_subwords() -> None:
     """A second of speech has up to eighteen letters, and the encoder twelve tokens: two letters each are enough."""
     texts = [" " + " ".join(words_of(text)) for text in ENGLISH]

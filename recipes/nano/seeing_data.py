@@ -148,6 +148,17 @@ def told(picture: Picture) -> tuple[Tensor, tuple[int, int]]:
     return tokens_of(_named(scene), rows, columns)[0], (rows, columns)
 
 
+def told_clip(clip: Clip, times: Sequence[float], seconds: float) -> Tensor:
+    """What the tokens of a clip of so many seconds are to say [times * tokens, K], two frames half a second apart at
+    each time, without drawing it."""
+    scene, side, said = clip_scene_of(clip), FRAME_SIDE // TOKEN, []
+    for time in times:
+        middle = scene.middle(min(1.0, (time + 0.25) / seconds))
+        words = (*item_words(scene.scene.items[0]), *(move_words(clip) or place_words(middle)))
+        said.append(tokens_of([(middle, words)], side, side)[0])
+    return torch.cat(said)
+
+
 def _named(scene: Scene) -> list[tuple[tuple[float, float], tuple[str, ...]]]:
     """The things of a picture: middles and words."""
     return [(item.middle, (*item_words(item), *place_words(item.middle))) for item in scene.items if item.middle]

@@ -2,7 +2,7 @@
 
     python recipes/nano/speech_data.py data [--clips 30000] [--jobs 2]
 
-Clips come in files of some hundred rows, one engine each, `data/heard/<engine>_<file>.jsonl`; a run that is interrupted
+Clips come in files of two hundred rows, one engine each, `data/heard/<engine>_<file>.jsonl`; a run that is interrupted
 goes on with the file that is missing. A number names a clip: its speaker, text and tempo follow from it.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -27,9 +27,11 @@ from tqdm import tqdm
 
 CLIPS = 30_000
 NOISES, UNSAID = 400, 1500
+CLIP_SHARES = {"kokoro": 0.12, "heart": 0.28, "flite": 0.2, "espeak": 0.15, "festival": 0.25}  # Kokoro takes longest
 TEMPO = (0.88, 1.2)
 _ROWS = 200  # of a file
 _JOINED = 0.12  # of the clips: each word by itself, as in recorded announcements
+_BRIEF_S = 2.2
 _GAP_S = (0.0, 0.35)
 _NOISE_S = (6.0, 12.0)
 _UNSAID_S = (0.3, 8.0)
@@ -84,7 +86,7 @@ def write_clips(folder: Path, engine: str, part: int) -> int:
         path = sounds / f"{number}.wav"
         soundfile.write(path, samples, RATE_HZ, subtype="PCM_16")
         rows.append({"audio": f"{engine}/{path.name}", "text": text, "speaker": f"{engine} {who}"})
-    _write_rows(folder / "heard" / f"{engine}_{part:03d}.jsonl", rows)
+    _write_rows(_part(folder, engine, part), rows)
     return len(rows)
 
 
@@ -96,7 +98,7 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def files(clips: int) -> Iterator[tuple[str, int]]:
     """Engine and number of every file, engines in turn, so that any beginning of them has all kinds of speakers."""
-    counts = {name: -(-round(share * clips) // _ROWS) for name, share in SHARES.items()}
+    counts = {name: -(-round(share * clips) // _ROWS) for name, share in CLIP_SHARES.items()}
     for place in range(max(counts.values())):
         yield from ((name, place) for name, count in counts.items() if place < count)
 
@@ -131,20 +133,39 @@ def _write_sound(path: Path, samples: np.ndarray) -> str:
     return f"noise/{path.name}"
 
 
-def make_speech(folder: Path, clips: int = CLIPS, jobs: int = 2) -> None:
-    """All files that are missing, and the manifests `heard.jsonl`, `unsaid.jsonl` and `noises.jsonl`."""
-    todo = [one for one in files(clips) if not (folder / "heard" / "{}_{:03d}.jsonl".format(*one)).exists()]
+def make_speech(folder: Path, clips: int = CLIPS, jobs: int = 2, only: Sequence[str] = ()) -> None:
+    """All files that are missing, and the manifests: `heard_<engine>.jsonl`, `first.jsonl` (what heart says in little
+    time), `unsaid.jsonl` and `noises.jsonl`.
+
+    only: engines whose files are made now; the manifests come with a run of all of them.
+    """
+    wanted = [one for one in files(clips) if not only or one[0] in only]
+    todo = [one for one in wanted if not _part(folder, *one).exists()]
     with ProcessPoolExecutor(jobs) as pool:
         waiting = [pool.submit(write_clips, folder, *one) for one in todo]
         for done in tqdm(waiting, "speech"):
             done.result()
+    if not only:
+        write_manifests(folder, clips)
+
+
+def write_manifests(folder: Path, clips: int = CLIPS) -> None:
+    """The manifests of the files that are there."""
     if not (folder / "noises.jsonl").exists():
         write_noises(folder)
-    rows: list[dict[str, Any]] = []
-    for one in files(clips):
-        lines = (folder / "heard" / "{}_{:03d}.jsonl".format(*one)).read_text(encoding="utf-8").splitlines()
-        rows += [{**(row := json.loads(line)), "audio": f"heard/{row['audio']}"} for line in lines]
-    _write_rows(folder / "heard.jsonl", rows)
+    rows: dict[str, list[dict[str, Any]]] = {engine: [] for engine in CLIP_SHARES}
+    for engine, part in files(clips):
+        if (path := _part(folder, engine, part)).exists():
+            found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows[engine] += [{**row, "audio": f"heard/{row['audio']}"} for row in found]
+    for engine, heard in rows.items():
+        _write_rows(folder / f"heard_{engine}.jsonl", heard)
+    brief = [row for row in rows["heart"] if soundfile.info(folder / row["audio"]).duration < _BRIEF_S]
+    _write_rows(folder / "first.jsonl", brief)
+
+
+def _part(folder: Path, engine: str, part: int) -> Path:
+    return folder / "heard" / f"{engine}_{part:03d}.jsonl"
 
 
 def main() -> None:
@@ -152,8 +173,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clips", type=int, default=CLIPS, help=f"how many (default {CLIPS})")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once (default 2)")
+    parser.add_argument("--only", nargs="+", default=(), choices=list(SHARES), help="engines; none of the manifests")
     args = parser.parse_args()
-    make_speech(args.folder, args.clips, args.jobs)
+    make_speech(args.folder, args.clips, args.jobs, args.only)
 
 
 if __name__ == "__main__":

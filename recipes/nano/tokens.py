@@ -37,6 +37,7 @@ _BYTES = 256
 _SPOKEN = 40_000  # texts of the small world in the corpus
 _CORE_COUNT, _OPENING_COUNT = 200, 5  # how often words of the core count besides, and words that open an answer
 _SEED = 2
+_WHOLE = {"ignore_merges": True}  # names of roles, which no merge makes, are tokens of their own
 
 
 def vectors() -> Tensor:
@@ -73,7 +74,7 @@ def make_tokenizer() -> dict[str, Any]:
     vocabulary = kept | {token: _FIRST_SUBWORD + place for place, token in enumerate(subwords)}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
-    return toy | {"normalizer": normalizer, "model": toy["model"] | {"vocab": vocabulary, "merges": merges}}
+    return toy | {"normalizer": normalizer, "model": toy["model"] | {"vocab": vocabulary, "merges": merges, **_WHOLE}}
 
 
 def main() -> None:
