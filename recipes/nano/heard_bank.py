@@ -144,7 +144,7 @@ class Bank:
         return self.tokens[self.starts[number] : self.starts[number + 1]].float()
 
     def said(self, text: str, ids: Sequence[int], rng: random.Random) -> Tensor:
-        """Somebody says a text, whose subwords are `ids`: mostly a whole clip, where there is one of it; else pieces."""
+        """Somebody says a text, whose subwords are `ids`: a whole clip where there is one, mostly; else pieces."""
         if (clips := self.whole.get(text)) and rng.random() < 0.8:
             return self.clip(rng.choice(clips))
         parts = [rng.choice(self.pieces[label]) if label in self.pieces else label for label in ids]
