@@ -18,6 +18,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "nano"))
 
+import clip_files
 import english
 import noises
 import speakers
@@ -155,8 +156,8 @@ def test_babble_is_of_voices_and_has_no_end_before_its_own() -> None:
 
 
 def test_files_hold_all_kinds_of_speakers_from_the_beginning() -> None:
-    order = list(speech_data.files(30_000))
-    assert len(set(order)) == len(order) and len(order) * speech_data._ROWS >= 30_000
+    order = list(clip_files.files(30_000, speech_data.CLIP_SHARES))
+    assert len(set(order)) == len(order) and len(order) * clip_files.ROWS >= 30_000
     assert {name for name, _ in order[: len(speakers.SHARES)]} == set(speakers.SHARES)
 
 
@@ -173,10 +174,10 @@ def test_clips_go_on_where_they_were(wordnet: None, tmp_path: Path, monkeypatch:
             value = function(*args)
             return type("Done", (), {"result": lambda _: value})()
 
-    monkeypatch.setattr(speech_data, "ProcessPoolExecutor", Now)
+    monkeypatch.setattr(clip_files, "ProcessPoolExecutor", Now)
+    monkeypatch.setattr(clip_files, "ROWS", 3)
     monkeypatch.setattr(speech_data, "_engine", lambda name, folder: {name: tone})
     for name, value in (
-        ("_ROWS", 3),
         ("NOISES", 5),
         ("UNSAID", 4),
         ("_NOISE_S", (0.2, 0.3)),

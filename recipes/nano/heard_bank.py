@@ -38,7 +38,7 @@ WINDOWS_S = (0.96, 8.0)
 RATE_HZ = 16_000
 _TOGETHER = 16  # clips
 _SCALE = 12.0  # of the cosines that are aligned
-_BLANK = "~"
+BLANK = "~"
 _CLEAN = 0.35  # of clips have nothing around them but silence
 _LONGEST_S = 20.0
 _PAD_S = ((0.05, 0.5), (0.5, 4.0))  # of silence around speech: usually, and in one of eight clips
@@ -69,7 +69,7 @@ def make_bank(model: OmniModel, manifests: Sequence[Path], path: Path, clips: in
         rng.shuffle(part)
     noise = recorded_noise(noises) if noises else None
     table = model.thinker.embed_tokens.weight.float()
-    (blank,) = processor.encode_text(_BLANK)
+    (blank,) = processor.encode_text(BLANK)
     picked = [part[place] for place in range(max(map(len, rows))) for part in rows if place < len(part)][:clips]
     found: list[Tensor] = []
     labels: list[list[int]] = []

@@ -82,10 +82,10 @@ def say(
     return samples * (0.6 / highest) if highest > 1e-4 else samples[:0]
 
 
-def trimmed(samples: np.ndarray) -> np.ndarray:
+def trimmed(samples: np.ndarray, rate_hz: int = RATE_HZ) -> np.ndarray:
     """Samples from where they are first heard to where they are last, and a moment around."""
     loud = np.flatnonzero(np.abs(samples) > _QUIET * np.abs(samples).max(initial=0.0))
-    edge = int(_EDGE_S * RATE_HZ)
+    edge = int(_EDGE_S * rate_hz)
     return samples[max(0, loud[0] - edge) : loud[-1] + edge] if len(loud) else samples[:0]
 
 

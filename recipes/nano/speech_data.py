@@ -2,17 +2,15 @@
 
     python recipes/nano/speech_data.py data [--clips 30000] [--jobs 2]
 
-Clips come in files of two hundred rows, one engine each, `data/heard/<engine>_<file>.jsonl`; a run that is interrupted
-goes on with the file that is missing. A number names a clip: its speaker, text and tempo follow from it.
+Clips come in files, see `clip_files`: a run that is interrupted goes on. A number names a clip: its speaker, text and
+tempo follow from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,16 @@ from typing import Any
 import noises
 import numpy as np
 import soundfile
+from clip_files import files, make_files, rows_of, write_rows
 from engines import open_engines
 from english import draw_text
 from speakers import RATE_HZ, SHARES, Speaker, all_speakers, say
-from tqdm import tqdm
 
+KIND = "heard"
 CLIPS = 30_000
 NOISES, UNSAID = 400, 1500
 CLIP_SHARES = {"kokoro": 0.12, "heart": 0.28, "flite": 0.2, "espeak": 0.15, "festival": 0.25}  # Kokoro takes longest
 TEMPO = (0.88, 1.2)
-_ROWS = 200  # of a file
 _JOINED = 0.12  # of the clips: each word by itself, as in recorded announcements
 _BRIEF_S = 2.2
 _GAP_S = (0.0, 0.35)
@@ -51,15 +49,15 @@ def _speakers() -> dict[str, list[Speaker]]:
     return found
 
 
-def clip(engine: str, number: int, folder: Path) -> tuple[np.ndarray, str, int]:
-    """A clip's sound, its text, and which of the engine's speakers says it."""
+def clip(engine: str, number: int, folder: Path) -> tuple[np.ndarray, str, str]:
+    """A clip's sound, its text, and who says it."""
     rng = random.Random(f"heard {engine} {number}")
     speakers = _speakers()[engine]
     who = rng.randrange(len(speakers))
     text, tempo = draw_text(rng), rng.uniform(*TEMPO)
     if rng.random() < _JOINED and len(text.split()) <= 6:
-        return joined(engine, text, speakers[who], tempo, rng, folder), text, who
-    return say(_engine(engine, folder), text, speakers[who], tempo), text, who
+        return joined(engine, text, speakers[who], tempo, rng, folder), text, f"{engine} {who}"
+    return say(_engine(engine, folder), text, speakers[who], tempo), text, f"{engine} {who}"
 
 
 def joined(engine: str, text: str, speaker: Speaker, tempo: float, rng: random.Random, folder: Path) -> np.ndarray:
@@ -69,38 +67,6 @@ def joined(engine: str, text: str, speaker: Speaker, tempo: float, rng: random.R
         parts += [say(_engine(engine, folder), word, speaker, tempo)]
         parts += [np.zeros(int(rng.uniform(*_GAP_S) * RATE_HZ), np.float32)]
     return np.concatenate(parts[:-1])
-
-
-def write_clips(folder: Path, engine: str, part: int) -> int:
-    """Write one file of clips; returns its rows. Clips that an engine cannot say are left out."""
-    sounds = folder / "heard" / engine
-    sounds.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number in range(part * _ROWS, (part + 1) * _ROWS):
-        try:
-            samples, text, who = clip(engine, number, folder)
-        except (ValueError, RuntimeError):
-            continue
-        if len(samples) < RATE_HZ // 10:
-            continue
-        path = sounds / f"{number}.wav"
-        soundfile.write(path, samples, RATE_HZ, subtype="PCM_16")
-        rows.append({"audio": f"{engine}/{path.name}", "text": text, "speaker": f"{engine} {who}"})
-    _write_rows(_part(folder, engine, part), rows)
-    return len(rows)
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
-
-
-def files(clips: int) -> Iterator[tuple[str, int]]:
-    """Engine and number of every file, engines in turn, so that any beginning of them has all kinds of speakers."""
-    counts = {name: -(-round(share * clips) // _ROWS) for name, share in CLIP_SHARES.items()}
-    for place in range(max(counts.values())):
-        yield from ((name, place) for name, count in counts.items() if place < count)
 
 
 def write_noises(folder: Path) -> None:
@@ -123,8 +89,8 @@ def write_noises(folder: Path) -> None:
         kind = "silence" if number % 10 == 0 else rng.choice(noises.KINDS)
         samples = noises.make(kind, int(rng.uniform(*_UNSAID_S) * RATE_HZ), rng)
         unsaid.append({"audio": _write_sound(sounds / f"u{number}.wav", samples), "text": ""})
-    _write_rows(folder / "unsaid.jsonl", unsaid)
-    _write_rows(folder / "noises.jsonl", mixed)
+    write_rows(folder / "unsaid.jsonl", unsaid)
+    write_rows(folder / "noises.jsonl", mixed)
 
 
 def _write_sound(path: Path, samples: np.ndarray) -> str:
@@ -139,12 +105,8 @@ def make_speech(folder: Path, clips: int = CLIPS, jobs: int = 2, only: Sequence[
 
     only: engines whose files are made now; the manifests come with a run of all of them.
     """
-    wanted = [one for one in files(clips) if not only or one[0] in only]
-    todo = [one for one in wanted if not _part(folder, *one).exists()]
-    with ProcessPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(write_clips, folder, *one) for one in todo]
-        for done in tqdm(waiting, "speech"):
-            done.result()
+    wanted = [one for one in files(clips, CLIP_SHARES) if not only or one[0] in only]
+    make_files(folder, KIND, wanted, clip, RATE_HZ, "wav", jobs)
     if not only:
         write_manifests(folder, clips)
 
@@ -153,19 +115,11 @@ def write_manifests(folder: Path, clips: int = CLIPS) -> None:
     """The manifests of the files that are there."""
     if not (folder / "noises.jsonl").exists():
         write_noises(folder)
-    rows: dict[str, list[dict[str, Any]]] = {engine: [] for engine in CLIP_SHARES}
-    for engine, part in files(clips):
-        if (path := _part(folder, engine, part)).exists():
-            found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            rows[engine] += [{**row, "audio": f"heard/{row['audio']}"} for row in found]
+    rows = rows_of(folder, KIND, files(clips, CLIP_SHARES))
     for engine, heard in rows.items():
-        _write_rows(folder / f"heard_{engine}.jsonl", heard)
+        write_rows(folder / f"heard_{engine}.jsonl", heard)
     brief = [row for row in rows["heart"] if soundfile.info(folder / row["audio"]).duration < _BRIEF_S]
-    _write_rows(folder / "first.jsonl", brief)
-
-
-def _part(folder: Path, engine: str, part: int) -> Path:
-    return folder / "heard" / f"{engine}_{part:03d}.jsonl"
+    write_rows(folder / "first.jsonl", brief)
 
 
 def main() -> None:

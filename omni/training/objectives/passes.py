@@ -56,6 +56,7 @@ class TalkerPass:
     residual_codes: Tensor
     router_logits: list[Tensor]
     turns: list[int]
+    places: Tensor
 
 
 def thinker_pass(model: OmniModel, batch: TrainingBatch, *, needed: bool = True) -> ThinkerPass:
@@ -138,6 +139,7 @@ def talker_pass(
     wanted, residual_codes = torch.cat(first), read[1:].T
     if not batch.speech:
         wanted, residual_codes = torch.full_like(wanted, IGNORED), torch.full_like(residual_codes, IGNORED)
-    logits = talker.codec_head(out.hidden[0][torch.cat(drawing)])
+    places = torch.cat(drawing)
+    logits = talker.codec_head(out.hidden[0][places])
     frames = [turn.frames for turn in turns] if batch.speech else []
-    return TalkerPass(logits, wanted, residual, residual_codes, out.router_logits or [], frames)
+    return TalkerPass(logits, wanted, residual, residual_codes, out.router_logits or [], frames, places)
