@@ -27,7 +27,7 @@ import torch
 from figures import OTHER, SHAPES
 from grounds import KINDS
 from safetensors.torch import load_file, save_file
-from scenes import any_pixels, random_clip, random_picture
+from scenes import Clip, Picture, any_pixels, random_clip, random_picture
 from seeing_data import (
     COLOR_WORDS,
     KIND_WORDS,
@@ -41,7 +41,6 @@ from seeing_data import (
     WORDS,
     Batch,
     Show,
-    Shown,
     packed,
 )
 from shades import COLORS
@@ -229,20 +228,20 @@ def train(
 # ---- how well ----
 
 
-def conditions() -> dict[str, Callable[[random.Random, Show], Shown]]:
-    """Kinds of pictures to be judged by: one to four things, all else as it comes."""
+def conditions(most: int = 4) -> dict[str, Callable[[random.Random], Picture | Clip]]:
+    """Kinds of pictures to be judged by: one to `most` things, all else as it comes."""
 
-    def pictures(**asked: Any) -> Callable[[random.Random, Show], Shown]:
-        def draw(rng: random.Random, show: Show) -> Shown:
-            fixed = {"count": rng.randint(1, 4), "shapes": SHAPES, "pixels": any_pixels(rng, largest=640), **asked}
-            return show.picture(random_picture(rng, **fixed))
+    def pictures(**asked: Any) -> Callable[[random.Random], Picture]:
+        def draw(rng: random.Random) -> Picture:
+            fixed = {"count": rng.randint(1, most), "shapes": SHAPES, "pixels": any_pixels(rng, largest=640), **asked}
+            return random_picture(rng, **fixed)
 
         return draw
 
-    def clips(**asked: Any) -> Callable[[random.Random, Show], Shown]:
-        return lambda rng, show: show.clip(random_clip(rng, **asked), rng)
+    def clips(**asked: Any) -> Callable[[random.Random], Clip]:
+        return lambda rng: random_clip(rng, **asked)
 
-    found = {kind: pictures(ground=kind) for kind in KINDS}
+    found: dict[str, Callable[[random.Random], Picture | Clip]] = {kind: pictures(ground=kind) for kind in KINDS}
     found |= {
         "small": pictures(size=(0.125, 0.15), pixels=(256, 256)),
         "large": pictures(size=(0.5, 0.85), count=1),
@@ -269,7 +268,8 @@ def judge(encoder: VisionEncoder, pictures: int, seed: int = 1) -> dict[str, dic
         rng = random.Random(f"judge {seed} {name}")
         tally: dict[str, list[bool]] = {"right": [], "color": [], "kind": [], "place": [], "counted": []}
         for _ in range(pictures):
-            one = packed([draw(rng, show)])
+            drawn = draw(rng)
+            one = packed([show.clip(drawn, rng) if isinstance(drawn, Clip) else show.picture(drawn)])
             said = says(encoder, one)
             there = (1 - said[:, WORD[NOTHING]]).clamp(0, 1).sum()
             tally["counted"].append(round(float(there)) == len(one.things))
