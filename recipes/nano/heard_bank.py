@@ -57,10 +57,7 @@ def surroundings(rng: random.Random, noises: Noise | None) -> Surroundings:
 
 @torch.no_grad()
 def make_bank(model: OmniModel, manifests: Sequence[Path], path: Path, clips: int, noises: Sequence[str] = ()) -> int:
-    """Write what the model's audio encoder makes of so many clips, drawn from the manifests in turn; returns how many.
-
-    The tokens are made as large as the embeddings of the Thinker: only directions were trained.
-    """
+    """Write what the audio encoder makes of so many clips, from the manifests in turn; returns how many."""
     encoder, processor = model.audio_encoder, model.processor
     assert encoder is not None and processor is not None
     mel, rng = LogMel(num_mels=encoder.config.num_mel_bins), random.Random(f"bank {path.name}")
@@ -87,14 +84,12 @@ def make_bank(model: OmniModel, manifests: Sequence[Path], path: Path, clips: in
             out = encoder(joined, mask.sum(1).tolist(), **chosen_cuts(encoder, chunk_s, window_s))
         found += out.embeds.float().split(out.lengths)
         labels += [processor.encode_text(f" {row['text']}") if row["text"] else [] for row in some]
-    size = torch.cat(found).square().mean().sqrt() / table.square().mean().sqrt()
     pieces = [aligned(one, ids, table, blank) for one, ids in zip(found, labels)]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {
-            "tokens": (torch.cat(found) / size).half(),
+            "tokens": torch.cat(found).half(),
             "lengths": torch.tensor([len(one) for one in found]),
-            "size": size,
             "pieces": torch.tensor([(clip, *piece) for clip, some in enumerate(pieces) for piece in some]).view(-1, 4),
         },
         path,
