@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "nan
 import converse
 import heard_bank
 import make_start
+import parts
 import perceive
 import talk
 import tokens
@@ -275,3 +276,34 @@ def test_the_start_is_a_whole_model_within_its_size(tmp_path: Path) -> None:
     picture = draw_picture(from_talk(talk.turn("color", random.Random(0)).picture))
     inputs = again.processor([{"role": "user", "content": [{"type": "image", "image": picture}]}])
     assert 49 <= int((inputs.input_ids == again.config.thinker.image_token_id).sum()) <= 64
+
+
+def test_parts_are_files_of_a_checkpoint(tmp_path: Path) -> None:
+    """Some parts make a start to train from, all of them a model; each is a shard of its own."""
+    whole = make_start.make_start(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(parameter.bfloat16())  # the start's own are finer
+    whole.save_pretrained(tmp_path / "trained")
+    parts.split(tmp_path / "trained", tmp_path / "parts", ["audio_encoder", "vision_encoder"])
+    assert parts.join(tmp_path / "start", tmp_path / "parts", tmp_path / "some") == ["audio_encoder", "vision_encoder"]
+    some = OmniModel.from_pretrained(tmp_path / "some", dtype="float32", device="cpu")
+    torch.testing.assert_close(some.audio_encoder.state_dict(), whole.audio_encoder.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(some.thinker.embed_tokens.weight.detach(), tokens.vectors(), rtol=0, atol=0)
+    parts.split(tmp_path / "trained", tmp_path / "parts", ["thinker", "talker", "code2wav"])
+    assert set(parts.join(tmp_path / "start", tmp_path / "parts", tmp_path / "all")) == set(parts.PREFIXES)
+    assert not (tmp_path / "all/model.safetensors").exists()
+    every = OmniModel.from_pretrained(tmp_path / "all", dtype="float32", device="cpu")
+    torch.testing.assert_close(every.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    size = sum(path.stat().st_size for path in (tmp_path / "all").glob("*.safetensors"))
+    assert size < 48_100_000
+
+
+def test_parts_of_another_model_are_refused(model: OmniModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "small")
+    make_start.make_start(tmp_path / "start")
+    parts.split(tmp_path / "small", tmp_path / "parts", ["audio_encoder"])
+    with pytest.raises(ValueError, match="of another model"):
+        parts.join(tmp_path / "start", tmp_path / "parts", tmp_path / "out")
+    with pytest.raises(ValueError, match="belongs to none of"):
+        parts.part_of("ear.weight")
