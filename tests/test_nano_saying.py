@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "nano"))
 
 import clip_files
+import context_data
 import english
 import make_start
 import say_lines
@@ -26,7 +27,7 @@ from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.training.codec.mel_codec import MelCodec
 from omni.training.data.batches import collate
 from omni.training.data.conversation_samples import SampleMaker
-from omni.training.data.manifest import read_row
+from omni.training.data.manifest import Manifest, read_row
 from omni.training.objectives.passes import talker_pass, thinker_pass
 
 SENTENCES = ("the dog sleeps in the sun.", "she never said that, did she?", "a dream of green hills")
@@ -179,3 +180,26 @@ def test_short_lines_come_first(model: OmniModel, encoded: Path) -> None:
     assert all(len(line.ids) <= max(2, shortest) for line in lines.draw(0))
     later = [line for step in range(5000, 5005) for line in lines.draw(step)]
     assert max(len(line.ids) for line in later) == max(len(line.ids) for line in lines.lines)
+
+
+def test_conversations_with_real_media_can_be_learnt_from(
+    model: OmniModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of row is one that the library's own stages read, with an answer's speech for each turn."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(48_000).astype(np.float32) * 0.1
+    monkeypatch.setattr(context_data, "asked", lambda text, rng, folder: noise[: 2000 * len(text.split())])
+    monkeypatch.setattr(context_data, "answered", lambda text, folder: noise[: 3000 * len(text.split())])
+    context_data.make_context(tmp_path, 14)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "context").iterdir()}
+    context_data.make_context(tmp_path, 14)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "context").iterdir()}
+    manifest, kinds = Manifest(tmp_path / "context.jsonl"), set()
+    codes = torch.zeros(8, 4, dtype=torch.int64)
+    make = SampleMaker(model.processor, model.config, lambda speech: codes)
+    for number in range(len(manifest)):
+        sample = make(manifest[number])
+        raw = manifest.raw(number)
+        assert len(sample.speech) == len(raw["messages"]) // 2 == len(raw["speech"])
+        kinds |= {item["type"] for message in raw["messages"][::2] for item in message["content"]}
+    assert kinds >= {"text", "audio", "image"}

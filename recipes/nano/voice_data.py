@@ -82,16 +82,21 @@ def _engine(name: str, folder: Path) -> Any:
     return open_engines([name], folder)[name]
 
 
-def line(voice: str, number: int, folder: Path) -> tuple[np.ndarray, str, str]:
-    """A line's sound, without the silence around it, its text, and the voice."""
-    text, said = draw_line(random.Random(f"line {voice} {number}"))
+def said(voice: str, text: str, folder: Path) -> np.ndarray:
+    """A text in a voice, trimmed, its highest peak at 0.6; empty where the engine says nothing."""
     engine, manner = _VOICES[voice]
-    samples, rate_hz = _engine(engine, folder)(said, manner)
+    samples, rate_hz = _engine(engine, folder)(text, manner)
     if rate_hz != RATE_HZ:
         raise AssertionError(f"{engine} speaks at {rate_hz} Hz")
     samples = trimmed(samples, rate_hz)
     highest = float(np.abs(samples).max(initial=0.0))
-    return samples * (_PEAK / highest) if highest > 1e-4 else samples[:0], text, voice
+    return samples * (_PEAK / highest) if highest > 1e-4 else samples[:0]
+
+
+def line(voice: str, number: int, folder: Path) -> tuple[np.ndarray, str, str]:
+    """A line's sound, its text as it is written, and the voice."""
+    text, spoken = draw_line(random.Random(f"line {voice} {number}"))
+    return said(voice, spoken, folder), text, voice
 
 
 def make_lines(folder: Path, lines: int = LINES, jobs: int = 2, only: Sequence[str] = ()) -> None:
