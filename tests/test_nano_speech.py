@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "nano"))
 
 import clip_files
+import engines
 import english
+import make_start
+import name_phones
 import noises
 import speakers
 import speech_data
-from engines import STYLES, Manner, mixed
+from engines import STYLES, Manner, Spoken, mixed
 from speakers import RATE_HZ, Speaker, all_speakers, draw_speaker, move_formants, say
+
+from omni import OmniConfig, OmniModel, OmniProcessor
 
 
 @pytest.fixture
@@ -112,14 +119,15 @@ def test_windows_add_up() -> None:
 
 @pytest.mark.parametrize("size", [0.8, 1.0, 1.25])
 def test_size_raises_the_pitch_and_keeps_the_tempo(size: float) -> None:
-    said = say({"tone": tone}, "abcdefgh", Speaker("tone", Manner(), size), tempo=1.25)
+    said = say({"tone": tone}, "abcdefgh", Speaker("tone", Manner(), size), tempo=1.25).samples
     assert pitch_hz(said) == pytest.approx(300 * size, rel=0.01)
     assert len(said) == pytest.approx(RATE_HZ * (8 * 0.05 / 1.25 + 0.06), abs=200)  # its edges are 0.03 s
     assert float(np.abs(said).max()) == pytest.approx(0.6, abs=0.01)
 
 
 def test_who_says_nothing_gives_nothing() -> None:
-    assert len(say({"mute": lambda *_: (np.zeros(1000, np.float32), 16_000)}, "a", Speaker("mute", Manner()))) == 0
+    mute = {"mute": lambda *_: (np.zeros(1000, np.float32), 16_000)}
+    assert len(say(mute, "a", Speaker("mute", Manner())).samples) == 0
 
 
 def test_held_out_sentences_are_never_spoken(wordnet: None) -> None:
@@ -218,7 +226,115 @@ def test_a_joined_clip_has_pauses_between_its_words(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(speech_data, "_engine", lambda name, folder: {name: tone})
     monkeypatch.setattr(speech_data, "_GAP_S", (0.3, 0.3))
     who = draw_speaker(random.Random(0), "heart")
-    joined = speech_data.joined("heart", "aaaa bbbb cccc", who, 1.0, random.Random(0), tmp_path)
+    joined = speech_data.joined("heart", "aaaa bbbb cccc", who, 1.0, random.Random(0), tmp_path).samples
     silent = np.abs(joined) < 1e-4
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate(([0], silent, [0])).astype(int))))[::2]
     assert int((runs > 0.29 * RATE_HZ).sum()) == 2
+
+
+def two_tones(text: str, manner: Manner) -> Spoken:
+    """A tone of 500 Hz and one of 2000 Hz behind 0.2 s of silence, called "aa" and "s", as long as the speed says."""
+    length = round(16_000 * 0.3 / manner.speed)
+    hz = np.repeat((0.0, 500.0, 2000.0), (3200, length, length))
+    samples = np.sin(2 * np.pi * np.cumsum(hz) / 16_000).astype(np.float32) * (hz > 0)
+    ends = np.cumsum((3200, length, length)) / 16_000
+    return Spoken(samples, 16_000, (("pau", ends[0]), ("aa", ends[1]), ("s", ends[2])))
+
+
+def hz_at(samples: np.ndarray, second: float) -> float:
+    part = samples[int((second - 0.03) * RATE_HZ) : int((second + 0.03) * RATE_HZ)]
+    return float(np.fft.rfftfreq(len(part), 1 / RATE_HZ)[np.abs(np.fft.rfft(part * np.hanning(len(part)))).argmax()])
+
+
+@pytest.mark.parametrize(("size", "tempo"), [(1.0, 1.0), (0.8, 1.1), (1.25, 0.9)])
+def test_phones_stay_where_they_are_heard(size: float, tempo: float) -> None:
+    said = say({"two": two_tones}, "ab", Speaker("two", Manner(), size), tempo)
+    (_, silent), (_, first), (_, second) = said.phones
+    assert silent < 0.05 and second == pytest.approx(len(said.samples) / RATE_HZ, abs=0.04)
+    assert hz_at(said.samples, (silent + first) / 2) == pytest.approx(500 * size, rel=0.1)
+    assert hz_at(said.samples, (first + second) / 2) == pytest.approx(2000 * size, rel=0.1)
+    assert hz_at(said.samples, first - 0.04) < 1000 * size < hz_at(said.samples, first + 0.04)
+
+
+def test_phones_of_joined_words_stay_where_they_are_heard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speech_data, "_engine", lambda name, folder: {name: two_tones})
+    who = Speaker("two", Manner())
+    joined = speech_data.joined("two", "ab cd", who, 1.0, random.Random(0), tmp_path)
+    starts = (0.0, *(end for _, end in joined.phones))
+    for (name, end), start in zip(joined.phones, starts):
+        if name in ("aa", "s"):
+            assert hz_at(joined.samples, (start + end) / 2) == pytest.approx(500 if name == "aa" else 2000, rel=0.1)
+    assert [name for name, _ in joined.phones].count("s") == 2
+
+
+@pytest.mark.parametrize("program", ["flite", "festival"])
+def test_engines_tell_their_phones(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    engine = engines.open_engines([program], Path())[program]
+    spoken = engine("three plus one", Manner("slt" if program == "flite" else "kal_diphone"))
+    names = [name for name, _ in spoken.phones if name != "pau"]
+    assert names[:3] == ["th", "r", "iy"] and set(names) <= set(engines.PHONES)
+    ends = [end for _, end in spoken.phones]
+    assert ends == sorted(ends) and ends[-1] == pytest.approx(len(spoken.samples) / spoken.rate_hz, abs=0.1)
+    with pytest.raises(ValueError, match="no phone"):
+        engines.phone_named("click")
+
+
+# ---- naming phones ----
+
+
+def test_what_is_said_in_each_moment() -> None:
+    """Tokens of 80 ms; a chunk of a second has thirteen, and the next one begins on the second."""
+    phones = [["pau", 0.06], ["aa", 0.16], ["s", 1.1]]
+    said = name_phones.said_in(phones, 15, 1.0, 13)
+    names = [[engines.PHONES[place] for place in row] for row in said.tolist()]
+    assert names[0] == ["pau", "pau", "pau", "aa"] and names[1] == ["aa"] * 4 and names[2] == ["s"] * 4
+    assert names[13] == ["s"] * 4 and names[14] == ["s", "pau", "pau", "pau"]
+
+
+def test_phones_are_learnt_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    for number in range(12):
+        spoken = two_tones("ab", Manner(speed=1 + number / 12))
+        soundfile.write(tmp_path / f"{number}.wav", spoken.samples * 0.5, RATE_HZ)
+        rows.append({"audio": f"{number}.wav", "text": "ab", "phones": [list(phone) for phone in spoken.phones]})
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, value in (("_BATCH", 4), ("_SAVED", 6), ("_LEARNING_RATE", 3e-3), ("_WARMUP", 2)):
+        monkeypatch.setattr(name_phones, name, value)
+
+    def start() -> OmniModel:
+        make_start.write_files(tmp_path / "start")
+        config = json.loads((tmp_path / "start/config.json").read_text(encoding="utf-8"))
+        config["thinker_config"]["audio_config"] |= {"encoder_layers": 1, "d_model": 64, "encoder_ffn_dim": 64,
+                                                     "downsample_hidden_size": 8}  # fmt: skip
+        config["thinker_config"]["text_config"]["num_hidden_layers"] = 1
+        config["talker_config"]["accept_hidden_layer"] = 0
+        torch.manual_seed(0)
+        made = OmniModel(OmniConfig.from_dict(config))
+        make_start.draw_hearing(made.audio_encoder)
+        made.processor = OmniProcessor.from_pretrained(tmp_path / "start")
+        return made
+
+    whole = start()
+    assert name_phones.train(whole, [manifest], tmp_path / "whole", 30) > 0.8
+    head = name_phones.PhoneHead(whole.audio_encoder.config.output_dim)
+    head.load_state_dict(torch.load(tmp_path / "whole/head.pt"))
+    assert name_phones.judge(whole.audio_encoder, head, [manifest])["clips"] > 0.8
+    real, kept = torch.save, []
+
+    def save(value: Any, path: Path) -> None:
+        real(value, path)
+        kept.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        name_phones.train(start(), [manifest], tmp_path / "half", 30)
+    monkeypatch.setattr(torch, "save", real)
+    kept[0].rename(tmp_path / "half/state.pt")
+    again = start()
+    name_phones.train(again, [manifest], tmp_path / "half", 30)
+    for name, value in again.audio_encoder.state_dict().items():
+        torch.testing.assert_close(value, whole.audio_encoder.state_dict()[name], msg=name)

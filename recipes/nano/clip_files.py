@@ -10,14 +10,25 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
 ROWS = 200  # of a file
-Make = Callable[[str, int, Path], tuple[np.ndarray, str, str]]  # (source, number, folder) -> samples, text, who speaks
+
+
+class Made(NamedTuple):
+    """A clip: its sound, its text, who speaks, and what else its row says."""
+
+    samples: np.ndarray
+    text: str
+    speaker: str
+    about: Mapping[str, Any] = {}
+
+
+Make = Callable[[str, int, Path], Made]  # of a source, a number, and the folder of all
 
 
 def files(clips: int, shares: Mapping[str, float]) -> Iterator[tuple[str, int]]:
@@ -34,14 +45,14 @@ def write_file(folder: Path, kind: str, source: str, part: int, make: Make, rate
     rows = []
     for number in range(part * ROWS, (part + 1) * ROWS):
         try:
-            samples, text, who = make(source, number, folder)
+            samples, text, who, about = make(source, number, folder)
         except (ValueError, RuntimeError):
             continue
         if len(samples) < rate_hz // 10:
             continue
         path = sounds / f"{number}.{suffix}"
         soundfile.write(path, samples, rate_hz, subtype="PCM_16")
-        rows.append({"audio": f"{kind}/{source}/{path.name}", "text": text, "speaker": who})
+        rows.append({"audio": f"{kind}/{source}/{path.name}", "text": text, "speaker": who, **about})
     write_rows(_path(folder, kind, source, part), rows)
     return len(rows)
 

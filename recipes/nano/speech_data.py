@@ -18,8 +18,8 @@ from typing import Any
 import noises
 import numpy as np
 import soundfile
-from clip_files import files, make_files, rows_of, write_rows
-from engines import open_engines
+from clip_files import Made, files, make_files, rows_of, write_rows
+from engines import PAUSE, Spoken, open_engines
 from english import draw_text
 from speakers import RATE_HZ, SHARES, Speaker, all_speakers, say
 
@@ -49,24 +49,33 @@ def _speakers() -> dict[str, list[Speaker]]:
     return found
 
 
-def clip(engine: str, number: int, folder: Path) -> tuple[np.ndarray, str, str]:
-    """A clip's sound, its text, and who says it."""
+def clip(engine: str, number: int, folder: Path) -> Made:
+    """A clip: its sound, its text, who says it, and its phones where the engine tells them."""
     rng = random.Random(f"heard {engine} {number}")
     speakers = _speakers()[engine]
     who = rng.randrange(len(speakers))
     text, tempo = draw_text(rng), rng.uniform(*TEMPO)
     if rng.random() < _JOINED and len(text.split()) <= 6:
-        return joined(engine, text, speakers[who], tempo, rng, folder), text, f"{engine} {who}"
-    return say(_engine(engine, folder), text, speakers[who], tempo), text, f"{engine} {who}"
+        spoken = joined(engine, text, speakers[who], tempo, rng, folder)
+    else:
+        spoken = say(_engine(engine, folder), text, speakers[who], tempo)
+    phones = [[name, round(end, 3)] for name, end in spoken.phones]
+    return Made(spoken.samples, text, f"{engine} {who}", {"phones": phones} if phones else {})
 
 
-def joined(engine: str, text: str, speaker: Speaker, tempo: float, rng: random.Random, folder: Path) -> np.ndarray:
+def joined(engine: str, text: str, speaker: Speaker, tempo: float, rng: random.Random, folder: Path) -> Spoken:
     """Every word said by itself, with pauses."""
     parts: list[np.ndarray] = []
+    phones: list[tuple[str, float]] = []
+    whole = True
     for word in text.split():
-        parts += [say(_engine(engine, folder), word, speaker, tempo)]
-        parts += [np.zeros(int(rng.uniform(*_GAP_S) * RATE_HZ), np.float32)]
-    return np.concatenate(parts[:-1])
+        start = sum(map(len, parts)) / RATE_HZ
+        spoken = say(_engine(engine, folder), word, speaker, tempo)
+        parts += [spoken.samples, np.zeros(int(rng.uniform(*_GAP_S) * RATE_HZ), np.float32)]
+        phones += [(name, start + end) for name, end in spoken.phones]
+        phones.append((PAUSE, sum(map(len, parts)) / RATE_HZ))
+        whole &= bool(spoken.phones)
+    return Spoken(np.concatenate(parts[:-1]), RATE_HZ, tuple(phones) if whole else ())
 
 
 def write_noises(folder: Path) -> None:

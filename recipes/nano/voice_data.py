@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import talk
-from clip_files import files, make_files, rows_of, write_rows
+from clip_files import Made, files, make_files, rows_of, write_rows
 from engines import STYLES, Manner, open_engines
 from english import sentences, words_of
-from speakers import trimmed
+from speakers import heard_between
 from talk.numerals import NUMBERS
 
 KIND = "lines"
@@ -85,18 +85,19 @@ def _engine(name: str, folder: Path) -> Any:
 def said(voice: str, text: str, folder: Path) -> np.ndarray:
     """A text in a voice, trimmed, its highest peak at 0.6; empty where the engine says nothing."""
     engine, manner = _VOICES[voice]
-    samples, rate_hz = _engine(engine, folder)(text, manner)
+    samples, rate_hz, *_ = _engine(engine, folder)(text, manner)
     if rate_hz != RATE_HZ:
         raise AssertionError(f"{engine} speaks at {rate_hz} Hz")
-    samples = trimmed(samples, rate_hz)
+    start, end = heard_between(samples, rate_hz)
+    samples = samples[start:end]
     highest = float(np.abs(samples).max(initial=0.0))
     return samples * (_PEAK / highest) if highest > 1e-4 else samples[:0]
 
 
-def line(voice: str, number: int, folder: Path) -> tuple[np.ndarray, str, str]:
+def line(voice: str, number: int, folder: Path) -> Made:
     """A line's sound, its text as it is written, and the voice."""
     text, spoken = draw_line(random.Random(f"line {voice} {number}"))
-    return said(voice, spoken, folder), text, voice
+    return Made(said(voice, spoken, folder), text, voice)
 
 
 def make_lines(folder: Path, lines: int = LINES, jobs: int = 2, only: Sequence[str] = ()) -> None:
