@@ -205,7 +205,7 @@ def train(model: OmniModel, path: Path, folder: Path, steps: int) -> dict[str, f
             factor = lr_factor(step, steps=steps, warmup_steps=min(_WARMUP, steps - 1), min_lr_ratio=_LEAST_RATE)
             group["lr"] = _LEARNING_RATE * factor
         learner.step()
-        recent = [*recent, {name: float(loss) for name, loss in found.items()}][-logged:]
+        recent = [*recent, {name: float(loss.detach()) for name, loss in found.items()}][-logged:]
         if (step + 1) % logged == 0 or step + 1 == steps:
             mean = {name: sum(one[name] for one in recent) / len(recent) for name in recent[0]}
             seconds = (time.perf_counter() - start) / (step + 1 - first)
