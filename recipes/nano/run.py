@@ -160,7 +160,7 @@ def losses(log: Path) -> list[dict[str, float]]:
 def bought(work: Path) -> Table:
     """What each stage bought: its losses at the start and the end, means over a tenth of the log."""
     table = Table("stage", "loss", "first", "last", "steps", title="what each stage bought")
-    for name in sorted([path.stem for path in STAGES.glob("*.toml")] + ["3_cells", "3_thinking"]):
+    for name in sorted([path.stem for path in STAGES.glob("[0-9]_*.toml")] + ["3_cells", "3_thinking"]):
         log = work / folder_of(name) / "log.jsonl"
         if not log.exists():
             continue
