@@ -14,9 +14,7 @@ Shapes: T tokens of a conversation, D Thinker width.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from heard_bank import Bank
 from name_things import WORDS
 from scenes import clip_from_talk, from_talk
 from seeing_data import Show, told, told_clip
+from steps import Learning, take_steps
 from torch import Tensor, nn
 
 from omni import OmniModel
@@ -36,7 +35,6 @@ from omni.layers.packing import PackedBlocks
 from omni.rope.positions import Audio, AudioVideo, Image, Segment, Text, Video, interleave, prompt_positions
 from omni.training.data.samples import IGNORED
 from omni.training.objectives.losses import linear_cross_entropy, router_balance
-from omni.training.run.optimiser import lr_factor
 
 TYPED, SPOKEN, BOTH = "typed", "spoken", "both"
 MODES = {TYPED: 0.45, SPOKEN: 0.4, BOTH: 0.15}
@@ -247,44 +245,20 @@ def losses(thinker: nn.Module, told: list[Told]) -> tuple[Tensor, Tensor]:
 
 
 def train(model: OmniModel, bank: Path, folder: Path, steps: int, tokens: int = _TOKENS) -> float:
-    """Train a model's Thinker and write `folder/model`; beside it log.jsonl, and the state that the same call goes on
-    from. Returns the last loss that was logged."""
+    """Train a model's Thinker and write `folder/model`, see `take_steps`. Returns the last loss that was logged."""
     thinker = model.thinker
     thinker.embed_tokens.requires_grad_(False)
     source = Conversations(model, Bank(bank, thinker.embed_tokens.weight.detach()), _plain_sentences())
-    learnt = [p for p in thinker.parameters() if p.requires_grad]
-    learner = torch.optim.AdamW(learnt, lr=_LEARNING_RATE, weight_decay=0.02, betas=(0.9, 0.95))
-    folder.mkdir(parents=True, exist_ok=True)
-    state, log = folder / "state.pt", folder / "log.jsonl"
-    first, start = 0, time.perf_counter()
-    recent: list[float] = []
-    logged = min(_LOGGED, max(1, steps // 10))
-    if state.exists():
-        kept = torch.load(state)
-        thinker.load_state_dict(kept["thinker"])
-        learner.load_state_dict(kept["learner"])
-        first = kept["step"]
-    for step in range(first, steps):
+    weight = model.config.thinker.text_config.router_aux_loss_coef
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss, balance = losses(thinker, batch(source, random.Random(f"converse {step}"), tokens))
-        learner.zero_grad()
-        (loss + model.config.thinker.text_config.router_aux_loss_coef * balance).backward()
-        nn.utils.clip_grad_norm_(learnt, 1.0)
-        for group in learner.param_groups:
-            factor = lr_factor(step, steps=steps, warmup_steps=min(_WARMUP, steps - 1), min_lr_ratio=_LEAST_RATE)
-            group["lr"] = _LEARNING_RATE * factor
-        learner.step()
-        recent = [*recent, loss.item()][-logged:]
-        if (step + 1) % logged == 0 or step + 1 == steps:
-            seconds, mean = (time.perf_counter() - start) / (step + 1 - first), sum(recent) / len(recent)
-            row = {"step": step + 1, "losses": {"text": mean}, "loss": mean, "seconds": seconds}
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        if (step + 1) % _SAVED == 0:
-            partial = state.with_suffix(".part")
-            torch.save({"thinker": thinker.state_dict(), "learner": learner.state_dict(), "step": step + 1}, partial)
-            partial.replace(state)
+        return loss + weight * balance, {"text": loss}
+
+    learning = Learning(_LEARNING_RATE, _WARMUP, _LEAST_RATE, logged=_LOGGED, saved=_SAVED)
+    mean = take_steps(thinker, loss_of, folder, steps, learning)
     model.save_pretrained(folder / "model")
-    return sum(recent) / max(1, len(recent))
+    return mean.get("text", 0.0)
 
 
 def _plain_sentences() -> list[str]:

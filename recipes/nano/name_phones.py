@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from engines import PAUSE, PHONES
 from heard_bank import CHUNKS_S
+from steps import Learning, take_steps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +35,6 @@ from omni.processing.audio_file import join_clips
 from omni.training.data.augmentation import SpeechAugmentation
 from omni.training.data.sound import read_speech
 from omni.training.data.surroundings import Surroundings, recorded_noise
-from omni.training.run.optimiser import lr_factor
 
 SLOTS = 4
 TOKEN_S = 0.08
@@ -110,48 +109,25 @@ def named(
 
 
 def train(model: OmniModel, manifests: Sequence[Path], folder: Path, steps: int, noises: Sequence[str] = ()) -> float:
-    """Train a model's audio encoder and write `folder/model`; beside it log.jsonl, and the state that the same call
-    goes on from. Returns the share of moments named right at last."""
+    """Train a model's audio encoder and write `folder/model`, see `take_steps`. Returns the share of moments named
+    right at last."""
     torch.manual_seed(0)
     encoder = model.audio_encoder
     assert encoder is not None
     encoder.requires_grad_(True)
     head, mel = PhoneHead(encoder.config.output_dim), LogMel(num_mels=encoder.config.num_mel_bins)
-    parts, clips = nn.ModuleDict({"encoder": encoder, "head": head}), Clips(manifests, noises)
-    learner = torch.optim.AdamW(parts.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    folder.mkdir(parents=True, exist_ok=True)
-    state, first, start = folder / "state.pt", 0, time.perf_counter()
-    if state.exists():
-        kept = torch.load(state)
-        parts.load_state_dict(kept["parts"])
-        learner.load_state_dict(kept["learner"])
-        first = kept["step"]
-    recent: list[tuple[float, float]] = []
-    logged = min(_LOGGED, max(1, steps // 10))
-    for step in range(first, steps):
+    clips = Clips(manifests, noises)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         logits, said = named(encoder, head, mel, clips.draw(step, _BATCH), random.Random(step).choice(CHUNKS_S))
         loss = F.cross_entropy(logits.flatten(0, 1), said.flatten())
-        learner.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parts.parameters(), 5.0)
-        for group in learner.param_groups:
-            factor = lr_factor(step, steps=steps, warmup_steps=min(_WARMUP, steps - 1), min_lr_ratio=_LEAST_RATE)
-            group["lr"] = _LEARNING_RATE * factor
-        learner.step()
-        recent = [*recent, (loss.item(), float((logits.argmax(-1) == said).float().mean()))][-logged:]
-        if (step + 1) % logged == 0 or step + 1 == steps:
-            error, share = (sum(values) / len(recent) for values in zip(*recent))
-            seconds = (time.perf_counter() - start) / (step + 1 - first)
-            row = {"step": step + 1, "losses": {"phones": error, "right": share}, "loss": error, "seconds": seconds}
-            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        if (step + 1) % _SAVED == 0:
-            partial = state.with_suffix(".part")
-            torch.save({"parts": parts.state_dict(), "learner": learner.state_dict(), "step": step + 1}, partial)
-            partial.replace(state)
+        return loss, {"phones": loss, "right": (logits.argmax(-1) == said).float().mean()}
+
+    learning = Learning(_LEARNING_RATE, _WARMUP, _LEAST_RATE, (0.9, 0.98), 0.01, 5.0, _LOGGED, _SAVED)
+    mean = take_steps(nn.ModuleDict({"encoder": encoder, "head": head}), loss_of, folder, steps, learning)
     model.save_pretrained(folder / "model")
     torch.save(head.state_dict(), folder / "head.pt")
-    return sum(share for _, share in recent) / max(1, len(recent))
+    return mean.get("right", 0.0)
 
 
 @torch.no_grad()

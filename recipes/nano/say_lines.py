@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from heard_bank import BLANK, aligned
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from steps import Learning, take_steps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchaudio.functional import resample
@@ -43,7 +43,6 @@ from omni.training.data.sound import read_speech
 from omni.training.objectives.passes import talker_pass, thinker_pass
 from omni.training.objectives.supervised import speech_losses
 from omni.training.objectives.transcription import EmbeddingHead
-from omni.training.run.optimiser import lr_factor
 
 _HEARING_HZ = 16_000
 _CHUNK_S = 0.48
@@ -170,51 +169,26 @@ def losses(model: OmniModel, naming: Naming, lines: Sequence[Line], samples: lis
 
 
 def train(model: OmniModel, path: Path, folder: Path, steps: int) -> dict[str, float]:
-    """Train the Talker of a model and write `folder/model`; beside it log.jsonl, and the state that the same call goes
-    on from. Returns the losses that were logged last."""
+    """Train the Talker of a model and write `folder/model`, see `take_steps`. Returns the losses that were logged
+    last."""
     torch.manual_seed(0)
     talker, table = model.talker, model.thinker.embed_tokens.weight.detach()
     assert model.processor is not None
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     lines, (blank,) = Lines(model, path), model.processor.encode_text(BLANK)
-    naming = Naming(model.config.talker_config.text_config.hidden_size, table, blank)
+    text = model.config.talker_config.text_config
+    naming = Naming(text.hidden_size, table, blank)
     talker.requires_grad_(True)
-    learnt = [*talker.parameters(), *naming.parameters()]
-    learner = torch.optim.AdamW(learnt, lr=_LEARNING_RATE, weight_decay=0.02, betas=(0.9, 0.95))
-    folder.mkdir(parents=True, exist_ok=True)
-    state, log, first, start = folder / "state.pt", folder / "log.jsonl", 0, time.perf_counter()
-    recent: list[dict[str, float]] = []
-    logged = min(_LOGGED, max(1, steps // 10))
-    parts = nn.ModuleDict({"talker": talker, "naming": naming})
-    if state.exists():
-        kept = torch.load(state)
-        parts.load_state_dict(kept["parts"])
-        learner.load_state_dict(kept["learner"])
-        first = kept["step"]
-    mean: dict[str, float] = {}
-    for step in range(first, steps):
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(step)  # of the frames whose residual codes are learnt
         rng, drawn = random.Random(f"say after {step}"), lines.draw(step)
         found = losses(model, naming, drawn, [lines.sample(line, rng) for line in drawn])
-        balance = model.config.talker_config.text_config.router_aux_loss_coef * found.get("talker_balance", 0.0)
-        learner.zero_grad()
-        (found["codebook_0"] + _RESIDUAL * found["residual"] + _NAMED * found["named"] + balance).backward()
-        nn.utils.clip_grad_norm_(learnt, 1.0)
-        for group in learner.param_groups:
-            factor = lr_factor(step, steps=steps, warmup_steps=min(_WARMUP, steps - 1), min_lr_ratio=_LEAST_RATE)
-            group["lr"] = _LEARNING_RATE * factor
-        learner.step()
-        recent = [*recent, {name: float(loss.detach()) for name, loss in found.items()}][-logged:]
-        if (step + 1) % logged == 0 or step + 1 == steps:
-            mean = {name: sum(one[name] for one in recent) / len(recent) for name in recent[0]}
-            seconds = (time.perf_counter() - start) / (step + 1 - first)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step + 1, "losses": mean, "seconds": seconds}) + "\n")
-        if (step + 1) % _SAVED == 0:
-            partial = state.with_suffix(".part")
-            torch.save({"parts": parts.state_dict(), "learner": learner.state_dict(), "step": step + 1}, partial)
-            partial.replace(state)
+        balance = text.router_aux_loss_coef * found.get("talker_balance", 0.0)
+        return found["codebook_0"] + _RESIDUAL * found["residual"] + _NAMED * found["named"] + balance, found
+
+    learning = Learning(_LEARNING_RATE, _WARMUP, _LEAST_RATE, logged=_LOGGED, saved=_SAVED)
+    mean = take_steps(nn.ModuleDict({"talker": talker, "naming": naming}), loss_of, folder, steps, learning)
     model.save_pretrained(folder / "model")
     return mean
 
