@@ -21,6 +21,7 @@ import make_start
 import parts
 import perceive
 import talk
+import timed_clips
 import tokens
 from drawing import draw_clip, draw_picture
 from heard_bank import Bank
@@ -202,30 +203,29 @@ def test_it_learns_and_goes_on_where_it_was(model: OmniModel, tmp_path: Path, mo
 # ---- the bank ----
 
 
-def heard_as(ids: list[int], runs: list[int], table: torch.Tensor) -> torch.Tensor:
-    """Vectors of a clip in which each label lasts so many tokens."""
-    return torch.cat([table[[label]].expand(run, -1) for label, run in zip(ids, runs)])
+def test_pieces_of_a_clip_are_the_tokens_up_to_the_one_that_says_them() -> None:
+    ends = [(300, 0.5), (301, 0.7), (301, 0.9)]
+    assert heard_bank.cut(ends, [6, 8, 11], 20) == [(300, 3, 7), (301, 7, 9), (301, 9, 14)]
+    assert heard_bank.cut(ends, [1, 2], 4) == [(300, 0, 2), (301, 2, 4)]  # what did not fit has no piece
+    assert heard_bank.cut([], [], 4) == []
 
 
-def test_pieces_of_a_clip_are_where_its_subwords_are() -> None:
-    table = tokens.vectors()
-    heard = heard_as([BLANK, 300, BLANK, 301, 301, BLANK], [3, 2, 2, 1, 1, 4], table)
-    assert heard_bank.aligned(heard, [300, 301], table, BLANK) == [(300, 2, 6), (301, 6, 10)]
-    assert heard_bank.aligned(heard[:1], [300, 301], table, BLANK) == []
-    assert heard_bank.aligned(heard, [], table, BLANK) == []
-
-
-def test_a_bank_says_whole_clips_pieces_and_nothing(model: OmniModel, tmp_path: Path) -> None:
+def test_a_bank_says_whole_clips_pieces_and_nothing(
+    model: OmniModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     rows = []
     for number, text in enumerate(("one two", "three", "", "one")):
         soundfile.write(tmp_path / f"{number}.wav", rng.standard_normal(24_000).astype(np.float32) * 0.1, 16_000)
-        rows.append({"audio": f"{number}.wav", "text": text})
+        ids = model.processor.encode_text(f" {text}") if text else []
+        ends = [(label, 0.4 * place + 0.4) for place, label in enumerate(ids)]
+        rows.append({"audio": f"{number}.wav", "text": text, "phones": [], "subwords": ends})
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(timed_clips, "_HELD_OUT", 0)
     path = tmp_path / "bank.safetensors"
     assert heard_bank.make_bank(model, [tmp_path / "clips.jsonl"], path, 10) == 4
     bank = Bank(path, tokens.vectors())
-    assert sorted(bank.texts) == sorted(row["text"] for row in rows)
+    assert sorted(bank.texts) == sorted(row["text"] for row in rows) and len(bank.silence) == 3
     assert bank.tokens.shape == (bank.starts[-1], tokens.WIDTH)
     draw = random.Random(1)
     encode = model.processor.encode_text

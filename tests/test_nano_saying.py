@@ -22,6 +22,7 @@ import make_start
 import say_lines
 import tokens
 import voice_data
+from engines import PHONES
 
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.training.codec.mel_codec import MelCodec
@@ -101,12 +102,16 @@ def encoded(model: OmniModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, rows = np.random.default_rng(0), []
     for number, text in enumerate(("one two", "three", "Hello, 4!", "green hills")):
         soundfile.write(folder / f"{number}.flac", rng.standard_normal(20_000 + 5000 * number) * 0.1, 24_000)
-        rows.append({"audio": f"{number}.flac", "text": text, "speaker": ("heart", "kumo")[number % 2]})
+        ids = model.processor.encode_text(text)
+        ends = [[label, round(0.2 + 0.1 * place, 3)] for place, label in enumerate(ids)]
+        phones = [["pau", 0.1], ["hh", 0.2], ["aa", ends[-1][1]], ["pau", 1.0]]
+        rows.append({"audio": f"{number}.flac", "text": text, "speaker": ("heart", "kumo")[number % 2],
+                     "phones": phones, "subwords": ends})  # fmt: skip
     (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     codec = MelCodec(make_start.NUM_CODEBOOKS, make_start.CODEBOOK_SIZE, 16)
     codec.books.copy_(torch.randn(codec.books.shape, generator=torch.Generator().manual_seed(1)))
     codec.components.copy_(torch.randn(codec.components.shape, generator=torch.Generator().manual_seed(2)))
-    assert say_lines.encode(model, codec, [folder / "lines.jsonl"], folder / "lines.safetensors") == 4
+    assert say_lines.encode(model.processor, codec, [folder / "lines.jsonl"], folder / "lines.safetensors") == 4
     return folder / "lines.safetensors"
 
 
@@ -116,7 +121,9 @@ def test_lines_have_codes_and_say_a_subword_in_each_frame(model: OmniModel, enco
     (blank,) = model.processor.encode_text("~")
     for line in lines:
         assert line.codes.shape == (8, len(line.said)) and 10 <= len(line.said) <= 20
-        assert set(line.said.tolist()) <= {blank, *line.ids} and set(line.ids) <= set(line.said.tolist())
+        assert line.said[[0, -1]].tolist() == [blank, blank] and set(line.said.tolist()) == {blank, *line.ids}
+        assert [PHONES[phone] for phone in line.phones[1].tolist()] == ["pau", "hh", "hh", "hh"]
+        assert line.phones.shape == (len(line.said), 4)
     assert {line.voice for line in lines} == {"heart", "kumo"}
 
 

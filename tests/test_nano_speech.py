@@ -16,22 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "nano"))
 
 import clip_files
 import engines
 import english
-import make_start
-import name_phones
 import noises
 import speakers
 import speech_data
 from engines import STYLES, Manner, Spoken, mixed
 from speakers import RATE_HZ, Speaker, all_speakers, draw_speaker, move_formants, say
-
-from omni import OmniConfig, OmniModel, OmniProcessor
 
 
 @pytest.fixture
@@ -279,62 +274,3 @@ def test_engines_tell_their_phones(program: str) -> None:
     assert ends == sorted(ends) and ends[-1] == pytest.approx(len(spoken.samples) / spoken.rate_hz, abs=0.1)
     with pytest.raises(ValueError, match="no phone"):
         engines.phone_named("click")
-
-
-# ---- naming phones ----
-
-
-def test_what_is_said_in_each_moment() -> None:
-    """Tokens of 80 ms; a chunk of a second has thirteen, and the next one begins on the second."""
-    phones = [["pau", 0.06], ["aa", 0.16], ["s", 1.1]]
-    said = name_phones.said_in(phones, 15, 1.0, 13)
-    names = [[engines.PHONES[place] for place in row] for row in said.tolist()]
-    assert names[0] == ["pau", "pau", "pau", "aa"] and names[1] == ["aa"] * 4 and names[2] == ["s"] * 4
-    assert names[13] == ["s"] * 4 and names[14] == ["s", "pau", "pau", "pau"]
-
-
-def test_phones_are_learnt_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
-    for number in range(12):
-        spoken = two_tones("ab", Manner(speed=1 + number / 12))
-        soundfile.write(tmp_path / f"{number}.wav", spoken.samples * 0.5, RATE_HZ)
-        rows.append({"audio": f"{number}.wav", "text": "ab", "phones": [list(phone) for phone in spoken.phones]})
-    manifest = tmp_path / "clips.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, value in (("_BATCH", 4), ("_SAVED", 6), ("_LEARNING_RATE", 3e-3), ("_WARMUP", 2)):
-        monkeypatch.setattr(name_phones, name, value)
-
-    def start() -> OmniModel:
-        make_start.write_files(tmp_path / "start")
-        config = json.loads((tmp_path / "start/config.json").read_text(encoding="utf-8"))
-        config["thinker_config"]["audio_config"] |= {"encoder_layers": 1, "d_model": 64, "encoder_ffn_dim": 64,
-                                                     "downsample_hidden_size": 8}  # fmt: skip
-        config["thinker_config"]["text_config"]["num_hidden_layers"] = 1
-        config["talker_config"]["accept_hidden_layer"] = 0
-        torch.manual_seed(0)
-        made = OmniModel(OmniConfig.from_dict(config))
-        make_start.draw_hearing(made.audio_encoder)
-        made.processor = OmniProcessor.from_pretrained(tmp_path / "start")
-        return made
-
-    whole = start()
-    assert name_phones.train(whole, [manifest], tmp_path / "whole", 30) > 0.8
-    head = name_phones.PhoneHead(whole.audio_encoder.config.output_dim)
-    head.load_state_dict(torch.load(tmp_path / "whole/head.pt"))
-    assert name_phones.judge(whole.audio_encoder, head, [manifest])["clips"] > 0.8
-    real, kept = torch.save, []
-
-    def save(value: Any, path: Path) -> None:
-        real(value, path)
-        kept.append(path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(KeyboardInterrupt):
-        name_phones.train(start(), [manifest], tmp_path / "half", 30)
-    monkeypatch.setattr(torch, "save", real)
-    kept[0].rename(tmp_path / "half/state.pt")
-    again = start()
-    name_phones.train(again, [manifest], tmp_path / "half", 30)
-    for name, value in again.audio_encoder.state_dict().items():
-        torch.testing.assert_close(value, whole.audio_encoder.state_dict()[name], msg=name)

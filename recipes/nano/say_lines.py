@@ -1,15 +1,14 @@
 """The Talker and its residual head learn to say lines: any English, as subwords, in the model's voices.
 
-    python recipes/nano/say_lines.py encode MODEL CODEC FILE data/lines_*.jsonl     # codes, and what is said when
+    python recipes/nano/say_lines.py encode MODEL CODEC FILE data/timed_lines_*.jsonl   # codes, and what is said when
     python recipes/nano/say_lines.py train MODEL FILE FOLDER [--steps 45000]
 
-Which subword a frame says is found by the finished audio encoder, whose chunks of 0.48 s have as many tokens a second
-as speech has frames, and forced alignment (`heard_bank.aligned`). While the Talker learns, one of its layers must name,
-for each frame that it is about to draw, the subword that the frame says, as a vector of `tokens.vectors`. So it first
-finds out where in the text it is, and what that sounds like only then: codes alone tell it so little about reading that
-it recites before it reads. The head that names is thrown away. Lines are short at first.
+When a line says which subword and which phone is known (`find_subwords`). While the Talker learns, one of its layers
+must name both for each frame that it is about to draw. So it first finds out where in the text it is, how that is
+pronounced, and what that sounds like only then: codes alone tell it so little about reading that it recites before it
+reads. The heads that name are thrown away. Lines are short at first.
 
-Shapes: K codebooks, F frames, V subwords.
+Shapes: K codebooks, F frames, S moments of a frame, V subwords.
 """
 
 from __future__ import annotations
@@ -21,21 +20,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import talk
 import torch
-from heard_bank import BLANK, aligned
+from engines import PAUSE, PHONES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from steps import Learning, take_steps
+from timed_clips import TOKEN_S, Heard, said_at
+from timed_hearing import BLANK, PhoneHead, phones_at
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchaudio.functional import resample
 from tqdm import tqdm
 
-from omni import OmniInputs, OmniModel
-from omni.encoders.contract import chosen_cuts
-from omni.encoders.mel import LogMel
-from omni.processing.audio_file import join_clips
+from omni import OmniInputs, OmniModel, OmniProcessor
 from omni.training.codec.mel_codec import MelCodec
 from omni.training.data.batches import collate
 from omni.training.data.samples import IGNORED, Sample, SpokenTurn
@@ -44,45 +42,30 @@ from omni.training.objectives.passes import talker_pass, thinker_pass
 from omni.training.objectives.supervised import speech_losses
 from omni.training.objectives.transcription import EmbeddingHead
 
-_HEARING_HZ = 16_000
-_CHUNK_S = 0.48
-_TOGETHER = 16  # lines that are heard at once
 _FRAMES = 1200  # of a step
 _SHORT = ((2000, 2), (5000, 5))  # until a step, lines of so many subwords at most
-_NAMING = 1  # the layer, counted from 0, that says which subword is spoken
-_NAMED = 0.5  # weight of that
+_NAMING = 1  # the layer, counted from 0, that says which subword and phone is spoken
+_NAMED = 0.3  # weight of each of both
 _RESIDUAL, _RESIDUAL_SHARE = 0.5, 0.25
 _ASKED = 0.5  # of lines follow a user's turn, the others nothing, as in `OmniModel.speak`
 _LEARNING_RATE, _WARMUP, _LEAST_RATE = 1.5e-3, 200, 0.02
 _LOGGED, _SAVED = 50, 500  # steps
 
 
-@torch.no_grad()
-def encode(model: OmniModel, codec: MelCodec, manifests: Sequence[Path], path: Path) -> int:
-    """Write codes, alignments, texts and voices of the lines of manifests; returns how many lines."""
-    encoder, processor = model.audio_encoder, model.processor
-    assert encoder is not None and processor is not None
-    mel, table = LogMel(num_mels=encoder.config.num_mel_bins), model.thinker.embed_tokens.weight.float()
+def encode(processor: OmniProcessor, codec: MelCodec, manifests: Sequence[Path], path: Path) -> int:
+    """Write codes, texts and voices of the lines of manifests, and what they say when; returns how many lines."""
     (blank,) = processor.encode_text(BLANK)
     rows = [json.loads(line) | {"folder": str(m.parent)} for m in manifests for line in m.read_text().splitlines()]
-    codes: list[Tensor] = []
-    said: list[Tensor] = []
-    for first in tqdm(range(0, len(rows), _TOGETHER), "lines encoded"):
-        some = rows[first : first + _TOGETHER]
-        sounds = [read_speech(f"{row['folder']}/{row['audio']}", codec.sample_rate) for row in some]
-        codes += [codec.encode(sound) for sound in sounds]
-        features = [mel(resample(sound, codec.sample_rate, _HEARING_HZ)) for sound in sounds]
-        joined, mask = join_clips(features)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = encoder(joined, mask.sum(1).tolist(), **chosen_cuts(encoder, _CHUNK_S, None))
-        for row, heard in zip(some, out.embeds.float().split(out.lengths)):
-            labels = torch.full((codes[len(said)].shape[1],), blank)
-            for label, start, end in aligned(heard, processor.encode_text(row["text"]), table, blank):
-                labels[start:end] = label
-            said.append(labels)
-    lengths = torch.tensor([one.shape[1] for one in codes])
+    codes, said, phones = [], [], []
+    for row in tqdm(rows, "lines encoded"):
+        codes.append(codec.encode(read_speech(f"{row['folder']}/{row['audio']}", codec.sample_rate)))
+        starts = np.arange(codes[-1].shape[1]) * TOKEN_S
+        phones.append(phones_at(Heard(codes[-1], row["phones"], [], ""), starts))
+        subwords = torch.tensor(said_at(starts + TOKEN_S / 2, row["subwords"], blank))
+        said.append(subwords.masked_fill((phones[-1] == PHONES.index(PAUSE)).all(1), blank))
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {"codes": torch.cat(codes, 1).short(), "said": torch.cat(said).short(), "lengths": lengths}
+    parts = {"codes": torch.cat(codes, 1).short(), "said": torch.cat(said).short(), "phones": torch.cat(phones).byte(),
+             "lengths": torch.tensor([len(one) for one in said])}  # fmt: skip
     about = {"texts": json.dumps([row["text"] for row in rows]), "voices": json.dumps([r["speaker"] for r in rows])}
     save_file(parts, path, about)
     return len(rows)
@@ -90,11 +73,12 @@ def encode(model: OmniModel, codec: MelCodec, manifests: Sequence[Path], path: P
 
 @dataclass(frozen=True)
 class Line:
-    """A line: its subwords, codes int64 [K, F], what each frame says int64 [F], and the voice."""
+    """A line: its subwords, codes int64 [K, F], what each frame says, int64 [F] and [F, S], and the voice."""
 
     ids: list[int]
     codes: Tensor
     said: Tensor
+    phones: Tensor
     voice: str
 
 
@@ -108,8 +92,9 @@ class Lines:
         with safe_open(path, "pt") as file:
             texts, voices = (json.loads(file.metadata()[name]) for name in ("texts", "voices"))
         cuts = parts["lengths"].tolist()
-        found = zip(texts, parts["codes"].long().split(cuts, 1), parts["said"].long().split(cuts), voices)
-        self.lines = [Line(self.encode(text), codes, said, voice) for text, codes, said, voice in found]
+        said, phones = (parts[name].long().split(cuts) for name in ("said", "phones"))
+        found = zip(map(self.encode, texts), parts["codes"].long().split(cuts, 1), said, phones, voices)
+        self.lines = [Line(*line) for line in found]
         self.lines.sort(key=lambda line: len(line.ids))
         self.newline = self.encode("\n")
         self.user, self.assistant = (
@@ -138,18 +123,21 @@ class Lines:
 
 
 class Naming(nn.Module):
-    """Says which subword is spoken, from a layer of the Talker. [F, D] -> logits [F, V + 1]; the blank of silence is
-    the last."""
+    """Says which subword and which phones are spoken, from a layer of the Talker [F, D]."""
 
     def __init__(self, width: int, table: Tensor, blank: int) -> None:
         super().__init__()
         self.project, self.head = nn.Linear(width, table.shape[1]), EmbeddingHead(table, blank)
-        self.replaced = blank
+        self.phones, self.replaced = PhoneHead(width), blank
 
-    def loss(self, hidden: Tensor, said: Tensor) -> Tensor:
-        """Cross-entropy with what is said, int64 [F]."""
-        wanted = said.masked_fill(said == self.replaced, self.head.blank)
-        return F.cross_entropy(self.head(self.project(hidden.float())), wanted)
+    def losses(self, hidden: Tensor, lines: Sequence[Line]) -> dict[str, Tensor]:
+        """Cross-entropies with what the frames of lines say."""
+        said = torch.cat([line.said for line in lines])
+        said = said.masked_fill(said == self.replaced, self.head.blank)
+        phones = torch.cat([line.phones for line in lines])
+        named, pronounced = self.head(self.project(hidden.float())), self.phones(hidden.float())
+        return {"named": F.cross_entropy(named, said),
+                "phones": F.cross_entropy(pronounced.flatten(0, 1), phones.flatten())}  # fmt: skip
 
 
 def losses(model: OmniModel, naming: Naming, lines: Sequence[Line], samples: list[Sample]) -> dict[str, Tensor]:
@@ -164,8 +152,7 @@ def losses(model: OmniModel, naming: Naming, lines: Sequence[Line], samples: lis
     means = {name: loss.total / loss.count for name, loss in found.items()}
     hidden = seen[0].reshape(-1, seen[0].shape[-1])[spoken.places]
     drawn = torch.cat([part for turn in spoken.turns for part in (torch.ones(turn), torch.zeros(1))]).bool()
-    means["named"] = naming.loss(hidden[drawn], torch.cat([line.said for line in lines]))
-    return means
+    return means | naming.losses(hidden[drawn], lines)
 
 
 def train(model: OmniModel, path: Path, folder: Path, steps: int) -> dict[str, float]:
@@ -185,7 +172,8 @@ def train(model: OmniModel, path: Path, folder: Path, steps: int) -> dict[str, f
         rng, drawn = random.Random(f"say after {step}"), lines.draw(step)
         found = losses(model, naming, drawn, [lines.sample(line, rng) for line in drawn])
         balance = text.router_aux_loss_coef * found.get("talker_balance", 0.0)
-        return found["codebook_0"] + _RESIDUAL * found["residual"] + _NAMED * found["named"] + balance, found
+        named = _NAMED * (found["named"] + found["phones"])
+        return found["codebook_0"] + _RESIDUAL * found["residual"] + named + balance, found
 
     learning = Learning(_LEARNING_RATE, _WARMUP, _LEAST_RATE, logged=_LOGGED, saved=_SAVED)
     mean = take_steps(nn.ModuleDict({"talker": talker, "naming": naming}), loss_of, folder, steps, learning)
@@ -196,7 +184,7 @@ def train(model: OmniModel, path: Path, folder: Path, steps: int) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("encode", help="write codes and alignments of lines")
+    command = commands.add_parser("encode", help="write codes of lines, and what they say when")
     for name in ("model", "codec", "file"):
         command.add_argument(name, type=Path)
     command.add_argument("manifests", type=Path, nargs="+")
@@ -206,8 +194,8 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=45_000)
     args = parser.parse_args()
     if args.command == "encode":
-        model = OmniModel.from_pretrained(args.model, parts=["thinker"], dtype="float32", device="cpu")
-        print(f"{encode(model, MelCodec.load(args.codec), args.manifests, args.file)} lines")
+        processor = OmniProcessor.from_pretrained(args.model)
+        print(f"{encode(processor, MelCodec.load(args.codec), args.manifests, args.file)} lines")
         return
     model = OmniModel.from_pretrained(args.model, dtype="float32", device="cpu")
     print(", ".join(f"{name} {value:.3f}" for name, value in train(model, args.file, args.folder, args.steps).items()))
