@@ -22,7 +22,7 @@ import make_start
 import say_lines
 import tokens
 import voice_data
-from engines import PHONES
+from engines import PHONES, Manner
 
 from omni import OmniConfig, OmniModel, OmniProcessor
 from omni.training.codec.mel_codec import MelCodec
@@ -69,8 +69,8 @@ def test_lines_are_of_all_kinds_and_follow_from_their_number() -> None:
 
 
 def test_a_line_is_loud_trimmed_and_at_24_khz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def engine(text: str, manner: Any) -> tuple[np.ndarray, int]:
-        tone = np.sin(np.arange(24_000) * 0.1).astype(np.float32) * 0.02
+    def engine(text: str, manner: Manner) -> tuple[np.ndarray, int]:
+        tone = np.sin(np.arange(int(24_000 / manner.speed)) * 0.1).astype(np.float32) * 0.02
         return np.concatenate((np.zeros(24_000, np.float32), tone, np.zeros(24_000, np.float32))), 24_000
 
     class Now:
@@ -83,16 +83,19 @@ def test_a_line_is_loud_trimmed_and_at_24_khz(tmp_path: Path, monkeypatch: pytes
             value = function(*args)
             return type("Done", (), {"result": lambda _: value})()
 
-    monkeypatch.setattr(voice_data, "_engine", lambda name, folder: engine)
+    monkeypatch.setattr(voice_data, "heart", engine)
     monkeypatch.setattr(clip_files, "ProcessPoolExecutor", Now)
     monkeypatch.setattr(clip_files, "ROWS", 3)
     voice_data.make_lines(tmp_path, 6)
     rows = {v: [json.loads(row) for row in (tmp_path / f"lines_{v}.jsonl").read_text().splitlines()]
             for v in voice_data.SHARES}  # fmt: skip
-    assert len(rows["heart"]) == 6 and len(rows["kumo"]) == 3
-    sound, rate_hz = soundfile.read(tmp_path / rows["heart"][0]["audio"])
-    assert rate_hz == 24_000 and 24_000 <= len(sound) < 30_000 and abs(np.abs(sound).max() - 0.6) < 0.01
-    assert {row["speaker"] for row in rows["kumo"]} == {"kumo"}
+    assert len(rows["heart"]) == 6 and len(rows["oak"]) == 3
+    for voice, turns_per_sample in (("heart", 0.1), ("oak", 0.085)):  # as long, and lower
+        sound, rate_hz = soundfile.read(tmp_path / rows[voice][0]["audio"])
+        assert rate_hz == 24_000 and 24_000 <= len(sound) < 30_000 and abs(np.abs(sound).max() - 0.6) < 0.01
+        heard = np.fft.rfftfreq(len(sound))[np.abs(np.fft.rfft(sound)).argmax()] * 2 * np.pi
+        assert heard == pytest.approx(turns_per_sample, rel=0.02)
+        assert {row["speaker"] for row in rows[voice]} == {voice}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def encoded(model: OmniModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ids = model.processor.encode_text(text)
         ends = [[label, round(0.2 + 0.1 * place, 3)] for place, label in enumerate(ids)]
         phones = [["pau", 0.1], ["hh", 0.2], ["aa", ends[-1][1]], ["pau", 1.0]]
-        rows.append({"audio": f"{number}.flac", "text": text, "speaker": ("heart", "kumo")[number % 2],
+        rows.append({"audio": f"{number}.flac", "text": text, "speaker": ("heart", "oak")[number % 2],
                      "phones": phones, "subwords": ends})  # fmt: skip
     (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     codec = MelCodec(make_start.NUM_CODEBOOKS, make_start.CODEBOOK_SIZE, 16)
@@ -124,7 +127,7 @@ def test_lines_have_codes_and_say_a_subword_in_each_frame(model: OmniModel, enco
         assert line.said[[0, -1]].tolist() == [blank, blank] and set(line.said.tolist()) == {blank, *line.ids}
         assert [PHONES[phone] for phone in line.phones[1].tolist()] == ["pau", "hh", "hh", "hh"]
         assert line.phones.shape == (len(line.said), 4)
-    assert {line.voice for line in lines} == {"heart", "kumo"}
+    assert {line.voice for line in lines} == {"heart", "oak"}
 
 
 def test_a_line_is_read_as_a_row_of_a_manifest_is(model: OmniModel, encoded: Path) -> None:
@@ -196,7 +199,7 @@ def test_conversations_with_real_media_can_be_learnt_from(
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(48_000).astype(np.float32) * 0.1
     monkeypatch.setattr(context_data, "asked", lambda text, rng, folder: noise[: 2000 * len(text.split())])
-    monkeypatch.setattr(context_data, "answered", lambda text, folder: noise[: 3000 * len(text.split())])
+    monkeypatch.setattr(voice_data, "said", lambda voice, text: noise[: 3000 * len(text.split())])
     context_data.make_context(tmp_path, 14)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "context").iterdir()}
     context_data.make_context(tmp_path, 14)

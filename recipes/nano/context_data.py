@@ -48,11 +48,6 @@ def asked(text: str, rng: random.Random, folder: Path) -> np.ndarray:
     return np.pad(samples, (int(rng.uniform(0.05, 0.5) * RATE_HZ), int(rng.uniform(0.1, 0.6) * RATE_HZ)))
 
 
-def answered(text: str, folder: Path) -> np.ndarray:
-    """How heart says an answer."""
-    return voice_data.said(VOICE, text, folder)
-
-
 class Writer:
     """Writes conversations and their media into a folder."""
 
@@ -78,7 +73,7 @@ class Writer:
                     content.append({"type": "text", "text": talk.written(turn, rng)})
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.answer}]
             path = f"{name}_said.flac"
-            soundfile.write(self.folder / path, answered(turn.answer, self.folder), voice_data.RATE_HZ)
+            soundfile.write(self.folder / path, voice_data.said(VOICE, turn.answer), voice_data.RATE_HZ)
             speech.append(path)
         return {"messages": messages, "speech": speech, "speaker": VOICE, "use_audio_in_video": sounding}
 

@@ -28,7 +28,7 @@ from omni.packaged.toy import TOY_DATA
 
 NUM_CODEBOOKS, CODEBOOK_SIZE = 8, 512
 CODEC_CONTROL_IDS = 1024  # the Talker's vocabulary: codes, then this many control ids
-VOICES = ("heart", "kumo")
+VOICES = ("heart", "oak")
 _TALKER_WIDTH = 256
 _ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 _ROPE = {"rope_scaling": {"interleaved": True, "mrope_interleaved": True, "mrope_section": [12, 10, 10],

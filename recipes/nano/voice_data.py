@@ -1,10 +1,12 @@
-"""Makes the lines that omni-nano's voices learn to say: hibari's `heart`, and `kumo`, a voice of Kokoro-82M, at 24 kHz.
+"""Makes the lines that omni-nano's voices learn to say: hibari's `heart`, and `oak`, a larger person of the same voice.
 
     python recipes/nano/voice_data.py data [--lines 30000] [--jobs 2]
 
 Half of the lines are English sentences, with their marks or without, the rest answers and questions of the larger
-world, phrases, words and numbers; some have figures where a number is said. Lines come in files, see `clip_files`: a
-run that is interrupted goes on.
+world, phrases, words and numbers; some have figures where a number is said. oak is heart played slower, at 24 kHz like
+it, so that pitch and formants are lower, and spoken so much faster (DistillMOS of five sentences: heart 4.5, oak 3.7,
+Kokoro-82M's five styles in English 1.7 to 2.3). Lines come in files, see `clip_files`: a run that is interrupted goes
+on.
 """
 
 from __future__ import annotations
@@ -15,26 +17,21 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import talk
 from clip_files import Made, files, make_files, rows_of, write_rows
-from engines import STYLES, Manner, open_engines
+from engines import Manner, heart
 from english import sentences, words_of
 from speakers import heard_between
 from talk.numerals import NUMBERS
+from voices import to_rate
 
 KIND = "lines"
 LINES = 30_000
 RATE_HZ = 24_000
-SHARES = {"heart": 0.88, "kumo": 0.12}  # kumo takes fifty times as long
-_KUMO = 4  # of Kokoro's styles in the order of their names, its one man
-_VOICES = {
-    "heart": ("heart", Manner()),
-    "kumo": ("kokoro", Manner(timbre=(*(0.0,) * _KUMO, 1.0), melody=(*(0.0,) * _KUMO, 1.0))),
-}
-assert STYLES == _KUMO + 1
+SHARES = {"heart": 0.7, "oak": 0.3}
+_SIZES = {"heart": 1.0, "oak": 0.85}  # factors of pitch and formants
 _LONGEST = 14  # words
 _PEAK = 0.6
 _FIGURES = {word: str(number) for number, word in enumerate(NUMBERS) if " " not in word}
@@ -77,18 +74,12 @@ def _answers() -> list[str]:
     return talk.all_answers()
 
 
-@cache
-def _engine(name: str, folder: Path) -> Any:
-    return open_engines([name], folder)[name]
-
-
-def said(voice: str, text: str, folder: Path) -> np.ndarray:
+def said(voice: str, text: str) -> np.ndarray:
     """A text in a voice, trimmed, its highest peak at 0.6; empty where the engine says nothing."""
-    engine, manner = _VOICES[voice]
-    samples, rate_hz, *_ = _engine(engine, folder)(text, manner)
-    if rate_hz != RATE_HZ:
-        raise AssertionError(f"{engine} speaks at {rate_hz} Hz")
-    start, end = heard_between(samples, rate_hz)
+    size = _SIZES[voice]
+    samples, rate_hz, *_ = heart(text, Manner(speed=1 / size))
+    samples = to_rate(np.ascontiguousarray(samples, dtype=np.float32), round(rate_hz * size), RATE_HZ)
+    start, end = heard_between(samples, RATE_HZ)
     samples = samples[start:end]
     highest = float(np.abs(samples).max(initial=0.0))
     return samples * (_PEAK / highest) if highest > 1e-4 else samples[:0]
@@ -97,7 +88,7 @@ def said(voice: str, text: str, folder: Path) -> np.ndarray:
 def line(voice: str, number: int, folder: Path) -> Made:
     """A line's sound, its text as it is written, and the voice."""
     text, spoken = draw_line(random.Random(f"line {voice} {number}"))
-    return Made(said(voice, spoken, folder), text, voice)
+    return Made(said(voice, spoken), text, voice)
 
 
 def make_lines(folder: Path, lines: int = LINES, jobs: int = 2, only: Sequence[str] = ()) -> None:
