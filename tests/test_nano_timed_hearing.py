@@ -29,6 +29,7 @@ from timed_clips import RATE_HZ, Heard, TimedClips, labels_at, said_at, token_st
 from timed_hearing import phones_at
 
 from omni import OmniConfig, OmniModel, OmniProcessor
+from omni.encoders.mel import LogMel
 
 BLANK = 99
 
@@ -171,15 +172,16 @@ def test_hearing_is_learnt_and_training_goes_on(
 ) -> None:
     """Phones; then, found by them, subwords; what is interrupted ends in the same weights."""
     monkeypatch.setattr(timed_hearing, "_BATCH", 4)
+    monkeypatch.setattr(timed_hearing, "_NAMING", 0)
     learning = replace(timed_hearing._LEARNING, rate=3e-3, warmup=2, saved=6)
     monkeypatch.setattr(timed_hearing, "_LEARNING", learning)
     monkeypatch.setattr(timed_clips, "_PLACES", timed_clips.Surroundings())
     monkeypatch.setattr(timed_clips, "_SILENCE_S", ((0.0, 0.2), (0.0, 0.2)))
     monkeypatch.setattr(find_subwords, "_said_by_flite", lambda word: {"ten": ["aa"], "one": ["s"]}[word])
     whole = start(tmp_path / "start")
-    assert timed_hearing.train(whole, [manifest], tmp_path / "phones", 40)["phones_right"] > 0.8
+    assert timed_hearing.train(whole, [manifest], tmp_path / "phones", 40)["right"] > 0.8
     head = timed_hearing.phone_head(tmp_path / "phones", whole.audio_encoder)
-    assert timed_hearing.judge(whole, head, [manifest])["heard_clips"]["phones_right"] > 0.8
+    assert timed_hearing.phones_right(whole, head, manifest) > 0.8
 
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     unnamed = tmp_path / "heard_unnamed.jsonl"
@@ -195,8 +197,8 @@ def test_hearing_is_learnt_and_training_goes_on(
 
     timed = [tmp_path / "timed_clips.jsonl", tmp_path / "timed_unnamed.jsonl"]
     shown = timed_hearing.train(whole, timed, tmp_path / "whole", 90, subwords=True)
-    assert shown["subwords_right"] > 0.8
-    assert timed_hearing.judge(whole, head, timed)["timed_clips"]["wer"] < 0.3
+    assert shown["right"] > 0.7
+    assert timed_hearing.words_wrong(whole, timed[0]) < 0.3
     real, kept = torch.save, []
 
     def save(value: Any, path: Path) -> None:
@@ -223,3 +225,18 @@ def test_words_are_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert find_subwords.pronunciations({"one", "two"}, file) == {"one": ["one"], "two": ["two"]}
     assert find_subwords.pronunciations({"one", "six"}, file)["six"] == ["six"]
     assert sorted(asked) == ["one", "six", "two"]
+
+
+def test_a_layer_is_read_in_the_order_of_the_clips(tmp_path: Path) -> None:
+    """What the last layer gives, normed and projected, is what the encoder gives."""
+    encoder = start(tmp_path / "start").audio_encoder
+    mel, noise = LogMel(num_mels=encoder.config.num_mel_bins), torch.Generator().manual_seed(0)
+    clips = [Heard(torch.randn(count, generator=noise) * 0.1, [], [], "") for count in (9000, 40_000, 20_000, 5000)]
+    seen: list[torch.Tensor] = []
+    with encoder.layers[-1].register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
+        out, _ = timed_hearing.hear(encoder, mel, clips, 0.48, 0.96)
+    hidden = timed_hearing.in_order(seen[0], out.lengths, timed_hearing.per_window(encoder, 0.48, 0.96))
+    assert not torch.equal(hidden, seen[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        again = encoder.proj2(torch.nn.functional.gelu(encoder.proj1(encoder.ln_post(hidden)))).float()
+    torch.testing.assert_close(again, out.embeds, rtol=0.02, atol=0.02 * float(out.embeds.std()))

@@ -27,7 +27,7 @@ from fit_codes import fit_codes
 from fit_encoder import fit_encoder
 from join_hearing import join_hearing
 from make_data import make_data
-from make_model import make_model
+from make_model import make_model, nano_config
 from name_cells import name_cells
 from rich.console import Console
 from rich.table import Table
@@ -106,12 +106,13 @@ def steps(*, smoke: bool = False, scale: float = 1.0, questions: int = 200) -> l
     encoders = joined("encoders", "perceiving_start", thinker="text")
     cells = (Path("perceiving_start"), Path("cells/model"), 192 if smoke else 160_000)
     speaking = joined("speaking", "speaking_start", thinker="text")
+    codes = (nano_config()["code2wav_config"], [Path("data/answers.jsonl")], Path("codes"))
     hearing = (Path("hearing/model"), Path("cells/model"), Path("data/sentences.jsonl"), Path("thinking_start"))
     model = joined("model", "model", thinker="thinking", talker="talker_in_context", code2wav="code2wav")
     plan = [
         Step("data", "data/spoken_context.jsonl", partial(make_data, Path("data"), scale)),
         Step("start", "start/config.json", partial(make_model, Path("start"))),
-        Step("codes", "codes/mel_codec.json", partial(fit_codes, Path("data/answers.jsonl"), Path("codes"))),
+        Step("codes", "codes/mel_codec.json", partial(fit_codes, *codes)),
         stage("1_code2wav"),
         stage("2_text"),
         Step(encoders.name, encoders.makes, partial(encoders.do, fresh_encoders=True)),

@@ -22,15 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import talk
+import tokens
 import torch
-from engines import PAUSE, PHONES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from steps import Learning, take_steps
-from timed_clips import TOKEN_S, Heard, said_at
-from timed_hearing import BLANK, PhoneHead, phones_at
+from timed_clips import TOKEN_S, Heard
+from timed_hearing import Naming, phones_at, subword_head, subwords_at
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from omni import OmniInputs, OmniModel, OmniProcessor
@@ -40,7 +39,6 @@ from omni.training.data.samples import IGNORED, Sample, SpokenTurn
 from omni.training.data.sound import read_speech
 from omni.training.objectives.passes import talker_pass, thinker_pass
 from omni.training.objectives.supervised import speech_losses
-from omni.training.objectives.transcription import EmbeddingHead
 
 _FRAMES = 1200  # of a step
 _SHORT = ((2000, 2), (5000, 5))  # until a step, lines of so many subwords at most
@@ -54,15 +52,14 @@ _LOGGED, _SAVED = 50, 500  # steps
 
 def encode(processor: OmniProcessor, codec: MelCodec, manifests: Sequence[Path], path: Path) -> int:
     """Write codes, texts and voices of the lines of manifests, and what they say when; returns how many lines."""
-    (blank,) = processor.encode_text(BLANK)
     rows = [json.loads(line) | {"folder": str(m.parent)} for m in manifests for line in m.read_text().splitlines()]
     codes, said, phones = [], [], []
     for row in tqdm(rows, "lines encoded"):
         codes.append(codec.encode(read_speech(f"{row['folder']}/{row['audio']}", codec.sample_rate)))
         starts = np.arange(codes[-1].shape[1]) * TOKEN_S
-        phones.append(phones_at(Heard(codes[-1], row["phones"], [], ""), starts))
-        subwords = torch.tensor(said_at(starts + TOKEN_S / 2, row["subwords"], blank))
-        said.append(subwords.masked_fill((phones[-1] == PHONES.index(PAUSE)).all(1), blank))
+        clip = Heard(codes[-1], row["phones"], row["subwords"], row["text"])
+        phones.append(phones_at(clip, starts))
+        said.append(subwords_at(clip, starts, phones[-1], tokens.SIZE))
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"codes": torch.cat(codes, 1).short(), "said": torch.cat(said).short(), "phones": torch.cat(phones).byte(),
              "lengths": torch.tensor([len(one) for one in said])}  # fmt: skip
@@ -122,24 +119,6 @@ class Lines:
         return Sample(OmniInputs(torch.tensor([ids])), torch.full((len(ids),), IGNORED), [turn])
 
 
-class Naming(nn.Module):
-    """Says which subword and which phones are spoken, from a layer of the Talker [F, D]."""
-
-    def __init__(self, width: int, table: Tensor, blank: int) -> None:
-        super().__init__()
-        self.project, self.head = nn.Linear(width, table.shape[1]), EmbeddingHead(table, blank)
-        self.phones, self.replaced = PhoneHead(width), blank
-
-    def losses(self, hidden: Tensor, lines: Sequence[Line]) -> dict[str, Tensor]:
-        """Cross-entropies with what the frames of lines say."""
-        said = torch.cat([line.said for line in lines])
-        said = said.masked_fill(said == self.replaced, self.head.blank)
-        phones = torch.cat([line.phones for line in lines])
-        named, pronounced = self.head(self.project(hidden.float())), self.phones(hidden.float())
-        return {"named": F.cross_entropy(named, said),
-                "phones": F.cross_entropy(pronounced.flatten(0, 1), phones.flatten())}  # fmt: skip
-
-
 def losses(model: OmniModel, naming: Naming, lines: Sequence[Line], samples: list[Sample]) -> dict[str, Tensor]:
     """Means of the losses of some lines, in the conversations of `samples`."""
     batch, seen = collate(samples), []
@@ -152,19 +131,20 @@ def losses(model: OmniModel, naming: Naming, lines: Sequence[Line], samples: lis
     means = {name: loss.total / loss.count for name, loss in found.items()}
     hidden = seen[0].reshape(-1, seen[0].shape[-1])[spoken.places]
     drawn = torch.cat([part for turn in spoken.turns for part in (torch.ones(turn), torch.zeros(1))]).bool()
-    return means | naming.losses(hidden[drawn], lines)
+    said = torch.cat([line.said for line in lines])
+    return means | naming.losses(hidden[drawn], said, torch.cat([line.phones for line in lines]))
 
 
 def train(model: OmniModel, path: Path, folder: Path, steps: int) -> dict[str, float]:
     """Train the Talker of a model and write `folder/model`, see `take_steps`. Returns the losses that were logged
     last."""
     torch.manual_seed(0)
-    talker, table = model.talker, model.thinker.embed_tokens.weight.detach()
+    talker = model.talker
     assert model.processor is not None
     model.requires_grad_(False)
-    lines, (blank,) = Lines(model, path), model.processor.encode_text(BLANK)
+    lines = Lines(model, path)
     text = model.config.talker_config.text_config
-    naming = Naming(text.hidden_size, table, blank)
+    naming = Naming(text.hidden_size, subword_head(model))
     talker.requires_grad_(True)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
