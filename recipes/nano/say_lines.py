@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from steps import Learning, take_steps
 from timed_clips import TOKEN_S, Heard
-from timed_hearing import Naming, phones_at, subword_head, subwords_at
+from timed_hearing import Naming, phones_at, subwords_at
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -144,7 +144,7 @@ def train(model: OmniModel, path: Path, folder: Path, steps: int) -> dict[str, f
     model.requires_grad_(False)
     lines = Lines(model, path)
     text = model.config.talker_config.text_config
-    naming = Naming(text.hidden_size, subword_head(model))
+    naming = Naming(text.hidden_size, tokens.SIZE)
     talker.requires_grad_(True)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -65,14 +65,14 @@ class PhoneHead(nn.Module):
 class Naming(nn.Module):
     """Names the subword that is being said and the phones, from a layer [N, D]; a blank is named in pauses."""
 
-    def __init__(self, width: int, head: EmbeddingHead) -> None:
+    def __init__(self, width: int, subwords: int) -> None:
         super().__init__()
-        self.project, self.head = nn.Linear(width, head.directions.shape[1]), head
+        self.norm, self.proj = nn.LayerNorm(width), nn.Linear(width, subwords + 1)
         self.phones = PhoneHead(width)
 
     def losses(self, hidden: Tensor, subwords: Tensor, phones: Tensor) -> dict[str, Tensor]:
-        """Cross-entropies with the subwords [N], the head's blank in pauses, and the phones [N, S]."""
-        named, pronounced = self.head(self.project(hidden.float())), self.phones(hidden.float())
+        """Cross-entropies with the subwords [N], the last label in pauses, and the phones [N, S]."""
+        named, pronounced = self.proj(self.norm(hidden.float())), self.phones(hidden.float())
         return {"named": F.cross_entropy(named, subwords),
                 "phones": F.cross_entropy(pronounced.flatten(0, 1), phones.flatten())}  # fmt: skip
 
@@ -81,9 +81,7 @@ def subword_head(model: OmniModel) -> EmbeddingHead:
     """Cosines with the embeddings of the model's Thinker."""
     assert model.processor is not None
     (blank,) = model.processor.encode_text(BLANK)
-    head = EmbeddingHead(model.thinker.embed_tokens.weight.detach(), blank)
-    head.prior.requires_grad_(False)  # what the Thinker reads has none
-    return head
+    return EmbeddingHead(model.thinker.embed_tokens.weight.detach(), blank)
 
 
 def draw_window(rng: random.Random, chunk_s: float) -> float:
@@ -151,7 +149,8 @@ def train(
     encoder.requires_grad_(True)
     heads = nn.ModuleDict()
     if subwords:
-        heads["says"], heads["names"] = subword_head(model), Naming(encoder.config.d_model, subword_head(model))
+        heads["says"] = subword_head(model)
+        heads["names"] = Naming(encoder.config.d_model, heads["says"].blank)
     else:
         heads["phones"] = PhoneHead(encoder.config.output_dim)
     mel = LogMel(num_mels=encoder.config.num_mel_bins)
