@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "nano"))
 
+import cached_hearing
 import find_subwords
 import make_start
 import timed_clips
@@ -152,11 +153,11 @@ def test_some_clips_are_kept(manifest: Path) -> None:
     assert not TimedClips([manifest], "subwords").rows[0]
 
 
-def start(folder: Path) -> OmniModel:
+def start(folder: Path, layers: int = 1) -> OmniModel:
     """A model whose hearing is learnt in moments."""
     make_start.write_files(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["thinker_config"]["audio_config"] |= {"encoder_layers": 1, "d_model": 64, "encoder_ffn_dim": 64,
+    config["thinker_config"]["audio_config"] |= {"encoder_layers": layers, "d_model": 64, "encoder_ffn_dim": 64,
                                                  "downsample_hidden_size": 8}  # fmt: skip
     config["thinker_config"]["text_config"]["num_hidden_layers"] = 1
     config["talker_config"]["accept_hidden_layer"] = 0
@@ -218,6 +219,47 @@ def test_hearing_is_learnt_and_training_goes_on(
         torch.testing.assert_close(value, whole.audio_encoder.state_dict()[name], msg=name)
 
 
+def test_upper_layers_learn_from_what_the_lower_ones_gave(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses on a cache are those on its clips; training it moves the upper layers alone."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    timed = tmp_path / "timed.jsonl"
+    ends = [{"subwords": [(300, row["phones"][1][1]), (301, row["phones"][2][1])]} for row in rows]
+    timed.write_text("".join(json.dumps(row | more) + "\n" for row, more in zip(rows, ends)))
+    monkeypatch.setattr(cached_hearing, "LOWER", 1)
+    monkeypatch.setattr(timed_hearing, "_NAMING", 1)
+    model = start(tmp_path / "start", layers=3)
+    cached_hearing.make_cache(model, [timed], tmp_path / "cache.safetensors", 16)
+    cache = cached_hearing.Cache(tmp_path / "cache.safetensors")
+    assert len(cache.windows) == 16 and sum(cache.windows[3]) == len(cache.tokens[0][3])
+
+    rng = random.Random("cached 0")
+    clips, chunk_s = TimedClips([timed], "subwords").draw(rng, 16), rng.choice(timed_hearing.CHUNKS_S)
+    window_s, encoder = timed_hearing.draw_window(rng, chunk_s), model.audio_encoder
+    heads = timed_hearing.subword_heads(model)
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), encoder.layers[1].register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
+        mel = LogMel(num_mels=encoder.config.num_mel_bins)
+        out, starts = timed_hearing.hear(encoder, mel, clips, chunk_s, window_s, masks=1)
+        hidden = timed_hearing.in_order(seen[0], timed_hearing.windows_of(encoder, out.lengths, chunk_s, window_s))
+        _, wanted = timed_hearing.losses(heads, out.embeds, hidden, clips, starts)
+    lower, *said = (torch.cat(part) for part in cache.tokens)
+    windows = [window for clip in cache.windows for window in clip]
+    with torch.no_grad():
+        embeds, hidden = cached_hearing.above(encoder, lower, windows)
+        _, found = timed_hearing.subword_losses(heads, embeds, hidden, *(one.long() for one in said))
+    for name in wanted:
+        assert float(found[name]) == pytest.approx(float(wanted[name]), abs=0.02)
+
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    shown = cached_hearing.train(model, tmp_path / "cache.safetensors", tmp_path / "upper", 30)
+    assert shown["subwords"] < float(wanted["subwords"]) / 2
+    moved = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("layers.2.") for name in moved) and "proj2.weight" in moved
+    assert not any(name.startswith(("layers.0.", "conv")) for name in moved)
+
+
 def test_words_are_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(find_subwords, "_said_by_flite", lambda word: asked.append(word) or [word])
@@ -235,8 +277,8 @@ def test_a_layer_is_read_in_the_order_of_the_clips(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     with encoder.layers[-1].register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
         out, _ = timed_hearing.hear(encoder, mel, clips, 0.48, 0.96)
-    hidden = timed_hearing.in_order(seen[0], out.lengths, timed_hearing.per_window(encoder, 0.48, 0.96))
+    hidden = timed_hearing.in_order(seen[0], timed_hearing.windows_of(encoder, out.lengths, 0.48, 0.96))
     assert not torch.equal(hidden, seen[0])
     with torch.autocast("cpu", torch.bfloat16):
         again = encoder.proj2(torch.nn.functional.gelu(encoder.proj1(encoder.ln_post(hidden)))).float()
-    torch.testing.assert_close(again, out.embeds, rtol=0.02, atol=0.02 * float(out.embeds.std()))
+    torch.testing.assert_close(again, out.embeds, rtol=0.02, atol=0.02 * float(out.embeds.detach().std()))

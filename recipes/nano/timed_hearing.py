@@ -84,6 +84,12 @@ def subword_head(model: OmniModel) -> EmbeddingHead:
     return EmbeddingHead(model.thinker.embed_tokens.weight.detach(), blank)
 
 
+def subword_heads(model: OmniModel) -> nn.ModuleDict:
+    """What is thrown away when the encoder is trained: what its tokens say, what a layer names."""
+    says = subword_head(model)
+    return nn.ModuleDict({"says": says, "names": Naming(model.config.thinker.audio_config.d_model, says.blank)})
+
+
 def draw_window(rng: random.Random, chunk_s: float) -> float:
     """Seconds of a whole number of chunks, as far back as attention sees."""
     least, most = (round(limit / chunk_s) for limit in WINDOWS_S)
@@ -109,15 +115,16 @@ def hear(
     return out._replace(embeds=out.embeds.float()), starts
 
 
-def per_window(encoder: Any, chunk_s: float, window_s: float) -> int:
-    """Tokens of an attention window."""
+def windows_of(encoder: Any, lengths: Sequence[int], chunk_s: float, window_s: float) -> list[int]:
+    """Tokens of each attention window of clips of so many tokens."""
     frames = round(chunk_s * 100)
-    return round(window_s / chunk_s) * int(encoder.num_tokens(frames, chunk_frames=frames))
+    most = round(window_s / chunk_s) * encoder.num_tokens(frames, chunk_frames=frames)
+    return [block for tokens in lengths for block in split_blocks(tokens, most)]
 
 
-def in_order(hidden: Tensor, lengths: Sequence[int], window: int) -> Tensor:
+def in_order(hidden: Tensor, windows: Sequence[int]) -> Tensor:
     """What a layer gives [N, D], in the order of the clips: in the encoder windows of one length are side by side."""
-    return BlockPasses([block for tokens in lengths for block in split_blocks(tokens, window)], None).join([hidden])
+    return BlockPasses(windows, None).join([hidden])
 
 
 def subwords_at(clip: Heard, starts: np.ndarray, phones: Tensor, blank: int) -> Tensor:
@@ -149,8 +156,7 @@ def train(
     encoder.requires_grad_(True)
     heads = nn.ModuleDict()
     if subwords:
-        heads["says"] = subword_head(model)
-        heads["names"] = Naming(encoder.config.d_model, heads["says"].blank)
+        heads = subword_heads(model)
     else:
         heads["phones"] = PhoneHead(encoder.config.output_dim)
     mel = LogMel(num_mels=encoder.config.num_mel_bins)
@@ -164,7 +170,7 @@ def train(
         seen: list[Tensor] = []
         with encoder.layers[_NAMING].register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
             out, starts = hear(encoder, mel, some, chunk_s, window_s, masks=1 + step * _BATCH)
-        hidden = in_order(seen[0], out.lengths, per_window(encoder, chunk_s, window_s))
+        hidden = in_order(seen[0], windows_of(encoder, out.lengths, chunk_s, window_s))
         return losses(heads, out.embeds, hidden, some, starts)
 
     parts = nn.ModuleDict({"encoder": encoder, "heads": heads})
@@ -186,10 +192,17 @@ def losses(
         return loss, {"phones": loss, "right": (named.argmax(-1) == said).float().mean()}
     blank = heads["says"].blank
     being = [subwords_at(clip, one, pauses, blank) for clip, one, pauses in zip(clips, starts, phones)]
-    shown: dict[str, Tensor] = heads["names"].losses(hidden, torch.cat(being), torch.cat(phones))
-    labels = torch.cat([labels_at(one, clip.subwords, blank) for clip, one in zip(clips, starts)])
+    labels = [labels_at(one, clip.subwords, blank) for clip, one in zip(clips, starts)]
+    return subword_losses(heads, embeds, hidden, *map(torch.cat, (labels, being, phones)))
+
+
+def subword_losses(
+    heads: nn.ModuleDict, embeds: Tensor, hidden: Tensor, labels: Tensor, being: Tensor, phones: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same of tokens: what they are to say [N], and which subword [N] and phones [N, S] are being said."""
+    shown: dict[str, Tensor] = heads["names"].losses(hidden, being, phones)
     logits = heads["says"](embeds)
-    loss, ended = F.cross_entropy(logits, labels), labels != blank
+    loss, ended = F.cross_entropy(logits, labels), labels != heads["says"].blank
     right = (logits.argmax(-1) == labels)[ended].float().mean().nan_to_num()
     return loss + _NAMED * (shown["named"] + shown["phones"]), {"subwords": loss, "right": right, **shown}
 

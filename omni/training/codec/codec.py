@@ -287,7 +287,7 @@ class Codec(nn.Module):
         latents = self.encoder(self._check(wave))
         codes, commitment, codebook = self.quantiser(latents)
         read = _straight_through(self.quantiser.embed(codes).detach(), latents.transpose(1, 2) / codes.shape[1])
-        loud = self.code2wav.decode_embeddings(read)
+        loud = decoded(self.code2wav, read)
         heard = _straight_through(loud.detach().clamp(-1, 1), loud)[:, : wave.shape[1]]
         shares = code_shares(codes, self.code2wav.config.codebook_size)
         perplexity = torch.special.entr(shares).sum(1).exp()
@@ -433,3 +433,11 @@ def _straight_through(value: Tensor, source: Tensor) -> Tensor:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def decoded(code2wav: Code2Wav, embeds: Tensor) -> Tensor:
+    """Mean code embeddings [B, F, D] to samples [B, m], in the weights' own type under autocast too: the error of a
+    loud sample that is rounded to bf16 is louder than the quiet bands of its spectrum, and a decoder that is trained so
+    from nothing only gets worse."""
+    with torch.autocast(embeds.device.type, enabled=False):
+        return code2wav.decode_embeddings(embeds.to(code2wav.code_embedding.weight.dtype))

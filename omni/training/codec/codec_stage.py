@@ -33,6 +33,7 @@ from omni.training.codec.codec import (
     CodeUsage,
     ResidualQuantiser,
     code_shares,
+    decoded,
     draw_weights,
 )
 from omni.training.codec.codec_losses import (
@@ -384,7 +385,7 @@ class DecoderObjective(WaveObjective):
 
 def decode_with_gradients(code2wav: Code2Wav, codes: Tensor) -> Tensor:
     """`code2wav(codes)`, codes int64 [B, K, F] -> [B, m], with gradients also where samples are clipped."""
-    loud = code2wav.decode_embeddings(ResidualQuantiser(code2wav).embed(codes))
+    loud = decoded(code2wav, ResidualQuantiser(code2wav).embed(codes))
     return loud.detach().clamp(-1, 1) + (loud - loud.detach())  # exactly the clipped wave
 
 

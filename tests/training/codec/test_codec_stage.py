@@ -375,6 +375,20 @@ def test_given_codes_are_decoded_as_code2wav_does_with_gradients_everywhere() ->
     assert codec.code2wav.decoder[-1].conv.bias.grad.item() == wave.numel()
 
 
+def test_samples_are_never_rounded_to_bf16() -> None:
+    """Under autocast the decoder computes as without: of given codes exactly, of an encoder's the same loudness range."""
+    codec = tiny_codec()
+    codes = torch.randint(64, (2, 4, 5), generator=seeded(0))
+    wave = torch.randn(2, 4000, generator=seeded(1)) * 0.1
+    plain = decode_with_gradients(codec.code2wav, codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decode_with_gradients(codec.code2wav, codes), plain)
+        out = codec(wave)
+    assert out.wave.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(out.wave, codec.decode(out.codes)[:, : wave.shape[1]], rtol=0, atol=1e-5)
+
+
 def test_what_lies_behind_a_recording_does_not_count() -> None:
     codec = tiny_codec()
     waves = torch.stack(voices(0.1))[:2]
