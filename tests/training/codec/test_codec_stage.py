@@ -376,7 +376,7 @@ def test_given_codes_are_decoded_as_code2wav_does_with_gradients_everywhere() ->
 
 
 def test_samples_are_never_rounded_to_bf16() -> None:
-    """Under autocast the decoder computes as without: of given codes exactly, of an encoder's the same loudness range."""
+    """Under autocast the decoder computes as without it, of codes that are given and of those of an encoder."""
     codec = tiny_codec()
     codes = torch.randint(64, (2, 4, 5), generator=seeded(0))
     wave = torch.randn(2, 4000, generator=seeded(1)) * 0.1
