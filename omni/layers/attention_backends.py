@@ -188,9 +188,10 @@ def _each_run(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def packed(q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks) -> Tensor:
         parts = []
-        for start, length, count in blocks.runs:
-            rows = slice(start, start + length * count)
-            run = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]  # [count, H, length, D]
+        sizes = [length * count for _, length, count in blocks.runs]
+        # Not slices: backwards, each would be padded to N rows and added up.
+        for (_, length, count), *rows in zip(blocks.runs, *(x.split(sizes) for x in (q, k, v))):
+            run = [x.unflatten(0, (count, length)).transpose(1, 2) for x in rows]  # [count, H, length, D]
             parts.append(attend(*run, causal=blocks.causal).transpose(1, 2).flatten(0, 1))
         if len(parts) == 1:
             return parts[0]

@@ -66,7 +66,14 @@ class BlockPasses:
         return iter(self.passes)
 
     def runs(self, x: Tensor, blocks: list[int]) -> list[Tensor]:
-        """The rows of some blocks of x [N, …] in their order: a view for each run of neighbours."""
+        """The rows of some blocks of x [N, …] in their order: a view for each run of neighbours.
+
+        Where gradients are taken, one for each block: backwards, the parts of a split are joined, slices would each be
+        padded to N rows and added up.
+        """
+        if x.requires_grad:
+            parts = x.split(self.lengths)
+            return [parts[block] for block in blocks]
         bounds: list[list[int]] = []
         for block in blocks:
             if bounds and bounds[-1][1] == self.starts[block]:

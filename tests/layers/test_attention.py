@@ -259,6 +259,30 @@ def test_gradients_on_a_cpu_are_taken_in_fp32(how: str, monkeypatch: pytest.Monk
         assert set(seen) == {torch.float64}
 
 
+def test_gradients_of_packed_blocks_are_joined_not_padded() -> None:
+    """Those of each block alone; and none is padded to the whole row, which would take N rows for every length."""
+    lengths = [3, 3, 1, 5, 2, 2, 4]
+    passes, rows = BlockPasses(lengths, None), torch.randn(sum(lengths), 6, dtype=torch.float64, requires_grad=True)
+    wanted = torch.randn(sum(lengths), 2, 3, dtype=torch.float64)
+
+    def attended(blocks: list[int], x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(1, (2, 3))
+        return packed_attention(q, 2 * q, q.square(), [lengths[block] for block in blocks])
+
+    (numbers,) = passes
+    out = passes.join([attended(numbers, torch.cat(passes.runs(rows, numbers)))])
+    (together,) = torch.autograd.grad(out, rows, wanted, retain_graph=True)
+    alone = [attended([block], part) for block, part in enumerate(rows.split(lengths))]
+    torch.testing.assert_close(together, torch.autograd.grad(torch.cat(alone), rows, wanted)[0])
+    names, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            todo += [following for following, _ in node.next_functions]
+    assert not any("Slice" in node.name() for node in names)
+
+
 def test_neighbours_of_equal_length_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = PackedBlocks([4, 4, 0, 4, 2, 2, 3], torch.device("cpu"))
     assert blocks.runs == [(0, 4, 2), (8, 4, 1), (12, 2, 2), (16, 3, 1)] and blocks.longest == 4 and blocks.total == 19
