@@ -173,7 +173,7 @@ def test_hearing_is_learnt_and_training_goes_on(
 ) -> None:
     """Phones; then, found by them, subwords; what is interrupted ends in the same weights."""
     monkeypatch.setattr(timed_hearing, "_BATCH", 4)
-    monkeypatch.setattr(timed_hearing, "_NAMING", 0)
+    monkeypatch.setattr(timed_hearing, "NAMING", 0)
     learning = replace(timed_hearing._LEARNING, rate=3e-3, warmup=2, saved=6)
     monkeypatch.setattr(timed_hearing, "_LEARNING", learning)
     monkeypatch.setattr(timed_clips, "_PLACES", timed_clips.Surroundings())
@@ -228,7 +228,7 @@ def test_upper_layers_learn_from_what_the_lower_ones_gave(
     ends = [{"subwords": [(300, row["phones"][1][1]), (301, row["phones"][2][1])]} for row in rows]
     timed.write_text("".join(json.dumps(row | more) + "\n" for row, more in zip(rows, ends)))
     monkeypatch.setattr(cached_hearing, "LOWER", 1)
-    monkeypatch.setattr(timed_hearing, "_NAMING", 1)
+    monkeypatch.setattr(timed_hearing, "NAMING", 1)
     model = start(tmp_path / "start", layers=3)
     cached_hearing.make_cache(model, [timed], tmp_path / "cache.safetensors", 16)
     cache = cached_hearing.Cache(tmp_path / "cache.safetensors")

@@ -83,13 +83,15 @@ def only(encoder: Any, layers: slice, read: int) -> Iterator[list[Tensor]]:
     every, seen = encoder.layers, []
     encoder.layers = every[layers]
     with every[read].register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
-        yield seen
-    encoder.layers = every
+        try:
+            yield seen
+        finally:
+            encoder.layers = every
 
 
 def above(encoder: Any, lower: Tensor, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What the upper layers make of what the lower ones gave [N, D]: the encoder's tokens, and the layer that names."""
-    with only(encoder, slice(LOWER, None), timed_hearing._NAMING) as seen, torch.autocast("cpu", torch.bfloat16):
+    with only(encoder, slice(LOWER, None), timed_hearing.NAMING) as seen, torch.autocast("cpu", torch.bfloat16):
         embeds = encoder._transform(lower.float(), windows)
     return embeds.float(), in_order(seen[0], windows)
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from clip_files import write_rows
 from engines import PAUSE, PHONES, phone_named
-from timed_clips import TOKEN_S, Ends, Heard, read, said_at
+from timed_clips import RATE_HZ, TOKEN_S, Ends, Heard, read, said_at
 from timed_hearing import SLOTS, hear, phone_head
 from torch import Tensor
 from tqdm import tqdm
@@ -163,7 +163,7 @@ def find(model: OmniModel, head: torch.nn.Module, manifest: Path, opening: str =
         some = rows[first : first + _TOGETHER]
         sounds = [read(row | {"folder": str(manifest.parent)}) for row in some]
         if all("phones" in row for row in some):
-            likely = [of_told(row["phones"], len(sound) / 16_000) for row, sound in zip(some, sounds)]
+            likely = [of_told(row["phones"], len(sound) / RATE_HZ) for row, sound in zip(some, sounds)]
         else:
             likely = of_heard(encoder, head, mel, sounds)
         for row, one in zip(some, likely):

@@ -45,7 +45,7 @@ WINDOWS_S = (0.96, 8.0)
 _BATCH = 26
 _LEARNING = Learning(6e-4, 100, 0.03, (0.9, 0.98), 0.01, 5.0, 50, 500)
 _HARD_AFTER = 0.4  # of the steps, from where on clips are heard in all noise
-_NAMING = 3  # the layer, counted from 0, that names what is being said
+NAMING = 3  # the layer, counted from 0, that names what is being said
 _NAMED = 0.5  # the weight of each of its losses beside that of the subwords that the tokens say
 _HEAD = "head.pt"
 _MASKS = SpeechAugmentation(frequency_masks=1)
@@ -168,7 +168,7 @@ def train(
         chunk_s = rng.choice(CHUNKS_S)
         window_s = draw_window(rng, chunk_s)
         seen: list[Tensor] = []
-        with encoder.layers[_NAMING].register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
+        with encoder.layers[NAMING].register_forward_hook(lambda _, __, hidden: seen.append(hidden)):
             out, starts = hear(encoder, mel, some, chunk_s, window_s, masks=1 + step * _BATCH)
         hidden = in_order(seen[0], windows_of(encoder, out.lengths, chunk_s, window_s))
         return losses(heads, out.embeds, hidden, some, starts)
