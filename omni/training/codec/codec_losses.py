@@ -10,6 +10,7 @@ Shapes: B rows, n samples, F frequencies, M mel bins, S spectrum frames.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,7 @@ MEL_SCALES = ((32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (
 STFT_WINDOWS = (512, 1024, 2048)
 ADVERSARIAL = ("least_squares", "hinge")
 _FLOOR = 1e-5  # magnitude; -100 dB
+_HARMONIC_WINDOW, _HARMONIC_TOP_HZ = 2048, 4000  # resolves the harmonics of any voice, where they are heard
 _QUIET = 1e-3  # magnitude; spectral convergence does not grow further as the reference falls below -60 dB
 
 
@@ -81,6 +83,28 @@ def multi_scale_stft_loss(
         loudness = (theirs.square().sum((1, 2)) + values * _QUIET**2).sqrt()
         rows = rows + (distance / loudness + (theirs.log() - ours.log()).abs().mean((1, 2))) / len(windows)
     return _over_rows(rows)
+
+
+def harmonic_loss(
+    wave: Tensor,
+    reference: Tensor,
+    sample_rate: int,
+    window: int = _HARMONIC_WINDOW,
+    top_hz: float = _HARMONIC_TOP_HZ,
+    floor: float = _FLOOR,
+) -> Loss:
+    """Mean absolute difference of ln S up to `top_hz`, each place weighted by how far the reference lies above `floor`.
+
+    wave, reference [B, n]; S are magnitudes of a window long enough to tell harmonics apart. Most places of a spectrum
+    lie between harmonics or hold noise that nothing can predict, and in the other losses count as much as a harmonic: a
+    decoder learns from them what colour a sound has long before it learns its pitch. Raises ValueError for waves of
+    different shapes.
+    """
+    _check(wave, reference)
+    count = max(1, int(top_hz / sample_rate * window))
+    ours, theirs = (magnitude_spectrum(one, window, floor)[:, :count].log() for one in (wave, reference))
+    weights = theirs - math.log(floor)
+    return _over_rows(((ours - theirs).abs() * weights).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6))
 
 
 def feature_matching_loss(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[Tensor]]) -> Loss:

@@ -1,6 +1,6 @@
 """Codec training as objectives for the trainer: the whole codec, or Code2Wav alone on codes of another encoder.
 
-    mel, stft             distance of spectra of the decoded and the recorded wave; not computed at weight 0
+    mel, stft, harmonic   distance of spectra of the decoded and the recorded wave; not computed at weight 0
     commitment, codebook  the quantiser's two losses                                     (whole codec)
     adversarial, feature  what discriminators make of the decoded wave                   (with an adversary)
     discriminator, perplexity   only reported: the discriminators' own loss; codes in use, in effect
@@ -41,6 +41,7 @@ from omni.training.codec.codec_losses import (
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
+    harmonic_loss,
     multi_scale_mel_loss,
     multi_scale_stft_loss,
 )
@@ -49,7 +50,7 @@ from omni.training.data.recordings import Crops
 from omni.training.objectives.losses import Loss
 from omni.training.parallel.processes import process_count
 
-SPECTRA = {"mel": 5.0, "stft": 1.0}
+SPECTRA = {"mel": 5.0, "stft": 1.0, "harmonic": 0.0}
 QUANTISER = {"commitment": 0.25, "codebook": 1.0}
 ADVERSARIAL = {"adversarial": 1.0, "feature": 2.0}  # Kong et al., 2020
 _BETAS = (0.8, 0.99)  # of the discriminators' AdamW (Kong et al., 2020)
@@ -202,6 +203,8 @@ class WaveObjective(ABC):
             losses["mel"] = multi_scale_mel_loss(wave, recorded, self.sample_rate, self.mel_scales, self.floor)
         if "stft" in self.weights:
             losses["stft"] = multi_scale_stft_loss(wave, recorded, floor=self.floor)
+        if "harmonic" in self.weights:
+            losses["harmonic"] = harmonic_loss(wave, recorded, self.sample_rate, floor=self.floor)
         if self.adversary is not None and self.judged:
             losses |= self.adversary.losses(wave, recorded)
         elif self.adversary is not None:

@@ -1,9 +1,11 @@
 """Discriminators that tell recorded waveforms from decoded ones, for adversarial codec training.
 
-Three views of a waveform: folded at several periods (pitch), averaged to several rates (shape over time), and as
-complex spectra at several resolutions (texture). Each view is judged at every place, not once a clip.
+Views of a waveform: folded at several periods (pitch), averaged to several rates (shape over time), as complex spectra
+at several resolutions (texture), and as the levels of such spectra, in which what is quiet counts as much as what is
+loud. Each view is judged at every place, not once a clip.
 Weights start as PyTorch's convolutions do, under weight normalisation (Salimans and Kingma, 2016).
-Sources: multi-period, Kong et al., 2020; multi-scale, Kumar et al., 2019; spectra, Defossez et al., 2022.
+Sources: multi-period, Kong et al., 2020; multi-scale, Kumar et al., 2019; spectra, Defossez et al., 2022; magnitudes
+of spectra, Jang et al., 2021.
 Shapes: B rows, n samples, F frequencies, S spectrum frames.
 """
 
@@ -22,6 +24,7 @@ PERIODS = (2, 3, 5, 7, 11)
 SCALES = (1, 2, 4)
 WINDOWS = (512, 1024, 2048)
 _SLOPE = 0.1  # of the leaky rectifier below zero
+_QUIET, _MIDDLE = 1e-4, -2.5  # magnitude of -80 dB; log10 of a magnitude in the middle of speech
 
 
 class Judgement(NamedTuple):
@@ -87,12 +90,14 @@ class ScaleDiscriminator(_ConvDiscriminator):
 class SpectrumDiscriminator(_ConvDiscriminator):
     """Looks at the complex spectrum [B, 2, S, F] of Hann windows with a hop of a quarter."""
 
+    inputs = 2
+
     def __init__(self, window: int, width: int = 32) -> None:
         dilated = [
             nn.Conv2d(width, width, (3, 9), (1, 2), (dilation, 4), dilation=(dilation, 1)) for dilation in (1, 2, 4)
         ]
         super().__init__(
-            [nn.Conv2d(2, width, (3, 9), 1, (1, 4)), *dilated, nn.Conv2d(width, width, 3, 1, 1)],
+            [nn.Conv2d(self.inputs, width, (3, 9), 1, (1, 4)), *dilated, nn.Conv2d(width, width, 3, 1, 1)],
             nn.Conv2d(width, 1, 3, 1, 1),
         )
         self.window = window
@@ -105,12 +110,34 @@ class SpectrumDiscriminator(_ConvDiscriminator):
             spectrum = torch.stft(
                 padded, self.window, self.window // 4, window=weights, center=False, return_complex=True
             )
-            x = torch.view_as_real(spectrum / weights.norm()).permute(0, 3, 2, 1)
+            x = self.view(torch.view_as_real(spectrum), weights).permute(0, 3, 2, 1)
         return self.judge(x)
+
+    def view(self, spectrum: Tensor, weights: Tensor) -> Tensor:
+        """What is judged [B, F, S, C] of a spectrum's real and imaginary parts [B, F, S, 2]."""
+        return spectrum / weights.norm()
+
+
+class LevelDiscriminator(SpectrumDiscriminator):
+    """Looks at the levels of the spectrum [B, 1, S, F]: log10 of the magnitudes above -80 dB, moved to about -1 .. 2.
+
+    It tells decoded speech from recorded after some hundred steps on a few rows, which the others take many times as
+    long for: to them a spectrum is its few loudest places.
+    """
+
+    inputs = 1
+
+    def view(self, spectrum: Tensor, weights: Tensor) -> Tensor:
+        power = (spectrum * (2 / weights.sum())).square().sum(-1, keepdim=True)
+        return 0.5 * (power + _QUIET**2).log10() - _MIDDLE
 
 
 class Discriminators(nn.Module):
-    """Discriminators side by side; without arguments those of the papers. `width` scales all of them."""
+    """Discriminators side by side; without arguments those of the papers. `width` scales all of them.
+
+    periods, scales: a `PeriodDiscriminator` and a `ScaleDiscriminator` for each; windows, levels: a
+    `SpectrumDiscriminator` and a `LevelDiscriminator` for each window of so many samples.
+    """
 
     def __init__(
         self,
@@ -118,6 +145,7 @@ class Discriminators(nn.Module):
         periods: Iterable[int] = PERIODS,
         scales: Iterable[int] = SCALES,
         windows: Iterable[int] = WINDOWS,
+        levels: Iterable[int] = (),
     ) -> None:
         """Raises ValueError for a width below 4 or not a multiple of 4, and for no discriminator at all."""
         super().__init__()
@@ -128,9 +156,10 @@ class Discriminators(nn.Module):
             [PeriodDiscriminator(period, width) for period in periods]
             + [ScaleDiscriminator(scale, half) for scale in scales]
             + [SpectrumDiscriminator(window, width) for window in windows]
+            + [LevelDiscriminator(window, width) for window in levels]
         )
         if not self.parts:
-            raise ValueError("no discriminator is left; give at least one period, scale or window")
+            raise ValueError("no discriminator is left; give at least one period, scale, window or level")
 
     def forward(self, wave: Tensor) -> list[Judgement]:
         """wave [B, n >= 1] -> the judgement of each. Raises ValueError for another shape."""

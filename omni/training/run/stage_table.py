@@ -295,7 +295,9 @@ def _codec(setup: Setup) -> Stage:
     folder = options.pop("encoder_folder", None)
     adversary = None
     if any(setup.config.loss.get(name) for name in ("adversarial", "feature")):
-        adversary = Adversary(Discriminators(options.pop("judge_width", 32)), options.pop("judge_lr", 1e-4))
+        views = ("width", "periods", "scales", "windows", "levels")
+        judges = {name: options.pop(f"judge_{name}") for name in views if f"judge_{name}" in options}
+        adversary = Adversary(Discriminators(**judges), options.pop("judge_lr", 1e-4))
     known = ["start_adversarial_step", "mel_scales", "floor_db"]
     known += [] if decoder_only else ["initialise", "restart_every", "restart_below", "usage_decay"]
     codec = None if decoder_only else make_codec(code2wav, width=width, fresh=fresh)

@@ -13,6 +13,7 @@ from omni.training.codec.codec_losses import (
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
+    harmonic_loss,
     magnitude_spectrum,
     multi_scale_mel_loss,
     multi_scale_stft_loss,
@@ -21,7 +22,9 @@ from omni.training.codec.codec_losses import (
 
 def test_losses_of_equal_waves_are_zero_and_grow_with_distance() -> None:
     wave = sounds()
-    for loss in (lambda a, b: multi_scale_mel_loss(a, b, RATE), multi_scale_stft_loss):
+    for loss in (
+        lambda a, b: multi_scale_mel_loss(a, b, RATE), multi_scale_stft_loss, lambda a, b: harmonic_loss(a, b, RATE),
+    ):  # fmt: skip
         assert mean(loss(wave, wave)) == 0
         near, far = mean(loss(wave, wave + noise(*wave.shape) * 0.01)), mean(loss(wave, wave + noise(*wave.shape)))
         assert 0 < near < far
@@ -45,6 +48,7 @@ def test_losses_have_finite_gradients_at_silence() -> None:
     for reference in (silence, noise(1, 600)):
         wave = torch.zeros(1, 600, requires_grad=True)
         loss = mean(multi_scale_mel_loss(wave, reference, RATE)) + mean(multi_scale_stft_loss(wave, reference))
+        loss = loss + mean(harmonic_loss(wave, reference, RATE))
         loss.backward()
         assert torch.isfinite(loss) and wave.grad is not None and torch.isfinite(wave.grad).all()
 
@@ -57,6 +61,7 @@ def test_gradients_of_losses_equal_finite_differences() -> None:
     check = torch.autograd.gradcheck
     assert check(lambda x: mean(multi_scale_mel_loss(x, reference, RATE, [(16, 4), (32, 8)])), (wave,))
     assert check(lambda x: mean(multi_scale_stft_loss(x, reference, [16, 32])), (wave,))
+    assert check(lambda x: mean(harmonic_loss(x, reference, RATE, window=32)), (wave,))
     assert check(lambda a, b: mean(feature_matching_loss([[a], [b]], [[others[0]], [others[1]]])), tuple(maps))
     for kind in ("least_squares", "hinge"):
         assert check(lambda a, b, kind=kind: mean(discriminator_loss([a], [b], kind)), tuple(maps))
@@ -82,3 +87,24 @@ def test_what_lies_below_the_floor_does_not_count() -> None:
         assert raised < 0.01 * usual, (usual, raised)
         loud = 0.1 * torch.randn(1, 4800)
         assert float(loss(loud, 0.1 * torch.randn(1, 4800), floor=1e-3)[0]) > 10 * raised
+
+
+def test_harmonics_count_where_they_are_loud() -> None:
+    """A voice at another pitch is far; what changes between its harmonics, above them or in silence hardly counts."""
+    seconds = torch.arange(RATE // 2) / RATE
+
+    def voice(pitch: float) -> torch.Tensor:
+        return sum(0.2 / n * torch.sin(2 * math.pi * pitch * n * seconds) for n in range(1, 16))[None]
+
+    reference = voice(200.0)
+    other = float(mean(harmonic_loss(voice(212.5), reference, RATE)))
+    high = reference + 0.02 * torch.sin(2 * math.pi * 9000 * seconds)
+    faint = reference + 3e-4 * noise(1, len(seconds))
+    assert other > 0.5 and float(mean(harmonic_loss(high, reference, RATE))) < 0.02 * other
+    assert float(mean(harmonic_loss(faint, reference, RATE))) < 0.3 * float(
+        mean(multi_scale_stft_loss(faint, reference))
+    )
+    silence = torch.zeros_like(reference)
+    assert mean(harmonic_loss(reference, silence, RATE)) == 0
+    with pytest.raises(ValueError, match="cut the longer one"):
+        harmonic_loss(reference, reference[:, 1:], RATE)

@@ -293,13 +293,13 @@ def test_under_autocast_codes_are_those_of_the_latents_in_fp32() -> None:
 
 def small_discriminators() -> Discriminators:
     with fixed(1):
-        return Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,))
+        return Discriminators(width=4, periods=(3,), scales=(2,), windows=(128,), levels=(128,))
 
 
 @pytest.mark.parametrize("samples", [1, 97, 1000])
 def test_discriminators_take_waves_of_any_length(samples: int) -> None:
     judgements = small_discriminators()(noise(2, samples))
-    assert len(judgements) == 3
+    assert len(judgements) == 4
     for logits, features in judgements:
         assert logits.dim() == 2 and len(logits) == 2 and logits.numel() >= 2
         assert len(features) >= 4 and all(len(f) == 2 for f in features)
@@ -307,6 +307,22 @@ def test_discriminators_take_waves_of_any_length(samples: int) -> None:
         Discriminators(width=6)
     with pytest.raises(ValueError, match="at least one"):
         Discriminators(periods=(), scales=(), windows=())
+
+
+def test_levels_are_judged_however_quiet() -> None:
+    """A change far below the loudest sound changes what is judged of levels by much more than of the spectrum."""
+    (judge,) = Discriminators(width=4, periods=(), scales=(), windows=(), levels=(256,)).parts
+    (plain,) = Discriminators(width=4, periods=(), scales=(), windows=(256,)).parts
+    loud = torch.sin(2 * math.pi * 300 * torch.arange(2400) / RATE)[None] * 0.5
+    views = []
+    for part in (judge, plain):
+        seen: list[Tensor] = []
+        part.layers[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            part(loud)
+            part(loud + 1e-3 * noise(1, 2400))
+        views.append(float((seen[0] - seen[1]).square().mean().sqrt() / seen[0].std()))
+    assert views[0] > 20 * views[1] and views[0] > 0.05
 
 
 def test_discriminators_learn_and_teach_the_codec() -> None:

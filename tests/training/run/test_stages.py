@@ -152,7 +152,7 @@ def make(manifests: dict[str, Path], checkpoint: Path, request: pytest.FixtureRe
         }  # fmt: skip
         own = values.get("objective", {})
         own |= {key: value for key, value in small.items() if key in own}
-        own |= {"judge_width": 4} if stage == "codec" else {}
+        own |= {"judge_width": 4, "judge_levels": [128]} if stage == "codec" else {}
         own |= {"crop_s": 0.01, "reference_s": 0.004, "n_fft": 64} if stage == "qwen2_5_token2wav" else {}
         own.pop("encoder_folder", None)
         return build_run(TrainConfig.from_dict(values))
