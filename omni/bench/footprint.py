@@ -62,10 +62,15 @@ def residual_codes_bytes(c: MTPConfig, value_bytes: int, batch: int = 1) -> floa
 
 
 def code2wav_bytes(c: Code2WavConfig, value_bytes: int, batch: int = 1) -> float:
-    """Bytes of one frame of the codec decoder: all its weights, and the embedding rows of the frame's codes."""
+    """Bytes of one frame of the codec decoder: all weights that it sounds by, and the embedding rows of the codes."""
     dim = c.hidden_size
     layer = attention_values(c, qk_norm=False) + 3 * dim * c.intermediate_size + 4 * dim  # norms, layer scales
     total = c.num_hidden_layers * layer + dim
+    if (source := c.source_filter) is not None:
+        width, outputs = source.width, 2 + 2 * source.num_bands
+        block = 8 * width + 2 * width + (4 * width * width + 4 * width) + (4 * width * width + width) + width
+        total += dim * width * (c.hop_length // source.period) + width + source.num_layers * block
+        return value_bytes * (total + width * outputs + outputs + batch * c.num_quantizers * dim)
     for ratio in c.upsampling_ratios:  # transposed convolution, then ConvNeXt: depthwise 7, norm, x4, back, gamma
         total += dim * dim * ratio + dim + 8 * dim + 2 * dim + (4 * dim * dim + 4 * dim) + (4 * dim * dim + dim) + dim
     channels = c.decoder_dim

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from omni.checkpoint.keys import KeyTable, Slot, is_stacked
-from omni.checkpoint.shards import INDEX, WEIGHTS
+from omni.checkpoint.shards import INDEX, OWN, WEIGHTS
 from omni.layers.quantized import packed_kind
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -37,10 +37,11 @@ def save_weights(
 ) -> list[str]:
     """Write all weights into an existing folder and return the file names; use `atomic_folder` for the folder.
 
-    One `model.safetensors` if it fits into `max_shard_size`, else numbered shards and an index. experts: one matrix an
-    expert as the release has it, or "fused" stacked ones. Low-rank updates that are still beside their weights (LoRA)
-    are written merged, and stay as they are in the model. Memory beyond the model: at most one shard, and none for
-    weights on the CPU. Raises ValueError for bad arguments, offloaded or quantised weights, OSError when writing fails.
+    One `model.safetensors` if it fits into `max_shard_size`, else numbered shards and an index; beside them a file of
+    what omni alone knows by the family's table. experts: one matrix an expert as the
+    release has it, or "fused" stacked ones. Low-rank updates that are still beside their weights (LoRA) are written
+    merged, and stay as they are in the model. Memory beyond the model: at most one shard, and none for weights
+    on the CPU. Raises ValueError for bad arguments, offloaded or quantised weights, OSError when writing fails.
     """
     limit = parse_size(max_shard_size)
     if experts not in ("separate", "fused"):
@@ -50,7 +51,10 @@ def save_weights(
             f"the model's weights were rounded to {kind}, which the Hub's layout has no place for; load the checkpoint "
             "without quantize= and save that"
         )
-    shards = _pack(list(_entries(model, table, experts)), limit)
+    entries = list(_entries(model, table, experts))
+    if own := [entry for entry in entries if entry[0].startswith(table.own)]:
+        _write(Path(folder) / OWN, own)
+    shards = _pack([entry for entry in entries if not entry[0].startswith(table.own)], limit)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [WEIGHTS]
@@ -60,7 +64,7 @@ def save_weights(
     for name, shard in bar:
         _write(Path(folder) / name, shard)
     if len(shards) == 1:
-        return names
+        return [*names, *[OWN][: len(own)]]
     tensors = [tensor for shard in shards for _, tensor, _ in shard]
     index = {
         "metadata": {
@@ -70,7 +74,7 @@ def save_weights(
         "weight_map": dict(sorted((key, name) for name, shard in zip(names, shards) for key, *_ in shard)),
     }
     (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [*names, INDEX]
+    return [*names, *[OWN][: len(own)], INDEX]
 
 
 def parse_size(size: str | int) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OWN = "omni.safetensors"  # beside the usual files: tensors that no other library knows
 ITEM_BITS = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8, "C64": 64},
     **{"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4},
@@ -59,6 +60,17 @@ def read_contents(folder: str | Path, wanted: Callable[[str], bool]) -> tuple[di
     a shard that is truncated or contradicts the index, or pickled weights.
     """
     folder = Path(folder)
+    files, headers = _read_usual(folder, wanted)
+    if (own := folder / OWN).is_file():
+        found = read_file_header(own)
+        if both := files.keys() & found.keys():
+            raise ValueError(f"{own} holds tensor {min(both)!r}, and so does {files[min(both)].name}; {_AGAIN}")
+        files, headers = files | dict.fromkeys(found, own), headers | found
+    return files, headers
+
+
+def _read_usual(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Path], dict[str, TensorInfo]]:
+    """The same of the files that every library reads."""
     if (folder / WEIGHTS).is_file():
         headers = read_file_header(folder / WEIGHTS)
         return dict.fromkeys(headers, folder / WEIGHTS), headers

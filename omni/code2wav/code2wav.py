@@ -2,7 +2,8 @@
 
 The embeddings of a frame's codes are averaged, a windowed transformer mixes the frames, and causal convolutions
 upsample them to samples: x2 x2 (ConvNeXt), then x8 x5 x4 x3 (Snake blocks), which makes 1920 samples of 24 kHz for a
-frame of 80 ms (released config).
+frame of 80 ms (released config). A checkpoint of omni's own may bring another way from the transformer to samples,
+`source_filter`, which is then taken instead of the convolutions.
 
 Shapes: B rows, K codebooks, T frames, D width.
 """
@@ -26,6 +27,7 @@ from omni.code2wav.conv import (
     StreamingChain,
     StreamingSnake,
 )
+from omni.code2wav.source_filter import SourceFilter, SourceFilterState
 from omni.code2wav.window_transformer import WindowState, WindowTransformer
 from omni.config.qwen3_omni import Code2WavConfig
 from omni.layers.state import State
@@ -39,7 +41,7 @@ class Code2WavState(CodecState):
 
     transformer: WindowState
     upsample: ChainState
-    decoder: ChainState
+    decoder: ChainState | SourceFilterState
 
     @property
     def started(self) -> bool:
@@ -67,13 +69,12 @@ class Code2WavState(CodecState):
 
 def _parts(state: State) -> Iterator[State]:
     """The states of single layers, in order."""
-    if isinstance(state, ChainState):
-        for layer in state.layers:
-            yield from _parts(layer)
-    elif isinstance(state, Code2WavState):
-        for part in (state.transformer, state.upsample, state.decoder):
-            yield from _parts(part)
-    else:
+    inside = (
+        state.layers if isinstance(state, ChainState) else [v for v in vars(state).values() if isinstance(v, State)]
+    )
+    for part in inside:
+        yield from _parts(part)
+    if not inside:
         yield state
 
 
@@ -84,7 +85,11 @@ class Code2Wav(CodecDecoder):
     hop_length * T - lookahead samples, each of which looks `lookahead` samples (555, 23 ms) ahead. With
     `strict_causal` they are trimmed at the end only: hop_length * T samples, no lookahead, and the same waveform later
     by that much once the first few frames are over.
+
+    by_convolutions: set it to hear what libraries that know of no `source_filter` make of the same codes.
     """
+
+    by_convolutions = False
 
     static_step = True
     sample_rate = SAMPLE_RATE_HZ
@@ -94,7 +99,6 @@ class Code2Wav(CodecDecoder):
         self.config = config
         self.strict_causal = strict_causal
         self.hop_length, self.num_codebooks = config.hop_length, config.num_quantizers
-        self.lookahead = self._lookahead()
         dim, channels = config.hidden_size, config.decoder_dim
         self.code_embedding = nn.Embedding(config.codebook_size * config.num_quantizers, dim)
         self.pre_transformer = WindowTransformer(config)
@@ -108,9 +112,21 @@ class Code2Wav(CodecDecoder):
             channels //= 2
         layers += [StreamingSnake(channels), CausalConv1d(channels, 1, kernel_size=7)]
         self.decoder = StreamingChain(layers)
+        source = config.source_filter
+        self.source_filter: SourceFilter | None = None
+        if source is not None:
+            self.source_filter = SourceFilter(source, dim, self.hop_length, self.sample_rate)
 
-    def _lookahead(self) -> int:
+    @property
+    def sounding(self) -> SourceFilter | None:
+        """The source and filter that codes are sounded by; None for convolutions."""
+        return None if self.by_convolutions else self.source_filter
+
+    @property
+    def lookahead(self) -> int:  # type: ignore[override]
         """Samples of the future that a sample depends on, which are also missing from the first call's output."""
+        if self.sounding is not None:
+            return 0
         samples = 0
         for rate in self.config.upsample_rates:  # a block upsamples what is missing and trims `rate` samples more
             samples = samples * rate + (0 if self.strict_causal else rate)
@@ -134,11 +150,10 @@ class Code2Wav(CodecDecoder):
 
     def init_state(self, batch_size: int) -> Code2WavState:
         """The state before the first frame, in the dtype and on the device of the parameters."""
-        return Code2WavState(
-            self.pre_transformer.init_state(batch_size),
-            self.upsample.init_state(batch_size),
-            self.decoder.init_state(batch_size),
-        )
+        mixed = self.pre_transformer.init_state(batch_size)
+        if self.sounding is not None:
+            return Code2WavState(mixed, ChainState([]), self.sounding.init_state(batch_size))
+        return Code2WavState(mixed, self.upsample.init_state(batch_size), self.decoder.init_state(batch_size))
 
     @torch.no_grad()
     def step(self, codes: Tensor, state: Code2WavState, active: Tensor | None = None) -> Tensor:
@@ -175,6 +190,8 @@ class Code2Wav(CodecDecoder):
         if state is not None:
             mixed, upsampled, decoded = state.transformer, state.upsample, state.decoder
         x = self.pre_transformer(x, mixed, active).transpose(1, 2)  # [B, D, T]
+        if self.sounding is not None:
+            return self.sounding(x, decoded, active)
         return self.decoder(self.upsample(x, upsampled, active), decoded, active)[:, 0]
 
     def _embed(self, codes: Tensor) -> Tensor:

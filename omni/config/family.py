@@ -30,13 +30,15 @@ class KeyNames:
 
     `renames` pairs a prefix of ours with the Hub's, at least one a part; the longest match wins, in either direction.
     `also_read` pairs ours with prefixes that other writers use. Keys that end in `derived` are tables some writers
-    store and the model computes. `parts` are the Hub's first name components in the order of the released files.
+    store and the model computes. `parts` are the Hub's first name components in the order of the released files. Keys
+    that begin with `own` are known to omni alone and lie in a file beside those that every library reads.
     """
 
     renames: tuple[tuple[str, str], ...]
     also_read: tuple[tuple[str, str], ...] = ()
     derived: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

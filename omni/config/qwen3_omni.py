@@ -236,8 +236,33 @@ class TalkerConfig(SpeechRules, Config):
 
 
 @dataclass(frozen=True)
+class SourceFilterConfig(Config):
+    """A codec decoder's other way to sound, omni's own: see `omni.code2wav.source_filter`.
+
+    width and num_layers: of its network; num_bands: of an envelope; period: samples between two settings of the
+    filters; n_fft: of the cepstrum, about as long as a filter sounds.
+    """
+
+    width: int = 192
+    num_layers: int = 5
+    num_bands: int = 80
+    period: int = 240
+    n_fft: int = 1024
+    extra: dict[str, Any] = extra_field()
+    aliases: dict[str, str] = extra_field()
+
+    def validate(self, where: str) -> None:
+        positive(self, where, "width", "num_layers", "period", "n_fft")
+        require(self.num_bands >= 2, f"{where}.num_bands must be at least 2, got {self.num_bands}")
+        require(self.n_fft % 2 == 0, f"{where}.n_fft must be even, got {self.n_fft}")
+
+
+@dataclass(frozen=True)
 class Code2WavConfig(CodecRules, DecoderConfig):
-    """The codec decoder. `hidden_size` .. `sliding_window` describe its transformer."""
+    """The codec decoder. `hidden_size` .. `sliding_window` describe its transformer.
+
+    source_filter: omni then sounds codes by it, and by convolutions where it is absent, as every other library does.
+    """
 
     codebook_size: int = 2048
     num_quantizers: int = 16
@@ -250,6 +275,7 @@ class Code2WavConfig(CodecRules, DecoderConfig):
     decoder_dim: int = 1536
     upsample_rates: tuple[int, ...] = (8, 5, 4, 3)
     upsampling_ratios: tuple[int, ...] = (2, 2)
+    source_filter: SourceFilterConfig | None = optional()
     model_type: str = ""
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
@@ -280,6 +306,11 @@ class Code2WavConfig(CodecRules, DecoderConfig):
         )
         require(min((1, *self.upsample_rates, *self.upsampling_ratios)) > 0, f"{where}: rates must be positive")
         require(self.sliding_window is None or self.sliding_window > 0, f"{where}.sliding_window must be positive")
+        source = self.source_filter
+        require(
+            source is None or self.hop_length % source.period == 0,
+            f"{where}.source_filter.period {source and source.period} must divide {self.hop_length}, a frame's samples",
+        )
 
 
 @dataclass(frozen=True)
@@ -359,6 +390,7 @@ QWEN3_OMNI = Family(
         ),
         derived=(".inv_freq", ".positional_embedding.positional_embedding"),
         parts=("thinker", "talker", "code2wav"),
+        own=("code2wav.source_filter.",),
     ),
     turn_layout="omni.talker.layout:UserTurnsLayout",
     processor_class="Qwen3OmniMoeProcessor",

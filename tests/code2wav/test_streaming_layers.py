@@ -24,7 +24,7 @@ from omni.code2wav.conv import (
 from omni.code2wav.window_transformer import WindowState, WindowTransformer
 from omni.config.qwen3_omni import Code2WavConfig
 from omni.layers.state import State
-from omni.training.codec.codec import CausalDownsample1d
+from omni.training.codec.codec_encoders import CausalDownsample1d
 
 STEPS = 30
 WINDOW = Code2WavConfig().replace(

@@ -15,7 +15,6 @@ Shapes: B rows, n samples, T frames, D width, K codebooks of `size` codes.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,108 +28,20 @@ from torch.nn import functional as F
 
 from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.contract import SAMPLE_RATE_HZ
-from omni.code2wav.conv import (
-    CausalConv1d,
-    ChainState,
-    ConvNeXtBlock,
-    ConvState,
-    ResidualUnit,
-    StreamingChain,
-    StreamingLayer,
-    StreamingSnake,
-)
-from omni.code2wav.window_transformer import WindowState, WindowTransformer
 from omni.config.qwen3_omni import Code2WavConfig
 from omni.config.reading import read_json
 from omni.config.writing import atomic_folder
-from omni.layers.init import initialise
 from omni.layers.state import State
+from omni.training.codec.codec_encoders import ENCODERS, CodecEncoder, MelEncoder
+from omni.training.codec.codec_encoders import draw_weights as draw_weights
+from omni.training.codec.decoding import decoded
 from omni.training.objectives.losses import Loss
 
 CONFIG, WEIGHTS = "codec.json", "codec.safetensors"
 _FRAMES_AT_ONCE = 256  # bounds the memory of encoding a long recording
 _SEARCHES_AT_ONCE = 8192  # latents compared with a codebook at once
-_QUIET_START = 0.1
+_TABLE = "code2wav.code_embedding.weight"
 _ROUNDING = 2**-8  # of a table's largest value: twice what bf16 rounds off
-
-
-class CausalDownsample1d(StreamingLayer[ConvState]):
-    """Strided convolution: T inputs, a multiple of `stride`, give T / stride outputs, each after its last input."""
-
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(inputs, outputs, kernel_size, stride=stride)
-        self.context = kernel_size - stride
-
-    def init_state(self, batch_size: int) -> ConvState:
-        return ConvState(self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.context))
-
-    def forward(self, x: Tensor, state: ConvState | None = None, active: Tensor | None = None) -> Tensor:
-        return self.conv(F.pad(x, (self.context, 0)) if state is None else state.extend(x, active))
-
-
-@dataclass
-class CodecEncoderState(State):
-    """What encoding remembers of the samples so far."""
-
-    convolutions: ChainState
-    transformer: WindowState
-
-
-class CodecEncoder(nn.Module):
-    """Code2Wav mirrored: causal strided convolutions, then a windowed transformer over frames.
-
-    Frame t depends on samples up to hop_length * (t + 1) - 1: it is known as soon as it is over. width: channels at the
-    sample rate, doubled by each of `upsample_rates`; by default what Code2Wav ends with. `draw_weights` is applied.
-    """
-
-    def __init__(self, config: Code2WavConfig, width: int | None = None) -> None:
-        super().__init__()
-        channels = config.decoder_dim // 2 ** len(config.upsample_rates) if width is None else width
-        if channels < 1:
-            raise ValueError(f"a codec encoder of width {channels} has no channels; width must be at least 1")
-        self.config, self.width, dim = config, channels, config.hidden_size
-        layers: list[nn.Module] = [CausalConv1d(1, channels, kernel_size=7)]
-        for rate in reversed(config.upsample_rates):
-            layers += [ResidualUnit(channels, dilation) for dilation in (1, 3, 9)]
-            layers += [StreamingSnake(channels), CausalDownsample1d(channels, 2 * channels, 2 * rate, rate)]
-            channels *= 2
-        layers += [StreamingSnake(channels), CausalConv1d(channels, dim, kernel_size=7)]
-        for ratio in reversed(config.upsampling_ratios):
-            layers += [ConvNeXtBlock(dim), CausalDownsample1d(dim, dim, ratio, ratio)]
-        self.convolutions = StreamingChain(layers)
-        self.transformer = WindowTransformer(config)
-        self.to_latents = nn.Linear(dim, dim)
-        draw_weights(self)
-
-    @property
-    def hop_length(self) -> int:
-        """Samples a frame."""
-        return self.config.hop_length
-
-    def forward(self, wave: Tensor) -> Tensor:
-        """wave [B, n], n >= 1 -> latents [B, D, ceil(n / hop_length)]; silence is added behind the last sample."""
-        return self._encode(F.pad(wave, (0, -wave.shape[1] % self.hop_length)))
-
-    def init_state(self, batch_size: int) -> CodecEncoderState:
-        """The state before the first sample."""
-        return CodecEncoderState(self.convolutions.init_state(batch_size), self.transformer.init_state(batch_size))
-
-    @torch.no_grad()
-    def step(self, wave: Tensor, state: CodecEncoderState) -> Tensor:
-        """The next samples [B, n], n >= 1 a multiple of hop_length -> latents [B, D, n / hop_length]; updates `state`.
-
-        Joined, the latents of all calls equal one `forward`. Raises ValueError for a part of a frame.
-        """
-        if wave.shape[1] == 0 or wave.shape[1] % self.hop_length:
-            raise ValueError(f"step takes whole frames of {self.hop_length} samples, got {wave.shape[1]} samples")
-        return self._encode(wave, state)
-
-    def _encode(self, wave: Tensor, state: CodecEncoderState | None = None) -> Tensor:
-        """Whole frames of samples, of a whole signal or with a state the next of it."""
-        convolved, mixed = (None, None) if state is None else (state.convolutions, state.transformer)
-        x = self.transformer(self.convolutions(wave[:, None], convolved).transpose(1, 2), mixed)
-        return self.to_latents(x).transpose(1, 2)
 
 
 class Quantised(NamedTuple):
@@ -246,7 +157,8 @@ class ResidualQuantiser:
 class CodecOutput(NamedTuple):
     """wave [B, min(n, hop_length * T - lookahead)]: sample i is to equal the input's sample i, compare with
     `input[:, : wave.shape[1]]`; codes int64 [B, K, T]; latents [B, D, T], detached; commitment and codebook losses a
-    frame; perplexity [K]: how many codes of each codebook this batch used, in effect (1 .. size)."""
+    frame; perplexity [K]: how many codes of each codebook this batch used, in effect (1 .. size); losses: further ones,
+    of `decoded`."""
 
     wave: Tensor
     codes: Tensor
@@ -254,13 +166,14 @@ class CodecOutput(NamedTuple):
     commitment: Loss
     codebook: Loss
     perplexity: Tensor
+    losses: dict[str, Loss]
 
 
 class Codec(nn.Module):
     """Encoder, quantiser and Code2Wav. `code2wav` is the model's own part: training here trains it there, and it is
     saved with the model under the Hub's names."""
 
-    def __init__(self, code2wav: Code2Wav, encoder: CodecEncoder | None = None) -> None:
+    def __init__(self, code2wav: Code2Wav, encoder: CodecEncoder | MelEncoder | None = None) -> None:
         super().__init__()
         encoder = encoder or CodecEncoder(code2wav.config).to(code2wav.code_embedding.weight)
         if (encoder.hop_length, encoder.config.hidden_size) != (code2wav.hop_length, code2wav.config.hidden_size):
@@ -277,21 +190,25 @@ class Codec(nn.Module):
         """Samples a second."""
         return SAMPLE_RATE_HZ
 
-    def forward(self, wave: Tensor) -> CodecOutput:
+    def forward(self, wave: Tensor, *, quantised: bool = True) -> CodecOutput:
         """wave [B, n] in -1 .. 1 -> its reconstruction with gradients, codes and losses.
 
         Gradients of the waveform reach Code2Wav, and the encoder straight through the quantiser; the table learns from
         the codebook loss alone. They also pass the limit at -1 and 1, where a clipped sample would otherwise learn
-        nothing. The waveform equals `decode(codes)`. Raises ValueError for a wave that is not [B, n] with n >= 1.
+        nothing. The waveform equals `decode(codes)`, but where a source and a filter sound it: see `decoded`.
+        quantised: False lets Code2Wav read the latents as they are, for the time before there are codebooks.
+        Raises ValueError for a wave that is not [B, n] with n >= 1.
         """
         latents = self.encoder(self._check(wave))
         codes, commitment, codebook = self.quantiser(latents)
-        read = _straight_through(self.quantiser.embed(codes).detach(), latents.transpose(1, 2) / codes.shape[1])
-        loud = decoded(self.code2wav, read)
+        read = latents.transpose(1, 2) / codes.shape[1]
+        if quantised:
+            read = _straight_through(self.quantiser.embed(codes).detach(), read)
+        loud, losses = decoded(self.code2wav, read, wave)
         heard = _straight_through(loud.detach().clamp(-1, 1), loud)[:, : wave.shape[1]]
         shares = code_shares(codes, self.code2wav.config.codebook_size)
         perplexity = torch.special.entr(shares).sum(1).exp()
-        return CodecOutput(heard, codes, latents.detach(), commitment, codebook, perplexity)
+        return CodecOutput(heard, codes, latents.detach(), commitment, codebook, perplexity, losses)
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
@@ -302,22 +219,26 @@ class Codec(nn.Module):
             return self.quantiser.encode(self.encoder(wave))
         wave = F.pad(wave, (0, -wave.shape[1] % self.encoder.hop_length))
         state = self.encoder.init_state(wave.shape[0])
-        latents = [self.encoder.step(part, state) for part in wave.split(piece, dim=1)]
+        latents = [self.encoder.step(part, state) for part in wave.split(piece, dim=1)]  # type: ignore[arg-type]
         return self.quantiser.encode(torch.cat(latents, dim=2))
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes int64 [B, K, T] -> samples [B, hop_length * T - lookahead]: Code2Wav."""
         return self.code2wav(codes)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the whole codec, so that it encodes without the model: `codec.json` and `codec.safetensors`, all or
-        nothing. Raises OSError when that fails."""
+    def save(self, folder: str | Path, *, decoder: bool = True) -> None:
+        """Write the codec, so that it encodes without the model: `codec.json` and `codec.safetensors`, all or nothing.
+
+        decoder: False leaves out Code2Wav's weights but for the code table. Raises OSError when that fails.
+        """
         settings = {
-            "width": self.encoder.width,
+            "encoder": self.encoder.kind,
+            **self.encoder.settings,
             "strict_causal": self.code2wav.strict_causal,
             "code2wav_config": self.code2wav.config.to_dict(),
         }
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        kept = ("encoder.", "" if decoder else _TABLE)
+        tensors = {k: value.detach().cpu().contiguous() for k, value in self.state_dict().items() if k.startswith(kept)}
         with atomic_folder(folder) as fresh:
             (fresh / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             try:
@@ -329,6 +250,7 @@ class Codec(nn.Module):
     def load(cls, folder: str | Path, code2wav: Code2Wav | None = None) -> Codec:
         """A saved codec, on the CPU; with `code2wav` around the model's own part, on its device and in its dtype.
 
+        One that was saved without its decoder encodes; what its `decode` gives without `code2wav` is noise.
         Raises FileNotFoundError for a folder without a codec, ValueError for a damaged one and for a `code2wav` whose
         shapes or code table differ: its codes would mean other sounds.
         """
@@ -336,19 +258,20 @@ class Codec(nn.Module):
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}; pass a folder that Codec.save has written")
-        settings = read_json(folder / CONFIG)
+        settings = dict(read_json(folder / CONFIG))
         try:
-            width, strict_causal = settings["width"], settings["strict_causal"]
-            config = Code2WavConfig.from_dict(settings["code2wav_config"], "code2wav_config")
+            strict_causal, make = settings.pop("strict_causal"), ENCODERS[settings.pop("encoder", CodecEncoder.kind)]
+            config = Code2WavConfig.from_dict(settings.pop("code2wav_config"), "code2wav_config")
             tensors = load_file(folder / WEIGHTS)
             if code2wav is None:
-                code2wav = Code2Wav(config, strict_causal=strict_causal).to(tensors["code2wav.code_embedding.weight"])
-                code2wav.load_state_dict(_below("code2wav.", tensors))
-            encoder = CodecEncoder(config, width)
+                code2wav = Code2Wav(config, strict_causal=strict_causal).to(tensors[_TABLE])
+                own = _below("code2wav.", tensors)
+                code2wav.load_state_dict(own, strict=len(own) > 1)
+            encoder = make(config, **settings)
             encoder.load_state_dict(_below("encoder.", tensors))
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds a codec that cannot be read: {error}; save it again") from error
-        table, saved = code2wav.code_embedding.weight, tensors["code2wav.code_embedding.weight"]
+        table, saved = code2wav.code_embedding.weight, tensors[_TABLE]
         same_shape, limit = table.shape == saved.shape, _ROUNDING * float(saved.abs().max())
         if not same_shape or float((table.detach().cpu().double() - saved.double()).abs().max()) > limit:
             raise ValueError(
@@ -402,30 +325,6 @@ def draw_rows(vectors: Tensor, count: int, generator: torch.Generator | None) ->
     return vectors[picks] + 0.01 * vectors.std(0, unbiased=False) * noise
 
 
-@torch.no_grad()
-def draw_weights(module: nn.Module) -> None:
-    """Draw all weights for training from nothing: normal with standard deviation 1 / sqrt(fan-in), biases zero.
-
-    Residual units and the convolution to samples start at a tenth of that, so that depth does not add up to noise that
-    clips. A new model's own 0.02 suits wide layers; at small widths a codec would begin almost silent.
-    """
-
-    def std_of(name: str) -> float:
-        layer = module.get_submodule(name)
-        if isinstance(layer, nn.ConvTranspose1d):  # an output lies under kernel / stride inputs
-            return math.sqrt(layer.stride[0] / (layer.in_channels * layer.kernel_size[0]))
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.dim() < 2:  # these have rules of their own
-            return 0.0
-        to_samples = isinstance(layer, nn.Conv1d) and layer.out_channels == 1
-        return (_QUIET_START if to_samples else 1.0) / math.sqrt(weight[0].numel())
-
-    initialise(module, std_of)
-    for unit in module.modules():
-        if isinstance(unit, ResidualUnit):
-            unit.conv2.conv.weight.mul_(_QUIET_START)
-
-
 def _straight_through(value: Tensor, source: Tensor) -> Tensor:
     """Exactly `value`, which has no gradient, with the gradient of `source`."""
     return value + (source - source.detach())
@@ -433,11 +332,3 @@ def _straight_through(value: Tensor, source: Tensor) -> Tensor:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def decoded(code2wav: Code2Wav, embeds: Tensor) -> Tensor:
-    """Mean code embeddings [B, F, D] to samples [B, m], in the weights' own type under autocast too: the error of a
-    loud sample that is rounded to bf16 is louder than the quiet bands of its spectrum, and a decoder that is trained so
-    from nothing only gets worse."""
-    with torch.autocast(embeds.device.type, enabled=False):
-        return code2wav.decode_embeddings(embeds.to(code2wav.code_embedding.weight.dtype))

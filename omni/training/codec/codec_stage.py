@@ -1,6 +1,7 @@
 """Codec training as objectives for the trainer: the whole codec, or Code2Wav alone on codes of another encoder.
 
     mel, stft, harmonic   distance of spectra of the decoded and the recorded wave; not computed at weight 0
+    pitch, voicing        what a source and a filter are told                            (Code2Wav with a source_filter)
     commitment, codebook  the quantiser's two losses                                     (whole codec)
     adversarial, feature  what discriminators make of the decoded wave                   (with an adversary)
     discriminator, perplexity   only reported: the discriminators' own loss; codes in use, in effect
@@ -26,26 +27,22 @@ from torch import Tensor
 from omni.code2wav.code2wav import Code2Wav
 from omni.config.keywords import nearest
 from omni.metrics.scores import mel_distance
+from omni.training.codec.adversary import Adversary
 from omni.training.codec.codec import (
     Codec,
-    CodecEncoder,
     CodecOutput,
     CodeUsage,
     ResidualQuantiser,
     code_shares,
-    decoded,
-    draw_weights,
 )
+from omni.training.codec.codec_encoders import ENCODERS, CodecEncoder, draw_weights
 from omni.training.codec.codec_losses import (
     MEL_SCALES,
-    discriminator_loss,
-    feature_matching_loss,
-    generator_loss,
     harmonic_loss,
     multi_scale_mel_loss,
     multi_scale_stft_loss,
 )
-from omni.training.codec.discriminators import Discriminators
+from omni.training.codec.decoding import PITCH, Decoded, decoded
 from omni.training.data.recordings import Crops
 from omni.training.objectives.losses import Loss
 from omni.training.parallel.processes import process_count
@@ -53,97 +50,24 @@ from omni.training.parallel.processes import process_count
 SPECTRA = {"mel": 5.0, "stft": 1.0, "harmonic": 0.0}
 QUANTISER = {"commitment": 0.25, "codebook": 1.0}
 ADVERSARIAL = {"adversarial": 1.0, "feature": 2.0}  # Kong et al., 2020
-_BETAS = (0.8, 0.99)  # of the discriminators' AdamW (Kong et al., 2020)
+_LATENTS_KEPT = 200  # batches
 
 
-def make_codec(code2wav: Code2Wav, *, width: int | None = None, fresh: bool = False) -> Codec:
-    """A codec to train around a model's Code2Wav, with a new encoder of random weights (`width` as in `CodecEncoder`).
+def make_codec(
+    code2wav: Code2Wav, *, encoder: str = CodecEncoder.kind, width: int | None = None, fresh: bool = False
+) -> Codec:
+    """A codec to train around a model's Code2Wav, with a new encoder of random weights.
 
-    fresh: Code2Wav is new too, and its weights are drawn for training from nothing (`draw_weights`).
+    encoder: "waves" (`CodecEncoder`) or "mel" (`MelEncoder`); width: theirs. fresh: Code2Wav is new too, and its
+    weights are drawn for training from nothing (`draw_weights`). Raises ValueError for another encoder.
     """
+    if encoder not in ENCODERS:
+        raise ValueError(
+            f"objective.encoder = {encoder!r} is none of {', '.join(ENCODERS)}; {nearest(encoder, ENCODERS)}"
+        )
     if fresh:
         draw_weights(code2wav)
-    return Codec(code2wav, CodecEncoder(code2wav.config, width).to(code2wav.code_embedding.weight))
-
-
-class Adversary:
-    """Discriminators with their own optimiser. Parameters learn in `collect` and `update` alone."""
-
-    def __init__(self, judges: Discriminators, lr: float = 1e-4, kind: str = "least_squares") -> None:
-        """judges: equal on all processes; kind: see `discriminator_loss`. Raises ValueError for a rate not above 0."""
-        if not lr > 0:
-            raise ValueError(f"a learning rate of {lr} for the discriminators moves nothing; it must be above 0")
-        self.judges, self.kind = judges.requires_grad_(False), kind
-        self.optimizer = torch.optim.AdamW(judges.parameters(), lr=lr, betas=_BETAS)
-        for p in judges.parameters():  # made now, so that a checkpoint always holds all of it
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros(()), **moments}
-        self._rows = torch.zeros(())
-
-    def to(self, device: torch.device) -> None:
-        """Move weights and moments."""
-        self.judges.to(device)
-        for p in self.judges.parameters():
-            state = self.optimizer.state[p]
-            state |= {key: value.to(device) for key, value in state.items() if key != "step"}  # which stays on the CPU
-
-    def collect(self, wave: Tensor, recorded: Tensor) -> None:
-        """Add the gradient of the discriminators' loss on decoded and recorded waves [B, n]."""
-        self.judges.requires_grad_(True)
-        with torch.enable_grad():
-            real, fake = self.judges(recorded), self.judges(wave.detach())
-            loss = discriminator_loss([j.logits for j in real], [j.logits for j in fake], self.kind)
-            loss.total.backward()
-        self.judges.requires_grad_(False)
-        self._rows = self._rows.to(loss[1]) + loss[1]
-
-    def update(self) -> None:
-        """Move the discriminators by the mean gradient of what was collected, on all processes; then start anew.
-
-        Where a gradient is not finite nothing is moved.
-        """
-        parameters = list(self.judges.parameters())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(grad.flatten() for grad in grads), self._rows.to(grads[0]).view(1)])
-        if process_count() > 1:
-            dist.all_reduce(flat)
-        if flat.isfinite().all() and flat[-1] > 0:
-            mean = flat[:-1] / flat[-1]
-            for p, grad in zip(parameters, mean.split([p.numel() for p in parameters])):
-                p.grad = grad.view_as(p)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._rows = torch.zeros(())
-
-    def losses(self, wave: Tensor, recorded: Tensor) -> dict[str, Loss]:
-        """ "adversarial" and "feature" of decoded waves [B, n] with gradients, "discriminator" for the log."""
-        fake = self.judges(wave)
-        with torch.no_grad():
-            real = self.judges(recorded)
-        own = discriminator_loss([j.logits for j in real], [j.logits.detach() for j in fake], self.kind)
-        return {
-            "adversarial": generator_loss([j.logits for j in fake], self.kind),
-            "feature": feature_matching_loss([j.features for j in fake], [j.features for j in real]),
-            "discriminator": own,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and the optimiser's moments by the weights' names."""
-        moments = {name: self.optimizer.state[p] for name, p in self.judges.named_parameters()}
-        return {"weights": self.judges.state_dict(), "optimizer": moments}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError for other discriminators."""
-        try:
-            self.judges.load_state_dict(state["weights"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"the checkpoint is of other discriminators: {error}; build them as in that run"
-            ) from error
-        for name, p in self.judges.named_parameters():
-            for key, moment in self.optimizer.state[p].items():
-                moment.copy_(state["optimizer"][name][key])
+    return Codec(code2wav, ENCODERS[encoder](code2wav.config, width).to(code2wav.code_embedding.weight))
 
 
 class WaveObjective(ABC):
@@ -160,6 +84,7 @@ class WaveObjective(ABC):
         floor_db: float,
     ) -> None:
         known = {**SPECTRA, **weights, **(ADVERSARIAL if adversary is not None else {})}
+        known |= PITCH if code2wav.sounding is not None else {}
         for name in given or {}:
             if name not in known:
                 hint = "pass an adversary for it" if name in ADVERSARIAL else nearest(name, known)
@@ -245,7 +170,8 @@ class CodecObjective(WaveObjective):
 
     given: weights of losses other than the defaults above. adversary: takes part after `start_adversarial_step` steps.
     mel_scales: (window, mel bins) each. floor_db: level, relative to full scale, below which spectra count as silent.
-    initialise: set the codebooks by k-means on the first batch; False for a codec that is trained already.
+    initialise: set the codebooks by k-means, on the first batch or those before `quantise_from`, in which Code2Wav
+    reads latents as they are; False for a codec that is trained already.
     restart_every: steps between restarts of codes that fell out of use, 0 for none. Where the code table is frozen
     neither happens. seed: of both; of several processes the first one decides.
     It is saved with the run: `Trainer(also={"codec": objective})`.
@@ -261,6 +187,7 @@ class CodecObjective(WaveObjective):
         mel_scales: Sequence[Sequence[int]] = MEL_SCALES,
         floor_db: float = -100.0,
         initialise: bool = True,
+        quantise_from: int = 0,
         restart_every: int = 100,
         restart_below: float = 0.05,
         usage_decay: float = 0.99,
@@ -272,7 +199,8 @@ class CodecObjective(WaveObjective):
         self.restart_every, self.restart_below = restart_every, restart_below
         self.usage = CodeUsage.start(codec, usage_decay)
         self.generator = torch.Generator().manual_seed(seed)
-        self._initialise = initialise
+        self._initialise, self.quantise_from = initialise, quantise_from if initialise else 0
+        self._latents: list[Tensor] = []  # of the last batches before that, for the codebooks
 
     def counts(self, batch: Crops) -> dict[str, float]:
         """Rows, and frames for the quantiser's losses."""
@@ -283,6 +211,8 @@ class CodecObjective(WaveObjective):
     def begin_step(self, model: Codec, batch: Crops) -> None:
         """Start the codebooks, or give codes that are not used another place."""
         table = model.code2wav.code_embedding.weight
+        if self.steps <= self.quantise_from:
+            return
         first, due = self._initialise, self.restart_every and (self.steps - 1) % self.restart_every == 0
         self._initialise = False
         if not table.requires_grad or not (first or (due and self.steps > 1)):
@@ -293,6 +223,8 @@ class CodecObjective(WaveObjective):
             heard = torch.arange(latents.shape[1], device=latents.device) < frames[:, None]
             latents = latents[heard].t()[None]  # what is silence behind the end gets no codes of its own
             if first:
+                latents = torch.cat((*self._latents, latents), dim=2)
+                self._latents = []
                 model.quantiser.initialise_codebooks(latents, generator=self.generator)
             else:
                 model.quantiser.restart_dead_codes(latents, self.usage, self.restart_below, self.generator)
@@ -301,19 +233,23 @@ class CodecObjective(WaveObjective):
 
     def compare(self, model: Codec, batch: Crops) -> tuple[Tensor, Tensor, dict[str, Loss]]:
         """Waves through the codec and as they were; the silence behind a recording's end is coded like any sound."""
-        out: CodecOutput = model(batch.waves)
+        quantised = self.steps > self.quantise_from
+        out: CodecOutput = model(batch.waves, quantised=quantised)
         if out.wave.shape[1] == 0:
             raise ValueError(
                 f"crops of {batch.waves.shape[1]} samples give none: {self.lookahead} are lost to the lookahead; make "
                 "crop_s larger"
             )
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and quantised:
             self.usage.update(out.codes)
-        once = torch.ones((), device=out.wave.device)
+        elif torch.is_grad_enabled():
+            self._latents = [*self._latents, out.latents.transpose(0, 1).flatten(1)[None]][-_LATENTS_KEPT:]
+        once, zero = torch.ones((), device=out.wave.device), torch.zeros((), device=out.wave.device)
         own = {
-            "commitment": out.commitment,
-            "codebook": out.codebook,
-            "perplexity": Loss(out.perplexity.mean(), once),
+            "commitment": out.commitment if quantised else Loss(zero, out.commitment.count),
+            "codebook": out.codebook if quantised else Loss(zero, out.codebook.count),
+            "perplexity": Loss(out.perplexity.mean() if quantised else zero, once),
+            **out.losses,
         }
         return out.wave, batch.waves[:, : out.wave.shape[1]].to(out.wave), own
 
@@ -378,18 +314,24 @@ class DecoderObjective(WaveObjective):
     def compare(self, model: Any, batch: Crops) -> tuple[Tensor, Tensor, dict[str, Loss]]:
         """Decoded and recorded waves, both silent where nothing is to be compared."""
         assert batch.codes is not None
-        wave = decode_with_gradients(model.code2wav, batch.codes)
+        embeds = ResidualQuantiser(model.code2wav).embed(batch.codes)
+        wave, losses = _limited(decoded(model.code2wav, embeds, batch.waves))
         if wave.shape[1] == 0:
             raise ValueError(f"crops of {batch.codes.shape[2]} frame(s) give no sample; make crop_s larger")
         ends = batch.lengths - torch.where(batch.lengths < batch.waves.shape[1], model.code2wav.lookahead, 0)
         heard = torch.arange(wave.shape[1], device=wave.device) < ends[:, None]
-        return wave * heard, batch.waves[:, : wave.shape[1]].to(wave) * heard, {}
+        return wave * heard, batch.waves[:, : wave.shape[1]].to(wave) * heard, losses
 
 
 def decode_with_gradients(code2wav: Code2Wav, codes: Tensor) -> Tensor:
     """`code2wav(codes)`, codes int64 [B, K, F] -> [B, m], with gradients also where samples are clipped."""
-    loud = decoded(code2wav, ResidualQuantiser(code2wav).embed(codes))
-    return loud.detach().clamp(-1, 1) + (loud - loud.detach())  # exactly the clipped wave
+    with torch.autocast(codes.device.type, enabled=False):
+        return _limited(Decoded(code2wav.decode_embeddings(ResidualQuantiser(code2wav).embed(codes)), {})).wave
+
+
+def _limited(sound: Decoded) -> Decoded:
+    loud = sound.wave
+    return sound._replace(wave=loud.detach().clamp(-1, 1) + (loud - loud.detach()))  # exactly the clipped wave
 
 
 @torch.no_grad()

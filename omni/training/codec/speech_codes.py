@@ -105,7 +105,7 @@ def load_omni(
     codec = Codec.load(path)
     if code2wav is not None:
         Codec.load(path, code2wav)  # only to compare the tables: encoding keeps its precision and device
-    codec.to(device)
+    codec.to(device, torch.float32)  # a small encoder may be stored in half of that
     books = _num_codebooks(num_codebooks, code2wav, codec.code2wav.num_codebooks, f"the codec in {path}")
 
     def encode(samples: Tensor) -> Tensor:

@@ -94,7 +94,9 @@ class CodecOptions:
 
     decoder_only: bool | None = None
     fresh: bool | None = None
+    encoder: str | None = None
     width: int | None = number(None, low=1)
+    convolutions: bool | None = None
     crop_s: float | None = number(None, above=0)
     batch_size: int | None = number(None, low=1)
     encoder_folder: str | None = path()
@@ -108,6 +110,7 @@ class CodecOptions:
     mel_scales: tuple[tuple[int, int], ...] | None = number(None, low=1)
     floor_db: float | None = number(None, high=0)
     initialise: bool | None = None
+    quantise_from: int | None = number(None, low=0)
     restart_every: int | None = number(None, low=0)
     restart_below: float | None = number(None, low=0)
     usage_decay: float | None = number(None, low=0, high=1)

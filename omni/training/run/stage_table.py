@@ -19,15 +19,16 @@ from omni.config.keywords import nearest
 from omni.config.names import import_name
 from omni.model import OmniModel
 from omni.processing.processor import OmniProcessor
+from omni.training.codec.adversary import Adversary
 from omni.training.codec.codec import draw_weights
 from omni.training.codec.codec_stage import (
-    Adversary,
     CodecObjective,
     DecoderObjective,
     evaluate_codec,
     evaluate_decoder,
     make_codec,
 )
+from omni.training.codec.decoding import left_alone
 from omni.training.codec.discriminators import Discriminators
 from omni.training.data.augmentation import PLAIN, SpeechAugmentation
 from omni.training.data.batches import Batches, Collated
@@ -116,7 +117,7 @@ class Setup:
 class Stage:
     """What the trainer is given. module: holds the parameters that learn; also: further things to save; finish: called
     after training, to put the result into the model; evaluate: scores of the module at a step, on `data.eval`;
-    keeps_codes: the finished model decodes the same codes as the one before."""
+    keeps_codes: the finished model decodes the same codes as the one before; left_alone: modules that never learn."""
 
     module: nn.Module
     objective: Objective
@@ -125,6 +126,7 @@ class Stage:
     finish: Callable[[], None] = lambda: None
     evaluate: Evaluate | None = None
     keeps_codes: bool = True
+    left_alone: tuple[nn.Module, ...] = ()
 
 
 class Evaluation:
@@ -285,29 +287,34 @@ def _gspo(setup: Setup) -> Stage:
 
 
 def _codec(setup: Setup) -> Stage:
-    """The whole codec on crops of recordings; with `decoder_only`, Code2Wav on the codes of data.codec."""
+    """The whole codec on crops of recordings; with `decoder_only`, Code2Wav on the codes of data.codec.
+
+    Of two ways to sound the source and filter learns; with `convolutions` these, from what the other has learnt.
+    """
     code2wav, table = setup.model.require("code2wav"), setup.config.data
     if not isinstance(code2wav, Code2Wav):
         raise ValueError(f"codec trains Code2Wav, and this model's codec decoder is a {type(code2wav).__name__}")
     options = setup.options
     decoder_only, fresh = options.pop("decoder_only", False), options.pop("fresh", False)
+    code2wav.by_convolutions = options.pop("convolutions", False)
     width, crop_s, batch_size = options.pop("width", None), options.pop("crop_s", 1.0), options.pop("batch_size", 16)
-    folder = options.pop("encoder_folder", None)
-    adversary = None
+    folder, adversary = options.pop("encoder_folder", None), None
     if any(setup.config.loss.get(name) for name in ("adversarial", "feature")):
         views = ("width", "periods", "scales", "windows", "levels")
         judges = {name: options.pop(f"judge_{name}") for name in views if f"judge_{name}" in options}
         adversary = Adversary(Discriminators(**judges), options.pop("judge_lr", 1e-4))
     known = ["start_adversarial_step", "mel_scales", "floor_db"]
-    known += [] if decoder_only else ["initialise", "restart_every", "restart_below", "usage_decay"]
-    codec = None if decoder_only else make_codec(code2wav, width=width, fresh=fresh)
+    known += [] if decoder_only else ["initialise", "quantise_from", "restart_every", "restart_below", "usage_decay"]
+    codec = None
+    if not decoder_only:
+        codec = make_codec(code2wav, encoder=options.pop("encoder", "waves"), width=width, fresh=fresh)
     make: Callable[..., Any]
     if codec is None:
         if fresh:
             draw_weights(code2wav)
-            encoder = codec_encoder(setup.config, setup.model)
-            if encoder is not None and encoder.start_table is not None:
-                encoder.start_table(code2wav)
+            given = codec_encoder(setup.config, setup.model)
+            if given is not None and given.start_table is not None:
+                given.start_table(code2wav)
         make = partial(DecoderObjective, code2wav)
     else:
         make = partial(CodecObjective, codec, seed=setup.config.train.seed)
@@ -332,7 +339,8 @@ def _codec(setup: Setup) -> Stage:
     module = nn.ModuleDict({"code2wav": code2wav}) if codec is None else codec
     train = crops("train", table.workers)
     look_at_recordings(train)
-    return Stage(module, objective, train, {"codec": objective}, finish, evaluate, keeps_codes=codec is None)
+    still = left_alone(code2wav)
+    return Stage(module, objective, train, {"codec": objective}, finish, evaluate, codec is None, still)
 
 
 def _flow_matching(setup: Setup) -> Stage:

@@ -140,6 +140,8 @@ def build_run(config: TrainConfig, evaluate: Evaluate | None = None) -> Run:
     stage = OBJECTIVES[config.train.objective](setup)
     if own_module:
         trainable(stage.module, config.train.parameters)
+        for part in stage.left_alone:
+            part.requires_grad_(False)
     trainer = Trainer(
         stage.module,
         stage.objective,
