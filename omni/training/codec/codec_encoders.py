@@ -129,8 +129,9 @@ class MelEncoderState(State):
 class MelEncoder(nn.Module):
     """Log-mel spectra of a frame, side by side, then causal ConvNeXt blocks over frames.
 
-    It knows nothing of phase, so the same sound gives nearly the same codes wherever a frame begins; a source and a
-    filter need no more (`omni.code2wav.source_filter`). width: channels of its blocks; spectra: P, evenly spaced.
+    Latents are of one size: codebooks could not follow them if they grew. The encoder knows nothing of phase, so the
+    same sound gives nearly the same codes wherever a frame begins; a source and a filter need no more
+    (`omni.code2wav.source_filter`). width: channels of its blocks; spectra: P, evenly spaced.
     """
 
     kind = "mel"
@@ -191,7 +192,8 @@ class MelEncoder(nn.Module):
             levels = ((power @ filters).clamp(min=_QUIET).log10() - _MIDDLE) / _SPREAD
         patches = levels.unflatten(1, (-1, spectra)).flatten(2).transpose(1, 2)  # [B, P * M, T]
         mixed = self.layers(patches.to(self.to_latents.weight.dtype), state)
-        return self.to_latents(mixed.transpose(1, 2)).transpose(1, 2)
+        latents = self.to_latents(mixed.transpose(1, 2))
+        return F.layer_norm(latents, latents.shape[2:]).transpose(1, 2)
 
 
 ENCODERS: dict[str, type[CodecEncoder] | type[MelEncoder]] = {
