@@ -67,9 +67,11 @@ def code2wav_bytes(c: Code2WavConfig, value_bytes: int, batch: int = 1) -> float
     layer = attention_values(c, qk_norm=False) + 3 * dim * c.intermediate_size + 4 * dim  # norms, layer scales
     total = c.num_hidden_layers * layer + dim
     if (source := c.source_filter) is not None:
-        width, outputs = source.width, 2 + 2 * source.num_bands
+        width, outputs = source.width, source.settings_a_step * (2 + 2 * source.num_bands)
         block = 8 * width + 2 * width + (4 * width * width + 4 * width) + (4 * width * width + width) + width
-        total += dim * width * (c.hop_length // source.period) + width + source.num_layers * block
+        total += (
+            dim * width * (c.hop_length // source.period // source.settings_a_step) + width + source.num_layers * block
+        )
         return value_bytes * (total + width * outputs + outputs + batch * c.num_quantizers * dim)
     for ratio in c.upsampling_ratios:  # transposed convolution, then ConvNeXt: depthwise 7, norm, x4, back, gamma
         total += dim * dim * ratio + dim + 8 * dim + 2 * dim + (4 * dim * dim + 4 * dim) + (4 * dim * dim + dim) + dim

@@ -1,8 +1,8 @@
-"""A source and a filter: speech as a pulse train and noise, each through a filter that changes every ten milliseconds.
+"""A source and a filter: speech as a pulse train and noise, each through a filter that changes every few milliseconds.
 
 Convolutions that write samples have to learn first that a voice is a series of harmonics, which takes days of training
-against discriminators. Here that is given: the network says pitch, voicing and two spectral envelopes (`Controls`) a
-hundred times a second, and what follows has no weights. It learns in an hour, and speaks at a tenth of the cost.
+against discriminators. Here that is given: the network says pitch, voicing and two spectral envelopes (`Controls`) two
+hundred times a second, and what follows has no weights. It learns in an hour, and costs half as much a frame.
 
 The pulse train is the sum of all harmonics, in closed form. A filter is the minimum-phase one of its envelope, found by
 its cepstrum, so that nothing looks ahead. Between two moments the sound of both filters is faded over.
@@ -31,7 +31,8 @@ USUAL_HZ = 200.0  # pitch is octaves from here: so near to 0 that sums of many p
 _OCTAVES, _FARTHEST = 0.3, 2.0  # of a unit of the network's output; limit
 _STEEP = 4.0
 _QUIETEST, _LOUDEST = -12.0, 6.0  # natural logarithms of magnitudes
-_START = (-3.0, -6.0)  # of the two envelopes, before anything is learnt
+_LEVELS = 2.0  # of a unit of the network's output
+_START = (-5.0, -6.0)  # of the two envelopes, before anything is learnt
 _AT_ZERO = 1e-4  # of a sine: nearer to zero its quotient is the limit
 
 
@@ -76,10 +77,10 @@ class SourceFilter(nn.Module):
         """inputs: D; hop_length: samples a frame, a whole number of periods."""
         super().__init__()
         self.config, self.sample_rate = config, sample_rate
-        width, periods = config.width, hop_length // config.period
-        upsample = CausalConvTranspose1d(inputs, width, kernel_size=periods, stride=periods)
+        width, steps = config.width, hop_length // (config.period * config.settings_a_step)
+        upsample = CausalConvTranspose1d(inputs, width, kernel_size=steps, stride=steps)
         self.layers = StreamingChain([upsample, *(ConvNeXtBlock(width) for _ in range(config.num_layers))])
-        self.controls_proj = nn.Linear(width, 2 + 2 * config.num_bands)
+        self.controls_proj = nn.Linear(width, config.settings_a_step * (2 + 2 * config.num_bands))
         self.blocks = -(-(config.period + config.n_fft - 1) // config.period)  # periods that one period's sound takes
 
     def init_state(self, batch_size: int) -> SourceFilterState:
@@ -100,10 +101,14 @@ class SourceFilter(nn.Module):
     def controls(self, x: Tensor, state: SourceFilterState | None = None, active: Tensor | None = None) -> Controls:
         """What sounds, by the network: x [B, D, T] -> M = T * periods moments."""
         said = self.controls_proj(self.layers(x, None if state is None else state.layers, active).transpose(1, 2))
+        said = said.view(len(said), -1, 2 + 2 * self.config.num_bands)
         pitch, voiced, envelopes = said.float().split((1, 1, 2 * self.config.num_bands), dim=2)
         tone, noise = envelopes.chunk(2, dim=2)
         return Controls(
-            (_OCTAVES * pitch[..., 0]).clamp(-_FARTHEST, _FARTHEST), voiced[..., 0], tone + _START[0], noise + _START[1]
+            (_OCTAVES * pitch[..., 0]).clamp(-_FARTHEST, _FARTHEST),
+            voiced[..., 0],
+            _START[0] + _LEVELS * tone,
+            _START[1] + _LEVELS * noise,
         )
 
     def sound(self, said: Controls, state: SynthesisState | None = None, active: Tensor | None = None) -> Tensor:
@@ -140,11 +145,14 @@ class SourceFilter(nn.Module):
             _keep(state.position, position + periods * period, active)
         return joined[:, :periods].flatten(1)
 
+    def band_weights(self) -> Tensor:
+        """How much each frequency takes of the bands around it [C, n_fft / 2 + 1]; the bands are spaced as mel is."""
+        config, device = self.config, self.controls_proj.weight.device
+        return _band_weights(config.num_bands, config.n_fft, self.sample_rate, device)
+
     def _filter(self, envelope: Tensor, size: int) -> Tensor:
         """Envelopes [B, M, C] -> spectra of their minimum-phase filters, complex [B, M, size / 2 + 1]."""
-        bins = envelope.clamp(_QUIETEST, _LOUDEST) @ _band_weights(
-            self.config.num_bands, self.config.n_fft, self.sample_rate, envelope.device
-        )
+        bins = envelope.clamp(_QUIETEST, _LOUDEST) @ self.band_weights()
         cepstrum = torch.fft.irfft(bins, self.config.n_fft)
         return torch.fft.rfft(cepstrum * _causal(self.config.n_fft, envelope.device), size).exp()
 

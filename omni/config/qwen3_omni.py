@@ -240,19 +240,21 @@ class SourceFilterConfig(Config):
     """A codec decoder's other way to sound, omni's own: see `omni.code2wav.source_filter`.
 
     width and num_layers: of its network; num_bands: of an envelope; period: samples between two settings of the
-    filters; n_fft: of the cepstrum, about as long as a filter sounds.
+    filters, of which a step of the network makes `settings_a_step`; n_fft: of the cepstrum, about as long as a filter
+    sounds.
     """
 
     width: int = 192
     num_layers: int = 5
     num_bands: int = 80
-    period: int = 240
+    period: int = 120
+    settings_a_step: int = 2
     n_fft: int = 1024
     extra: dict[str, Any] = extra_field()
     aliases: dict[str, str] = extra_field()
 
     def validate(self, where: str) -> None:
-        positive(self, where, "width", "num_layers", "period", "n_fft")
+        positive(self, where, "width", "num_layers", "period", "settings_a_step", "n_fft")
         require(self.num_bands >= 2, f"{where}.num_bands must be at least 2, got {self.num_bands}")
         require(self.n_fft % 2 == 0, f"{where}.n_fft must be even, got {self.n_fft}")
 
@@ -308,8 +310,9 @@ class Code2WavConfig(CodecRules, DecoderConfig):
         require(self.sliding_window is None or self.sliding_window > 0, f"{where}.sliding_window must be positive")
         source = self.source_filter
         require(
-            source is None or self.hop_length % source.period == 0,
-            f"{where}.source_filter.period {source and source.period} must divide {self.hop_length}, a frame's samples",
+            source is None or self.hop_length % (source.period * source.settings_a_step) == 0,
+            f"{where}.source_filter: period {source and source.period} times settings_a_step "
+            f"{source and source.settings_a_step} must divide {self.hop_length}, a frame's samples",
         )
 
 

@@ -190,13 +190,14 @@ class Codec(nn.Module):
         """Samples a second."""
         return SAMPLE_RATE_HZ
 
-    def forward(self, wave: Tensor, *, quantised: bool = True) -> CodecOutput:
+    def forward(self, wave: Tensor, *, quantised: bool = True, heard: bool = True) -> CodecOutput:
         """wave [B, n] in -1 .. 1 -> its reconstruction with gradients, codes and losses.
 
         Gradients of the waveform reach Code2Wav, and the encoder straight through the quantiser; the table learns from
         the codebook loss alone. They also pass the limit at -1 and 1, where a clipped sample would otherwise learn
         nothing. The waveform equals `decode(codes)`, but where a source and a filter sound it: see `decoded`.
-        quantised: False lets Code2Wav read the latents as they are, for the time before there are codebooks.
+        quantised: False lets Code2Wav read the latents as they are, for the time before there are codebooks. heard:
+        False leaves the wave out, see `decoded`.
         Raises ValueError for a wave that is not [B, n] with n >= 1.
         """
         latents = self.encoder(self._check(wave))
@@ -204,11 +205,11 @@ class Codec(nn.Module):
         read = latents.transpose(1, 2) / codes.shape[1]
         if quantised:
             read = _straight_through(self.quantiser.embed(codes).detach(), read)
-        loud, losses = decoded(self.code2wav, read, wave)
-        heard = _straight_through(loud.detach().clamp(-1, 1), loud)[:, : wave.shape[1]]
+        loud, losses = decoded(self.code2wav, read, wave, heard=heard)
+        limited = _straight_through(loud.detach().clamp(-1, 1), loud)[:, : wave.shape[1]]
         shares = code_shares(codes, self.code2wav.config.codebook_size)
         perplexity = torch.special.entr(shares).sum(1).exp()
-        return CodecOutput(heard, codes, latents.detach(), commitment, codebook, perplexity, losses)
+        return CodecOutput(limited, codes, latents.detach(), commitment, codebook, perplexity, losses)
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:

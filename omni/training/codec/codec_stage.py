@@ -1,7 +1,7 @@
 """Codec training as objectives for the trainer: the whole codec, or Code2Wav alone on codes of another encoder.
 
     mel, stft, harmonic   distance of spectra of the decoded and the recorded wave; not computed at weight 0
-    pitch, voicing        what a source and a filter are told                            (Code2Wav with a source_filter)
+    pitch, voicing, envelope   what a source and a filter are told                       (Code2Wav with a source_filter)
     commitment, codebook  the quantiser's two losses                                     (whole codec)
     adversarial, feature  what discriminators make of the decoded wave                   (with an adversary)
     discriminator, perplexity   only reported: the discriminators' own loss; codes in use, in effect
@@ -42,7 +42,7 @@ from omni.training.codec.codec_losses import (
     multi_scale_mel_loss,
     multi_scale_stft_loss,
 )
-from omni.training.codec.decoding import PITCH, Decoded, decoded
+from omni.training.codec.decoding import TOLD, Decoded, decoded
 from omni.training.data.recordings import Crops
 from omni.training.objectives.losses import Loss
 from omni.training.parallel.processes import process_count
@@ -84,7 +84,7 @@ class WaveObjective(ABC):
         floor_db: float,
     ) -> None:
         known = {**SPECTRA, **weights, **(ADVERSARIAL if adversary is not None else {})}
-        known |= PITCH if code2wav.sounding is not None else {}
+        known |= TOLD if code2wav.sounding is not None else {}
         for name in given or {}:
             if name not in known:
                 hint = "pass an adversary for it" if name in ADVERSARIAL else nearest(name, known)
@@ -99,6 +99,11 @@ class WaveObjective(ABC):
         self._preparing = False
         if adversary is not None:
             adversary.to(self.device)
+
+    @property
+    def heard(self) -> bool:
+        """Whether any loss looks at the decoded wave in this step."""
+        return self.judged or any(name in self.weights for name in SPECTRA)
 
     @property
     def judged(self) -> bool:
@@ -234,7 +239,7 @@ class CodecObjective(WaveObjective):
     def compare(self, model: Codec, batch: Crops) -> tuple[Tensor, Tensor, dict[str, Loss]]:
         """Waves through the codec and as they were; the silence behind a recording's end is coded like any sound."""
         quantised = self.steps > self.quantise_from
-        out: CodecOutput = model(batch.waves, quantised=quantised)
+        out: CodecOutput = model(batch.waves, quantised=quantised, heard=self.heard)
         if out.wave.shape[1] == 0:
             raise ValueError(
                 f"crops of {batch.waves.shape[1]} samples give none: {self.lookahead} are lost to the lookahead; make "
@@ -315,7 +320,7 @@ class DecoderObjective(WaveObjective):
         """Decoded and recorded waves, both silent where nothing is to be compared."""
         assert batch.codes is not None
         embeds = ResidualQuantiser(model.code2wav).embed(batch.codes)
-        wave, losses = _limited(decoded(model.code2wav, embeds, batch.waves))
+        wave, losses = _limited(decoded(model.code2wav, embeds, batch.waves, heard=self.heard))
         if wave.shape[1] == 0:
             raise ValueError(f"crops of {batch.codes.shape[2]} frame(s) give no sample; make crop_s larger")
         ends = batch.lengths - torch.where(batch.lengths < batch.waves.shape[1], model.code2wav.lookahead, 0)

@@ -20,8 +20,9 @@ LOWEST_HZ, HIGHEST_HZ = 60.0, 480.0
 _RATE_HZ = 8000  # enough for harmonics that tell the pitch
 _WINDOW = 240  # samples at that rate, 30 ms: two periods of a deep voice
 _NEAR = 160  # samples, 20 ms: of a short window the pitch is that of the moment
-_AROUND = 3  # lags beside the one that is about right
-_AN_OCTAVE = 60  # candidates
+_AROUND = 4  # lags beside the one that is about right
+_APART_S = 0.01
+_AN_OCTAVE = 36  # candidates
 _CHANGE = 1.5  # what a change of an octave within 10 ms costs, in correlation
 _SHORT = 0.02  # an octave up is worth so much: of equal periods the shortest
 _VOICED = 0.5  # the least correlation
@@ -46,6 +47,8 @@ def track_pitch(wave: Tensor, sample_rate: int, period: int) -> Pitch:
     low = resample(wave.float(), sample_rate, _RATE_HZ)
     longest, size = math.ceil(_RATE_HZ / LOWEST_HZ) + 2, 512
     ends = (torch.arange(1, wave.shape[1] // period + 1, device=wave.device) * period * _RATE_HZ) // sample_rate
+    apart = max(1, round(_APART_S * sample_rate / period))  # the way is found through so few of them
+    ends, every = ends[(apart - 1) // 2 :: apart], ends
     half = (_WINDOW + longest) // 2
     seen = F.pad(low, (half, half + _RATE_HZ // 100)).unfold(1, _WINDOW + longest, 1)[:, ends]
     seen = seen - seen.mean(2, keepdim=True)
@@ -58,8 +61,10 @@ def track_pitch(wave: Tensor, sample_rate: int, period: int) -> Pitch:
     lags = _candidates(wave.device)
     below = lags.floor().long()
     found = torch.lerp(likeness[..., below], likeness[..., below + 1], lags - below)
-    chosen = _best_way(found - _SHORT * (lags / lags[0]).log2(), period / sample_rate)
-    return _refined(F.pad(low, (_RATE_HZ, _RATE_HZ)), ends + _RATE_HZ, lags[chosen].round().long())
+    chosen = _best_way(found - _SHORT * (lags / lags[0]).log2(), apart * period / sample_rate)
+    near = chosen.repeat_interleave(apart, dim=1)
+    near = F.pad(near, (0, max(0, len(every) - near.shape[1])), "replicate")[:, : len(every)]
+    return _refined(F.pad(low, (_RATE_HZ, _RATE_HZ)), every + _RATE_HZ, lags[near].round().long())
 
 
 def _refined(low: Tensor, moments: Tensor, lags: Tensor) -> Pitch:
