@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -81,11 +80,13 @@ class SourceFilter(nn.Module):
         upsample = CausalConvTranspose1d(inputs, width, kernel_size=steps, stride=steps)
         self.layers = StreamingChain([upsample, *(ConvNeXtBlock(width) for _ in range(config.num_layers))])
         self.controls_proj = nn.Linear(width, config.settings_a_step * (2 + 2 * config.num_bands))
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # filled before a step is traced
         self.blocks = -(-(config.period + config.n_fft - 1) // config.period)  # periods that one period's sound takes
 
     def init_state(self, batch_size: int) -> SourceFilterState:
         """The state before the first frame."""
         weight = self.controls_proj.weight
+        self.tables(weight.device)
         numbers = [(2 + 2 * self.config.num_bands,), (), (self.blocks - 1, self.config.period)]
         controls, phase, tail = (
             torch.zeros(batch_size, *shape, dtype=torch.float32, device=weight.device) for shape in numbers
@@ -145,16 +146,20 @@ class SourceFilter(nn.Module):
             _keep(state.position, position + periods * period, active)
         return joined[:, :periods].flatten(1)
 
-    def band_weights(self) -> Tensor:
-        """How much each frequency takes of the bands around it [C, n_fft / 2 + 1]; the bands are spaced as mel is."""
-        config, device = self.config, self.controls_proj.weight.device
-        return _band_weights(config.num_bands, config.n_fft, self.sample_rate, device)
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How much each frequency takes of the bands around it [C, n_fft / 2 + 1]; what folds a cepstrum onto its
+        causal half [n_fft]."""
+        if device not in self._tables:
+            bands = _band_weights(self.config.num_bands, self.config.n_fft, self.sample_rate)
+            self._tables[device] = bands.to(device), _causal(self.config.n_fft).to(device)
+        return self._tables[device]
 
     def _filter(self, envelope: Tensor, size: int) -> Tensor:
         """Envelopes [B, M, C] -> spectra of their minimum-phase filters, complex [B, M, size / 2 + 1]."""
-        bins = envelope.clamp(_QUIETEST, _LOUDEST) @ self.band_weights()
+        bands, causal = self.tables(envelope.device)
+        bins = envelope.clamp(_QUIETEST, _LOUDEST) @ bands
         cepstrum = torch.fft.irfft(bins, self.config.n_fft)
-        return torch.fft.rfft(cepstrum * _causal(self.config.n_fft, envelope.device), size).exp()
+        return torch.fft.rfft(cepstrum * causal, size).exp()
 
 
 def _faded(source: Tensor, filters: Tensor, rising: Tensor, size: int) -> Tensor:
@@ -198,17 +203,15 @@ def _keep(old: Tensor, new: Tensor, active: Tensor | None) -> None:
     old.copy_(new if active is None else torch.where(active.view(-1, *[1] * (old.dim() - 1)), new, old))
 
 
-@lru_cache(maxsize=8)
-def _causal(n_fft: int, device: torch.device) -> Tensor:
+def _causal(n_fft: int) -> Tensor:
     """What folds a cepstrum [n_fft] onto its causal half."""
-    weights = torch.zeros(n_fft, device=device)
+    weights = torch.zeros(n_fft)
     weights[0] = weights[n_fft // 2] = 1
     weights[1 : n_fft // 2] = 2
     return weights
 
 
-@lru_cache(maxsize=8)
-def _band_weights(num_bands: int, n_fft: int, sample_rate: int, device: torch.device) -> Tensor:
+def _band_weights(num_bands: int, n_fft: int, sample_rate: int) -> Tensor:
     """[C, n_fft / 2 + 1]: each frequency lies between two bands, which are spaced as mel is from 0 to the highest."""
     top = sample_rate / 2
     mels = torch.linspace(0, 2595 * math.log10(1 + top / 700), num_bands, dtype=torch.float64)
@@ -220,4 +223,4 @@ def _band_weights(num_bands: int, n_fft: int, sample_rate: int, device: torch.de
     weights = torch.zeros(num_bands, len(bins), dtype=torch.float64)
     weights[upper - 1, places] = 1 - share
     weights[upper, places] += share
-    return weights.float().to(device)
+    return weights.float()

@@ -180,3 +180,17 @@ def test_a_tensor_in_both_files_is_refused(tmp_path: Path) -> None:
 def test_wrong_settings_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_decoder(**changes)
+
+
+def test_a_step_is_one_graph() -> None:
+    decoder, codes = make_decoder(num_layers=1), draw(6)
+    step = torch.compile(decoder.step, fullgraph=True, backend="aot_eager")
+    eager, traced = decoder.init_state(2), decoder.init_state(2)
+    active = torch.tensor([True, False])
+    for state in (eager, traced):
+        decoder.step(codes[..., :1], state)
+    for t in range(1, 6):
+        one = codes[..., t : t + 1]
+        torch.testing.assert_close(step(one, traced, active), decoder.step(one, eager, active), **CLOSE)
+    assert traced.transformer.frames.tolist() == [6, 1]
+    assert traced.decoder.sound.position.tolist() == [6 * 24, 24]

@@ -69,7 +69,7 @@ def controls_of(source: SourceFilter, wave: Tensor) -> Controls:
     """What a source and a filter would have to be told to sound like a recording [B, n], of whole periods."""
     period, sample_rate = source.config.period, source.sample_rate
     pitch = track_pitch(wave, sample_rate, period)
-    bands = source.band_weights()
+    bands, _ = source.tables(wave.device)
     envelope = spectral_envelope(wave, pitch, sample_rate, period, bands)
     hz = torch.linspace(0, sample_rate / 2, bands.shape[1], device=wave.device) @ (bands / bands.sum(1, True)).t()
     lower, upper = _BREATH_HZ

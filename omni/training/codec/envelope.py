@@ -26,7 +26,7 @@ _AT_ONCE = 4096  # moments; bounds memory
 def spectral_envelope(wave: Tensor, pitch: Pitch, sample_rate: int, period: int, bands: Tensor) -> Tensor:
     """wave [B, M * period] and its pitch at the end of each period -> natural logarithms of magnitudes [B, M, C].
 
-    bands [C, bins]: how much each frequency takes of the bands around it, see `SourceFilter.band_weights`; what a band
+    bands [C, bins]: how much each frequency takes of the bands around it, see `SourceFilter.tables`; what a band
     gets is the mean of these frequencies. White noise of mean power 1 gives about 0.
     """
     n_fft = 2 * (bands.shape[1] - 1)
