@@ -32,9 +32,9 @@ from omni.config.qwen3_omni import Code2WavConfig
 from omni.config.reading import read_json
 from omni.config.writing import atomic_folder
 from omni.layers.state import State
-from omni.training.codec.codec_encoders import ENCODERS, CodecEncoder, MelEncoder
+from omni.training.codec.codec_encoders import ENCODERS, CodecEncoder, ControlsEncoder
 from omni.training.codec.codec_encoders import draw_weights as draw_weights
-from omni.training.codec.decoding import decoded
+from omni.training.codec.decoding import controls_of, decoded
 from omni.training.objectives.losses import Loss
 
 CONFIG, WEIGHTS = "codec.json", "codec.safetensors"
@@ -173,7 +173,7 @@ class Codec(nn.Module):
     """Encoder, quantiser and Code2Wav. `code2wav` is the model's own part: training here trains it there, and it is
     saved with the model under the Hub's names."""
 
-    def __init__(self, code2wav: Code2Wav, encoder: CodecEncoder | MelEncoder | None = None) -> None:
+    def __init__(self, code2wav: Code2Wav, encoder: CodecEncoder | ControlsEncoder | None = None) -> None:
         super().__init__()
         encoder = encoder or CodecEncoder(code2wav.config).to(code2wav.code_embedding.weight)
         if (encoder.hop_length, encoder.config.hidden_size) != (code2wav.hop_length, code2wav.config.hidden_size):
@@ -200,12 +200,18 @@ class Codec(nn.Module):
         False leaves the wave out, see `decoded`.
         Raises ValueError for a wave that is not [B, n] with n >= 1.
         """
-        latents = self.encoder(self._check(wave))
+        wave, told = self._check(wave), None
+        if isinstance(self.encoder, ControlsEncoder):  # analysed once for both ends
+            whole = F.pad(wave, (0, -wave.shape[1] % self.encoder.hop_length))
+            told = controls_of(self.encoder.source[0], whole)
+            latents = self.encoder(wave, told)
+        else:
+            latents = self.encoder(wave)
         codes, commitment, codebook = self.quantiser(latents)
         read = latents.transpose(1, 2) / codes.shape[1]
         if quantised:
             read = _straight_through(self.quantiser.embed(codes).detach(), read)
-        loud, losses = decoded(self.code2wav, read, wave, heard=heard)
+        loud, losses = decoded(self.code2wav, read, wave, told, heard=heard)
         limited = _straight_through(loud.detach().clamp(-1, 1), loud)[:, : wave.shape[1]]
         shares = code_shares(codes, self.code2wav.config.codebook_size)
         perplexity = torch.special.entr(shares).sum(1).exp()
@@ -216,11 +222,11 @@ class Codec(nn.Module):
         """wave [B, n] -> codes int64 [B, K, ceil(n / hop_length)]; a long recording is encoded in pieces."""
         wave = self._check(wave)
         piece = _FRAMES_AT_ONCE * self.encoder.hop_length
-        if wave.shape[1] <= piece:
+        if wave.shape[1] <= piece or isinstance(self.encoder, ControlsEncoder):
             return self.quantiser.encode(self.encoder(wave))
         wave = F.pad(wave, (0, -wave.shape[1] % self.encoder.hop_length))
         state = self.encoder.init_state(wave.shape[0])
-        latents = [self.encoder.step(part, state) for part in wave.split(piece, dim=1)]  # type: ignore[arg-type]
+        latents = [self.encoder.step(part, state) for part in wave.split(piece, dim=1)]
         return self.quantiser.encode(torch.cat(latents, dim=2))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -268,7 +274,11 @@ class Codec(nn.Module):
                 code2wav = Code2Wav(config, strict_causal=strict_causal).to(tensors[_TABLE])
                 own = _below("code2wav.", tensors)
                 code2wav.load_state_dict(own, strict=len(own) > 1)
-            encoder = make(config, **settings)
+            encoder: CodecEncoder | ControlsEncoder
+            if make is ControlsEncoder:
+                encoder = ControlsEncoder(code2wav, **settings)
+            else:
+                encoder = CodecEncoder(config, **settings)
             encoder.load_state_dict(_below("encoder.", tensors))
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds a codec that cannot be read: {error}; save it again") from error

@@ -1,22 +1,19 @@
-"""What turns a waveform into the latents of a codec, which its quantiser then codes: one encoder of samples, Code2Wav
-mirrored, and one of spectra, which is small and quick to train but learns no more than mel spectra hold.
+"""What turns a waveform into the latents of a codec, which its quantiser then codes: an encoder of samples, Code2Wav
+mirrored, and one of what a source and a filter would be told, which is small and quick to train.
 
-Both are causal: frame t depends on samples up to hop_length * (t + 1) - 1, so it is known as soon as it is over.
-Shapes: B rows, n samples, T frames, D width, P spectra a frame, M mel bins.
+Shapes: B rows, n samples, T frames, D width.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni.code2wav.contract import SAMPLE_RATE_HZ
+from omni.code2wav.code2wav import Code2Wav
 from omni.code2wav.conv import (
     CausalConv1d,
     ChainState,
@@ -27,15 +24,16 @@ from omni.code2wav.conv import (
     StreamingLayer,
     StreamingSnake,
 )
+from omni.code2wav.source_filter import Controls
 from omni.code2wav.window_transformer import WindowState, WindowTransformer
 from omni.config.qwen3_omni import Code2WavConfig
-from omni.encoders.mel import mel_filter_bank
 from omni.layers.init import initialise
 from omni.layers.state import State
+from omni.training.codec.decoding import controls_of
 
 _QUIET_START = 0.1
-_QUIET = 1e-4  # of mel powers: far below quiet speech
-_MIDDLE, _SPREAD = -1.0, 1.3  # of log10 mel powers in speech
+_MIDDLE, _SPREAD = -5.0, 2.0  # of envelopes of speech
+_KERNEL = 5  # frames
 
 
 class CausalDownsample1d(StreamingLayer[ConvState]):
@@ -108,7 +106,8 @@ class CodecEncoder(nn.Module):
 
         Joined, the latents of all calls equal one `forward`. Raises ValueError for a part of a frame.
         """
-        _check_frames(wave, self.hop_length)
+        if wave.shape[1] == 0 or wave.shape[1] % self.hop_length:
+            raise ValueError(f"step takes whole frames of {self.hop_length} samples, got {wave.shape[1]} samples")
         return self._encode(wave, state)
 
     def _encode(self, wave: Tensor, state: CodecEncoderState | None = None) -> Tensor:
@@ -118,42 +117,30 @@ class CodecEncoder(nn.Module):
         return self.to_latents(x).transpose(1, 2)
 
 
-@dataclass
-class MelEncoderState(State):
-    """What encoding by spectra remembers: the end of the samples so far [B, n_fft - hop], and of each layer's input."""
+class ControlsEncoder(nn.Module):
+    """What a source and a filter would have to be told to sound like the recording, and convolutions over frames.
 
-    past: Tensor
-    layers: ChainState
-
-
-class MelEncoder(nn.Module):
-    """Log-mel spectra of a frame, side by side, then causal ConvNeXt blocks over frames.
-
-    Latents are of one size: codebooks could not follow them if they grew. The encoder knows nothing of phase, so the
-    same sound gives nearly the same codes wherever a frame begins; a source and a filter need no more
-    (`omni.code2wav.source_filter`). width: channels of its blocks; spectra: P, evenly spaced.
+    It knows nothing of phase, nor of what in a spectrum belongs to the pitch, so codes hold what is to be said and
+    little else. It looks some frames ahead and hears a recording as a whole. Latents are of one size: codebooks could
+    not follow them if they grew. width: channels; layers: convolutions, each over `_KERNEL` frames.
     """
 
-    kind = "mel"
+    kind = "controls"
 
-    def __init__(
-        self, config: Code2WavConfig, width: int | None = None, *, layers: int = 2, spectra: int = 8, num_mels: int = 80
-    ) -> None:
-        """width: None is Code2Wav's own. Raises ValueError for spectra that do not divide a frame evenly."""
+    def __init__(self, code2wav: Code2Wav, width: int | None = None, *, layers: int = 2) -> None:
+        """width: None is Code2Wav's own. Raises ValueError for a Code2Wav that sounds otherwise."""
         super().__init__()
-        self.config, self.width = config, config.hidden_size if width is None else width
-        if self.width < 1 or spectra < 1 or config.hop_length % spectra:
-            raise ValueError(
-                f"a width of {self.width} and {spectra} spectra do not fit frames of {config.hop_length} samples"
-            )
-        self.settings: dict[str, Any] = {
-            "width": self.width, "layers": layers, "spectra": spectra, "num_mels": num_mels,
-        }  # fmt: skip
-        self.step_length = config.hop_length // spectra
-        self.n_fft = 2 ** math.ceil(math.log2(4 * self.step_length))
-        blocks = (ConvNeXtBlock(self.width) for _ in range(layers))
-        self.layers = StreamingChain([CausalConv1d(spectra * num_mels, self.width, kernel_size=1), *blocks])
-        self.to_latents = nn.Linear(self.width, config.hidden_size)
+        if code2wav.sounding is None:
+            raise ValueError("an encoder of controls needs a Code2Wav that sounds by a source and a filter")
+        self.config, self.source = code2wav.config, [code2wav.sounding]  # in a list: no part of this module
+        width = self.config.hidden_size if width is None else width
+        self.settings = {"width": width, "layers": layers}
+        sound = code2wav.sounding.config
+        self.together = sound.settings_a_step
+        inputs = self.hop_length // (sound.period * self.together) * (2 + sound.num_bands)
+        self.first = nn.Linear(inputs, width)
+        self.layers = nn.ModuleList(_Mixing(width) for _ in range(layers))
+        self.to_latents = nn.Linear(width, self.config.hidden_size)
         draw_weights(self)
 
     @property
@@ -161,56 +148,42 @@ class MelEncoder(nn.Module):
         """Samples a frame."""
         return self.config.hop_length
 
-    def forward(self, wave: Tensor) -> Tensor:
-        """wave [B, n], n >= 1 -> latents [B, D, ceil(n / hop_length)]; silence is added behind the last sample."""
-        return self._encode(F.pad(wave, (self.n_fft - self.step_length, -wave.shape[1] % self.hop_length)))
+    def forward(self, wave: Tensor, told: Controls | None = None) -> Tensor:
+        """wave [B, n], n >= 1 -> latents [B, D, ceil(n / hop_length)]; silence is added behind the last sample.
 
-    def init_state(self, batch_size: int) -> MelEncoderState:
-        """The state before the first sample."""
-        past = self.to_latents.weight.new_zeros(batch_size, self.n_fft - self.step_length)
-        return MelEncoderState(past, self.layers.init_state(batch_size))
-
-    @torch.no_grad()
-    def step(self, wave: Tensor, state: MelEncoderState) -> Tensor:
-        """The next samples [B, n], n >= 1 a multiple of hop_length -> latents [B, D, n / hop_length]; updates `state`.
-
-        Joined, the latents of all calls equal one `forward`. Raises ValueError for a part of a frame.
+        told: what `controls_of` gives for it, where that is known.
         """
-        _check_frames(wave, self.hop_length)
-        heard = torch.cat((state.past, wave), dim=1)
-        state.past = heard[:, heard.shape[1] - state.past.shape[1] :]
-        return self._encode(heard, state.layers)
-
-    def _encode(self, heard: Tensor, state: ChainState | None = None) -> Tensor:
-        """Samples with those before them that the first window sees."""
-        num_mels, spectra = self.settings["num_mels"], self.settings["spectra"]
-        with torch.autocast(heard.device.type, enabled=False):  # no spectra of narrow types
-            heard = heard.to(torch.promote_types(heard.dtype, torch.float32))
-            filters = _filters(num_mels, self.n_fft, heard.device).to(heard.dtype)
-            window = torch.hann_window(self.n_fft, dtype=heard.dtype, device=heard.device)
-            power = torch.fft.rfft(heard.unfold(1, self.n_fft, self.step_length) * window).abs().square()
-            levels = ((power @ filters).clamp(min=_QUIET).log10() - _MIDDLE) / _SPREAD
-        patches = levels.unflatten(1, (-1, spectra)).flatten(2).transpose(1, 2)  # [B, P * M, T]
-        mixed = self.layers(patches.to(self.to_latents.weight.dtype), state)
-        latents = self.to_latents(mixed.transpose(1, 2))
+        if told is None:
+            told = controls_of(self.source[0], F.pad(wave, (0, -wave.shape[1] % self.hop_length)))
+        voiced = (told.voiced > 0).to(told.pitch)
+        heard = torch.stack((told.pitch * voiced, voiced), dim=2)
+        seen = torch.cat((heard, (told.tone - _MIDDLE) / _SPREAD), dim=2).unflatten(1, (-1, self.together)).mean(2)
+        steps = self.first.in_features // seen.shape[2]
+        x = self.first(seen.unflatten(1, (-1, steps)).flatten(2).to(self.first.weight))
+        for layer in self.layers:
+            x = layer(x)
+        latents = self.to_latents(x)
         return F.layer_norm(latents, latents.shape[2:]).transpose(1, 2)
 
 
-ENCODERS: dict[str, type[CodecEncoder] | type[MelEncoder]] = {
+class _Mixing(nn.Module):
+    """A residual block over frames [B, T, D]: depthwise convolution, then a feed-forward layer on each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv1d(width, width, _KERNEL, padding=_KERNEL // 2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
+        return x + self.down(F.gelu(self.up(mixed)))
+
+
+ENCODERS: dict[str, type[CodecEncoder] | type[ControlsEncoder]] = {
     CodecEncoder.kind: CodecEncoder,
-    MelEncoder.kind: MelEncoder,
+    ControlsEncoder.kind: ControlsEncoder,
 }
-
-
-def _check_frames(wave: Tensor, hop_length: int) -> None:
-    if wave.shape[1] == 0 or wave.shape[1] % hop_length:
-        raise ValueError(f"step takes whole frames of {hop_length} samples, got {wave.shape[1]} samples")
-
-
-@lru_cache(maxsize=8)
-def _filters(num_mels: int, n_fft: int, device: torch.device) -> Tensor:
-    """Mel filters [n_fft / 2 + 1, M]."""
-    return mel_filter_bank(num_mels, n_fft, SAMPLE_RATE_HZ).t().to(device)
 
 
 @torch.no_grad()

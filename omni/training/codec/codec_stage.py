@@ -35,7 +35,7 @@ from omni.training.codec.codec import (
     ResidualQuantiser,
     code_shares,
 )
-from omni.training.codec.codec_encoders import ENCODERS, CodecEncoder, draw_weights
+from omni.training.codec.codec_encoders import ENCODERS, CodecEncoder, ControlsEncoder, draw_weights
 from omni.training.codec.codec_losses import (
     MEL_SCALES,
     harmonic_loss,
@@ -58,8 +58,8 @@ def make_codec(
 ) -> Codec:
     """A codec to train around a model's Code2Wav, with a new encoder of random weights.
 
-    encoder: "waves" (`CodecEncoder`) or "mel" (`MelEncoder`); width: theirs. fresh: Code2Wav is new too, and its
-    weights are drawn for training from nothing (`draw_weights`). Raises ValueError for another encoder.
+    encoder: "waves" (`CodecEncoder`) or "controls" (`ControlsEncoder`); width: theirs. fresh: Code2Wav is new too, and
+    its weights are drawn for training from nothing (`draw_weights`). Raises ValueError for another encoder.
     """
     if encoder not in ENCODERS:
         raise ValueError(
@@ -67,7 +67,8 @@ def make_codec(
         )
     if fresh:
         draw_weights(code2wav)
-    return Codec(code2wav, ENCODERS[encoder](code2wav.config, width).to(code2wav.code_embedding.weight))
+    made = ControlsEncoder(code2wav, width) if encoder == ControlsEncoder.kind else CodecEncoder(code2wav.config, width)
+    return Codec(code2wav, made.to(code2wav.code_embedding.weight))
 
 
 class WaveObjective(ABC):

@@ -35,14 +35,16 @@ class Decoded(NamedTuple):
     losses: dict[str, Loss]
 
 
-def decoded(code2wav: Code2Wav, embeds: Tensor, recorded: Tensor, *, heard: bool = True) -> Decoded:
+def decoded(
+    code2wav: Code2Wav, embeds: Tensor, recorded: Tensor, told: Controls | None = None, *, heard: bool = True
+) -> Decoded:
     """Mean code embeddings [B, F, D], of recordings [B, n <= hop_length * F], to samples.
 
     In the weights' own type under autocast too: the error of a loud sample that is rounded to bf16 is louder than the
     quiet bands of its spectrum, and a decoder that is trained so from nothing only gets worse. pitch: octaves that the
     voiced moments are wrong by; voicing: binary cross-entropy; envelope: absolute difference of logarithms, of voice
-    and noise, less where it is faint. Each is a mean over a row. heard: False leaves out the sound of a source and a
-    filter, and the wave is silence.
+    and noise, less where it is faint. Each is a mean over a row. told: the recordings' `controls_of`, if known.
+    heard: False leaves out the sound of a source and a filter, and the wave is silence.
     """
     with torch.autocast(embeds.device.type, enabled=False):
         embeds = embeds.to(code2wav.code_embedding.weight.dtype)
@@ -51,7 +53,7 @@ def decoded(code2wav: Code2Wav, embeds: Tensor, recorded: Tensor, *, heard: bool
             return Decoded(code2wav.decode_embeddings(embeds), {})
         said = source.controls(code2wav.pre_transformer(embeds).transpose(1, 2))
         whole = F.pad(recorded, (0, embeds.shape[1] * code2wav.hop_length - recorded.shape[1]))
-        told = controls_of(source, whole)
+        told = controls_of(source, whole) if told is None else told
         sure = (told.voiced > 0).to(told.pitch)
         wrong = ((said.pitch - told.pitch).abs() * sure).sum(1) / sure.sum(1).clamp(min=1)
         unsure = F.binary_cross_entropy_with_logits(said.voiced, sure, reduction="none").mean(1)

@@ -18,7 +18,7 @@ from omni import OmniModel
 from omni.code2wav.source_filter import USUAL_HZ, Controls, SourceFilter
 from omni.config.qwen3_omni import SourceFilterConfig
 from omni.training.codec.codec import Codec
-from omni.training.codec.codec_encoders import MelEncoder
+from omni.training.codec.codec_encoders import ControlsEncoder
 from omni.training.codec.codec_stage import CodecObjective, DecoderObjective, evaluate_codec, make_codec
 from omni.training.codec.decoding import controls_of, decoded, left_alone
 from omni.training.codec.pitch import track_pitch
@@ -38,7 +38,7 @@ def model_with_both() -> OmniModel:
 
 def codec_of(model: OmniModel, **options: Any) -> Codec:
     with fixed(1):
-        return make_codec(model.code2wav, encoder="mel", fresh=True, **options)
+        return make_codec(model.code2wav, encoder="controls", fresh=True, **options)
 
 
 def voice(hz: Tensor, level: float = 0.1) -> Tensor:
@@ -105,35 +105,33 @@ def test_white_noise_has_a_flat_envelope() -> None:
     torch.testing.assert_close(found, torch.full_like(found, math.log(0.1)), atol=0.35, rtol=0)
 
 
-# ---- spectra as latents
+# ---- controls as latents
 
 
-@settings(max_examples=10, deadline=None)
-@given(cuts=st.lists(st.integers(1, 6), min_size=1, max_size=5), rest=st.integers(1, HOP))
-def test_latents_of_spectra_are_streamed(cuts: list[int], rest: int) -> None:
-    encoder = codec_of(model_with_both()).encoder.double()
-    assert isinstance(encoder, MelEncoder)
-    wave = 0.1 * torch.randn(2, sum(cuts) * HOP, generator=seeded(rest), dtype=torch.float64)
-    state = encoder.init_state(2)
-    pieces = [encoder.step(piece, state) for piece in wave.split([HOP * cut for cut in cuts], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=2), encoder(wave), rtol=1e-9, atol=1e-9)
-    assert encoder(wave[:, :rest]).shape[2] == 1
-    with pytest.raises(ValueError, match="whole frames"):
-        encoder.step(wave[:, : HOP - 1], state)
-
-
-def test_spectra_know_nothing_of_phase() -> None:
+def test_controls_know_nothing_of_phase() -> None:
     encoder = codec_of(model_with_both()).encoder
     wave = voice(torch.full((4800,), 200.0))
     torch.testing.assert_close(encoder(-wave), encoder(wave))
 
 
+@pytest.mark.parametrize("samples", [1, HOP - 1, HOP, HOP + 1, 5 * HOP])
+def test_latents_are_one_a_frame_and_of_one_size(samples: int) -> None:
+    encoder = codec_of(model_with_both()).encoder
+    assert isinstance(encoder, ControlsEncoder)
+    wave = 0.1 * torch.randn(2, samples, generator=seeded(samples))
+    latents = encoder(wave)
+    assert latents.shape == (2, encoder.config.hidden_size, -(-samples // HOP))
+    torch.testing.assert_close(latents.square().mean(1), torch.ones(2, latents.shape[2]), atol=1e-3, rtol=0)
+    whole = torch.nn.functional.pad(wave, (0, -samples % HOP))
+    torch.testing.assert_close(encoder(wave, controls_of(encoder.source[0], whole)), latents)
+
+
 def test_wrong_encoders_are_named() -> None:
     model = model_with_both()
-    with pytest.raises(ValueError, match="did you mean 'mel'"):
-        make_codec(model.code2wav, encoder="mell")
-    with pytest.raises(ValueError, match="do not fit frames of 240"):
-        MelEncoder(model.code2wav.config, spectra=7)
+    with pytest.raises(ValueError, match="did you mean 'controls'"):
+        make_codec(model.code2wav, encoder="control")
+    with pytest.raises(ValueError, match="sounds by a source and a filter"):
+        make_codec(OmniModel(tiny_config()).code2wav, encoder="controls")
 
 
 # ---- training
