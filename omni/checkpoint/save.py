@@ -38,10 +38,10 @@ def save_weights(
     """Write all weights into an existing folder and return the file names; use `atomic_folder` for the folder.
 
     One `model.safetensors` if it fits into `max_shard_size`, else numbered shards and an index; beside them a file of
-    what omni alone knows by the family's table. experts: one matrix an expert as the
-    release has it, or "fused" stacked ones. Low-rank updates that are still beside their weights (LoRA) are written
-    merged, and stay as they are in the model. Memory beyond the model: at most one shard, and none for weights
-    on the CPU. Raises ValueError for bad arguments, offloaded or quantised weights, OSError when writing fails.
+    what omni alone knows by the family's table. experts: one matrix an expert as the release has it, or "fused" stacked
+    ones. Low-rank updates that are still beside their weights (LoRA) are written merged, and stay as they are in the
+    model. Memory beyond the model: at most one shard, and none for weights on the CPU. Raises ValueError for bad
+    arguments, offloaded or quantised weights, OSError when writing fails.
     """
     limit = parse_size(max_shard_size)
     if experts not in ("separate", "fused"):

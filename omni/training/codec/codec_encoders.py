@@ -128,14 +128,15 @@ class ControlsEncoder(nn.Module):
     kind = "controls"
 
     def __init__(self, code2wav: Code2Wav, width: int | None = None, *, layers: int = 2) -> None:
-        """width: None is Code2Wav's own. Raises ValueError for a Code2Wav that sounds otherwise."""
+        """width: None is Code2Wav's own. Raises ValueError for a Code2Wav that has no source and filter."""
         super().__init__()
-        if code2wav.sounding is None:
-            raise ValueError("an encoder of controls needs a Code2Wav that sounds by a source and a filter")
-        self.config, self.source = code2wav.config, [code2wav.sounding]  # in a list: no part of this module
+        source = code2wav.source_filter
+        if source is None:
+            raise ValueError("an encoder of controls needs a Code2Wav that has a source and a filter")
+        self.config, self.source = code2wav.config, [source]  # in a list: no part of this module
         width = self.config.hidden_size if width is None else width
         self.settings = {"width": width, "layers": layers}
-        sound = code2wav.sounding.config
+        sound = source.config
         self.together = sound.settings_a_step
         inputs = self.hop_length // (sound.period * self.together) * (2 + sound.num_bands)
         self.first = nn.Linear(inputs, width)

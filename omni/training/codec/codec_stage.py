@@ -224,10 +224,7 @@ class CodecObjective(WaveObjective):
         if not table.requires_grad or not (first or (due and self.steps > 1)):
             return
         if process_count() == 1 or dist.get_rank() == 0:
-            frames = (batch.lengths + self.hop_length - 1) // self.hop_length
-            latents = model.encoder(batch.waves).transpose(1, 2)  # [B, F, D]
-            heard = torch.arange(latents.shape[1], device=latents.device) < frames[:, None]
-            latents = latents[heard].t()[None]  # what is silence behind the end gets no codes of its own
+            latents = _spoken(model.encoder(batch.waves), batch.lengths, self.hop_length)
             if first:
                 latents = torch.cat((*self._latents, latents), dim=2)
                 self._latents = []
@@ -249,7 +246,8 @@ class CodecObjective(WaveObjective):
         if torch.is_grad_enabled() and quantised:
             self.usage.update(out.codes)
         elif torch.is_grad_enabled():
-            self._latents = [*self._latents, out.latents.transpose(0, 1).flatten(1)[None]][-_LATENTS_KEPT:]
+            latents = _spoken(out.latents, batch.lengths, self.hop_length)
+            self._latents = [*self._latents, latents][-_LATENTS_KEPT:]
         once, zero = torch.ones((), device=out.wave.device), torch.zeros((), device=out.wave.device)
         own = {
             "commitment": out.commitment if quantised else Loss(zero, out.commitment.count),
@@ -264,6 +262,7 @@ class CodecObjective(WaveObjective):
         return {
             **super().state_dict(),
             "initialise": self._initialise,
+            "latents": list(self._latents),
             "shares": self.usage.shares,
             "generator": self.generator.get_state(),
         }
@@ -272,8 +271,16 @@ class CodecObjective(WaveObjective):
         """Go on where `state` stands."""
         super().load_state_dict(state)
         self._initialise = state["initialise"]
+        self._latents = [latents.to(self.device) for latents in state.get("latents", [])]
         self.usage.shares.copy_(state["shares"])
         self.generator.set_state(state["generator"].cpu())
+
+
+def _spoken(latents: Tensor, lengths: Tensor, hop_length: int) -> Tensor:
+    """Latents [B, D, F] of recordings of so many samples, joined [1, D, N]: silence behind an end gets no codes."""
+    frames = (lengths + hop_length - 1) // hop_length
+    heard = torch.arange(latents.shape[2], device=latents.device) < frames[:, None]
+    return latents.transpose(1, 2)[heard].t()[None]
 
 
 class DecoderObjective(WaveObjective):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_wrong_encoders_are_named() -> None:
     model = model_with_both()
     with pytest.raises(ValueError, match="did you mean 'controls'"):
         make_codec(model.code2wav, encoder="control")
-    with pytest.raises(ValueError, match="sounds by a source and a filter"):
+    with pytest.raises(ValueError, match="has a source and a filter"):
         make_codec(OmniModel(tiny_config()).code2wav, encoder="controls")
 
 
@@ -209,6 +210,34 @@ def test_it_learns_to_speak_and_codebooks_begin_late(tmp_path: Path) -> None:
     assert half.shape == codes[0].shape and (half == codes[0]).float().mean() > 0.9
     around = Codec.load(tmp_path / "encoder", model.code2wav)
     assert torch.equal(around.decode(codes), codec.decode(codes))
+
+
+def test_a_run_that_is_resumed_before_there_are_codebooks_goes_on_exactly() -> None:
+    """Latents that the codebooks are to begin with are part of the state; silence behind an end is none of them."""
+
+    def begun(seconds: float) -> tuple[CodecObjective, Codec]:
+        codec = codec_of(model_with_both())
+        objective = CodecObjective(codec, {"stft": 0.0, "mel": 0.0}, quantise_from=3)
+        batch = crops(torch.stack(voices(0.1))[:2])
+        batch = dataclasses.replace(batch, lengths=torch.full_like(batch.lengths, int(seconds * RATE)))
+        for _ in range(3):
+            objective.prepare(codec, batch)
+            objective.losses(codec, batch)
+        return objective, codec
+
+    objective, codec = begun(0.1)
+    other = CodecObjective(codec, {"stft": 0.0, "mel": 0.0}, quantise_from=3)
+    other.load_state_dict(objective.state_dict())
+    batch = crops(torch.stack(voices(0.1))[:2])
+    tables = []
+    for one in (objective, other):
+        with torch.no_grad():
+            codec.code2wav.code_embedding.weight.zero_()
+        one.prepare(codec, batch)
+        tables.append(codec.code2wav.code_embedding.weight.detach().clone())
+    assert torch.equal(*tables) and tables[0].any()
+    kept = [latents.shape[2] for latents in begun(0.05)[0].state_dict()["latents"]]
+    assert kept == [2 * 5] * 3
 
 
 def test_convolutions_learn_the_same_codes() -> None:
