@@ -112,7 +112,8 @@ def load_omni(
         return codec.encode(samples.to(device)[None])[0, :books]
 
     size = codec.code2wav.config.codebook_size
-    return SpeechEncoder(encode, codec.sample_rate, books, size, weights_fingerprint(codec, f"omni-{books}"))
+    told = nn.ModuleList([codec.encoder, codec.code2wav.code_embedding])  # what codes follow from, not how they sound
+    return SpeechEncoder(encode, codec.sample_rate, books, size, weights_fingerprint(told, f"omni-{books}"))
 
 
 def load_mel(
